@@ -1,0 +1,422 @@
+"""Configuration: frozen dataclasses inside, an `ml_collections.ConfigDict` at the edge.
+
+An experiment file's `get_config(arg)` starts from `default_config_dict()` and changes fields; the command line
+changes more (`--config.model.width=512`); `from_config_dict` turns the result into the frozen `Config` that the
+rest of the package reads. Unknown names, wrong types and impossible values are `UserError`s of one line each.
+"""
+
+import ast
+import dataclasses
+import difflib
+import importlib.util
+import json
+import math
+import pathlib
+import types
+import typing
+from collections.abc import Sequence
+from typing import Any
+
+import ml_collections
+
+
+class UserError(ValueError):
+    """A mistake in what the user gave. The command line prints it as one line `error: …` and exits with code 2."""
+
+
+AGGREGATORS = ("positional", "mean", "shift")
+NORMS = ("layernorm", "rmsnorm")
+MLPS = ("gelu", "swiglu")
+REMATS = ("none", "dots", "full")
+ATTENTIONS = ("auto", "dense", "chunked")
+DTYPES = ("auto", "float32", "bfloat16")
+SWITCHES = ("auto", "on", "off")
+ORDER_KINDS = ("left_to_right", "progressive", "uniform", "strided", "masked_diffusion")
+PERMUTES = ("scatter", "window", "reinsert")
+NOISE_SCHEDULES = ("linear", "cosine", "geometric")
+ORDER_WEIGHTS = ("elbo", "simple")
+LEARNING_RATE_SCHEDULES = ("constant", "cosine", "wsd")
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """The two-stream network. `two_stream_layers=0, aggregator="shift"` with the identity order is an AR transformer."""
+
+    vocab_size: int = 0  # real tokens only; 0: taken from the tokenizer of the data
+    max_length: int = 1024  # N, tokens a row
+    num_layers: int = 12  # L, two-stream and causal together
+    two_stream_layers: int = 6  # M, the first M of them
+    width: int = 768  # D
+    num_heads: int = 12  # H
+    mlp_width: int = 0  # F; 0: 4 D for gelu, 8/3 D rounded up to a multiple of 64 for swiglu
+    mlp: str = "gelu"
+    norm: str = "layernorm"
+    aggregator: str = "positional"
+    positional_width: int = 128  # P, width of the sinusoidal embedding in the aggregator
+    tie_embeddings: bool = True
+    dropout: float = 0.0  # on embeddings, attention outputs and MLP outputs
+    rope_base: float = 10_000.0
+    dtype: str = "auto"  # of activations; auto: bfloat16 on accelerators, float32 on CPU
+    remat: str = "none"  # what the backward pass recomputes: nothing, all but matrix products, whole layers
+    scan_layers: str = "auto"  # one compiled layer body (flat compile time); auto: on accelerators
+    attention: str = "auto"
+    attention_chunk: int = 256  # keys a step of the chunked attention path
+    loss_chunk: int = 0  # positions whose logits exist at once; 0: as many as keep them below 64 MiB
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Where text comes from and how it becomes rows of tokens."""
+
+    path: str = ""  # a file, folder or glob; "tfds:NAME" for a TFDS dataset; empty: the embedded corpus
+    text_field: str = "text"  # of .jsonl objects and TFDS examples
+    tfds_data_dir: str = ""  # where TFDS datasets are kept; empty: TFDS's own default
+    tokenizer: str = "sentencepiece"  # "sentencepiece" (trained), "bytes", or a folder of vocabulary files
+    vocab_size: int = 2048  # of a trained tokenizer
+    valid_fraction: float = 0.05  # of the documents, where the source brings no validation split
+    test_fraction: float = 0.05
+    shard_rows: int = 8192  # rows a file
+    cache_dir: str = ""  # of prepared data; empty: <workdir>/data
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW as in the paper's protocol (after SEDD and MDLM)."""
+
+    learning_rate: float = 3e-4
+    schedule: str = "constant"  # after the warm-up
+    warmup_steps: int = 2500
+    decay_fraction: float = 0.2  # wsd: the last part of training in which the rate falls linearly
+    final_fraction: float = 0.0  # cosine, wsd: last rate over peak rate
+    beta1: float = 0.9
+    beta2: float = 0.999
+    epsilon: float = 1e-8
+    weight_decay: float = 0.0  # on matrices only: norms, biases, embeddings and the start token never decay
+    clip_norm: float = 1.0  # of the global gradient norm; 0: none
+    ema_decay: float = 0.9999  # at step t: min(ema_decay, (1 + t) / (10 + t)); 0: no average is kept
+
+
+@dataclasses.dataclass(frozen=True)
+class OrderConfig:
+    """The generation orders drawn in training (paper section on the curriculum; method choices named there)."""
+
+    kind: str = "progressive"
+    permute: str = "scatter"  # progressive: which tokens are shuffled
+    ar_steps: int = 9_000  # progressive: identity order until here (i_AR)
+    permute_steps: int = 48_000  # progressive: shuffled tokens rise linearly until here (i_perm)
+    max_permuted: int = 32  # progressive: and stay at this number (rho)
+    streams: tuple[int, ...] = (1, 2, 4)  # strided: S is drawn from these, one draw a step
+    sbp_steps: int = 0  # the last steps of training use strided orders (SBP fine-tuning)
+    diffusion_steps: int = 64  # masked_diffusion: T
+    noise_schedule: str = "linear"
+    weight: str = "elbo"  # masked_diffusion: gamma
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingConfig:
+    """The loop."""
+
+    num_steps: int = 400_000
+    batch_size: int = 512  # rows a step, over all devices
+    microbatches: int = 1  # the batch is cut into so many pieces, gradients summed
+    z_loss: float = 0.0
+    seed: int = 0
+    log_every: int = 50
+    eval_every: int = 1000
+    eval_batches: int = 16
+    checkpoint_every: int = 1000
+    keep_checkpoints: int = 2  # the newest so many
+    keep_every: int = 0  # and one every so many steps for ever; 0: none
+    init_from: str = ""  # a run or an export whose weights training starts from (fine-tuning)
+    tensorboard: bool = True  # where tensorboardX is installed
+    wandb_project: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each mesh axis; one of them may be -1: all that are left."""
+
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    order: OrderConfig = OrderConfig()
+    training: TrainingConfig = TrainingConfig()
+    mesh: MeshConfig = MeshConfig()
+
+
+def default_config_dict() -> ml_collections.ConfigDict:
+    """The defaults as a ConfigDict: what experiment files start from."""
+    return ml_collections.ConfigDict(dataclasses.asdict(Config()))
+
+
+def from_config_dict(config: ml_collections.ConfigDict | dict[str, Any]) -> Config:
+    """Builds and validates the frozen `Config`. Raises UserError on a wrong field, type or value."""
+    values = config.to_dict() if isinstance(config, ml_collections.ConfigDict) else config
+    built = _build(Config, values, "")
+    validate(built)
+    return built
+
+
+def model_config_from_dict(values: dict[str, Any]) -> ModelConfig:
+    """A validated `ModelConfig` from a plain dict, as stored in `config.json`."""
+    model = _build(ModelConfig, values, "model")
+    validate_model(model)
+    return model
+
+
+def to_json(config: Config) -> str:
+    """The resolved config as stored in a run's `config.json`."""
+    return json.dumps(dataclasses.asdict(config), indent=2) + "\n"
+
+
+def nearest(name: str, known: Sequence[str]) -> str:
+    """`; did you mean 'x'?`, or the list of what is known where nothing is near."""
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"
+
+
+def _build(cls: type, values: Any, where: str) -> Any:
+    if not isinstance(values, dict):
+        raise UserError(f"{where}={values!r}: expected a section with fields, got {type(values).__name__}")
+    hints = typing.get_type_hints(cls)
+    for name in values:
+        if name not in hints:
+            prefix = f"{where}." if where else ""
+            close = difflib.get_close_matches(str(name), list(hints), n=1, cutoff=0.5)
+            hint = f"; did you mean {prefix + close[0]!r}?" if close else f"; known: {', '.join(hints)}"
+            raise UserError(f"unknown field {prefix + str(name)!r}{hint}")
+    built = {}
+    for name, value in values.items():
+        path = f"{where}.{name}" if where else name
+        hint = hints[name]
+        built[name] = _build(hint, value, path) if dataclasses.is_dataclass(hint) else _coerce(hint, value, path)
+    return cls(**built)
+
+
+def _coerce(hint: Any, value: Any, where: str) -> Any:
+    """`value` as the field's type; int is accepted for float, a list or single number for a tuple."""
+    if typing.get_origin(hint) is tuple:
+        items = value if isinstance(value, list | tuple) else (value,)
+        return tuple(_coerce(typing.get_args(hint)[0], item, where) for item in items)
+    fits = isinstance(value, hint) and not (isinstance(value, bool) and hint is not bool)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        fits, value = True, float(value)
+    if not fits:
+        raise UserError(f"{where}={value!r}: expected {hint.__name__}, got {type(value).__name__}")
+    if hint is float and not math.isfinite(value):
+        raise UserError(f"{where}={value!r}: must be a finite number")
+    return value
+
+
+def _choice(where: str, value: str, known: Sequence[str]) -> None:
+    if value not in known:
+        raise UserError(f"{where}={value!r} is not known{nearest(value, known)}")
+
+
+def _at_least(where: str, value: float, low: float) -> None:
+    if value < low:
+        raise UserError(f"{where}={value}: must be at least {low}")
+
+
+def _fraction(where: str, value: float) -> None:
+    if not 0 <= value < 1:
+        raise UserError(f"{where}={value}: must be in [0, 1)")
+
+
+def validate_model(model: ModelConfig, where: str = "model") -> None:
+    """Raises UserError where a model of this config could not be built."""
+    for name in ("max_length", "num_layers", "width", "num_heads", "attention_chunk"):
+        _at_least(f"{where}.{name}", getattr(model, name), 1)
+    for name in ("vocab_size", "two_stream_layers", "mlp_width", "loss_chunk"):
+        _at_least(f"{where}.{name}", getattr(model, name), 0)
+    if model.two_stream_layers > model.num_layers:
+        raise UserError(
+            f"{where}.two_stream_layers={model.two_stream_layers}: cannot exceed {where}.num_layers={model.num_layers}"
+        )
+    if model.width % model.num_heads:
+        raise UserError(
+            f"{where}.width={model.width} is not divisible by {where}.num_heads={model.num_heads}:"
+            " every head needs the same width"
+        )
+    if (model.width // model.num_heads) % 2:
+        raise UserError(
+            f"{where}.width / {where}.num_heads = {model.width // model.num_heads} is odd: RoPE rotates pairs"
+        )
+    if model.positional_width < 2 or model.positional_width % 2:
+        raise UserError(f"{where}.positional_width={model.positional_width}: must be even and at least 2")
+    if model.rope_base <= 1:
+        raise UserError(f"{where}.rope_base={model.rope_base}: must be above 1")
+    _fraction(f"{where}.dropout", model.dropout)
+    for name, known in (
+        ("mlp", MLPS),
+        ("norm", NORMS),
+        ("aggregator", AGGREGATORS),
+        ("dtype", DTYPES),
+        ("remat", REMATS),
+        ("scan_layers", SWITCHES),
+        ("attention", ATTENTIONS),
+    ):
+        _choice(f"{where}.{name}", getattr(model, name), known)
+
+
+def validate(config: Config) -> None:
+    """Raises UserError where the config could not be trained."""
+    validate_model(config.model)
+    data, optimizer, order, training = config.data, config.optimizer, config.order, config.training
+    _fraction("data.valid_fraction", data.valid_fraction)
+    _fraction("data.test_fraction", data.test_fraction)
+    if data.valid_fraction + data.test_fraction >= 1:
+        raise UserError("data.valid_fraction + data.test_fraction: must leave something to train on")
+    _at_least("data.vocab_size", data.vocab_size, 1)
+    _at_least("data.shard_rows", data.shard_rows, 1)
+
+    _choice("optimizer.schedule", optimizer.schedule, LEARNING_RATE_SCHEDULES)
+    if optimizer.learning_rate <= 0:
+        raise UserError(f"optimizer.learning_rate={optimizer.learning_rate}: must be above 0")
+    if optimizer.epsilon <= 0:
+        raise UserError(f"optimizer.epsilon={optimizer.epsilon}: must be above 0")
+    for name in ("warmup_steps", "weight_decay", "clip_norm"):
+        _at_least(f"optimizer.{name}", getattr(optimizer, name), 0)
+    for name in ("beta1", "beta2", "ema_decay"):
+        _fraction(f"optimizer.{name}", getattr(optimizer, name))
+    for name in ("decay_fraction", "final_fraction"):
+        if not 0 <= getattr(optimizer, name) <= 1:
+            raise UserError(f"optimizer.{name}={getattr(optimizer, name)}: must be in [0, 1]")
+
+    _choice("order.kind", order.kind, ORDER_KINDS)
+    _choice("order.permute", order.permute, PERMUTES)
+    _choice("order.noise_schedule", order.noise_schedule, NOISE_SCHEDULES)
+    _choice("order.weight", order.weight, ORDER_WEIGHTS)
+    _at_least("order.ar_steps", order.ar_steps, 0)
+    _at_least("order.permute_steps", order.permute_steps, order.ar_steps)
+    _at_least("order.max_permuted", order.max_permuted, 1)
+    _at_least("order.diffusion_steps", order.diffusion_steps, 1)
+    if order.kind == "progressive" and order.max_permuted > config.model.max_length:
+        raise UserError(
+            f"order.max_permuted={order.max_permuted}: cannot exceed model.max_length={config.model.max_length}"
+        )
+    if not 0 <= order.sbp_steps <= training.num_steps:
+        raise UserError(f"order.sbp_steps={order.sbp_steps}: must be in [0, training.num_steps={training.num_steps}]")
+    if not order.streams:
+        raise UserError("order.streams=(): needs at least one number of streams")
+    if order.kind == "strided" or order.sbp_steps:
+        for streams in order.streams:
+            _at_least("order.streams", streams, 1)
+            if config.model.max_length % streams:
+                raise UserError(
+                    f"model.max_length={config.model.max_length} is not divisible by {streams} streams (order.streams)"
+                )
+
+    for name in ("num_steps", "batch_size", "microbatches", "log_every", "keep_checkpoints", "checkpoint_every"):
+        _at_least(f"training.{name}", getattr(training, name), 1)
+    for name in ("eval_every", "eval_batches", "keep_every", "z_loss"):
+        _at_least(f"training.{name}", getattr(training, name), 0)
+    if not 0 <= training.seed < 2**31:
+        raise UserError(f"training.seed={training.seed}: must be in [0, 2**31)")
+    if training.batch_size % training.microbatches:
+        raise UserError(
+            f"training.batch_size={training.batch_size} is not divisible by training.microbatches={training.microbatches}"
+        )
+    axes = dataclasses.asdict(config.mesh)
+    if sum(size == -1 for size in axes.values()) > 1:
+        raise UserError("mesh: only one axis may be -1 (all devices that are left)")
+    for name, size in axes.items():
+        if size != -1 and size < 1:
+            raise UserError(f"mesh.{name}={size}: must be at least 1, or -1 for all devices that are left")
+
+
+def load_config_file(spec: str) -> ml_collections.ConfigDict:
+    """The ConfigDict that `get_config(arg)` of an experiment file returns; `spec` is `file.py` or `file.py:arg`."""
+    path, colon, arg = spec.partition(":")
+    file = pathlib.Path(path)
+    if not file.is_file():
+        raise UserError(f"--config={spec}: there is no file {path!r}")
+    module = types.ModuleType(file.stem)
+    loader_spec = importlib.util.spec_from_file_location(file.stem, file)
+    if loader_spec is None or loader_spec.loader is None:
+        raise UserError(f"--config={spec}: {path!r} is not a Python file")
+    module = importlib.util.module_from_spec(loader_spec)
+    try:
+        loader_spec.loader.exec_module(module)
+    except UserError:
+        raise
+    except Exception as error:  # whatever a user's file raises is the user's to mend: one line, not our traceback
+        raise UserError(f"--config={spec}: the file fails with {type(error).__name__}: {error}") from error
+    if not hasattr(module, "get_config"):
+        raise UserError(f"--config={spec}: the file defines no get_config(arg)")
+    try:
+        config = module.get_config(arg) if colon else module.get_config()
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"--config={spec}: get_config fails with {type(error).__name__}: {error}") from error
+    if not isinstance(config, ml_collections.ConfigDict):
+        raise UserError(f"--config={spec}: get_config must return an ml_collections.ConfigDict")
+    return config
+
+
+def apply_overrides(config: ml_collections.ConfigDict, overrides: Sequence[str]) -> None:
+    """Applies command-line words `--config.a.b=v` (or `--config.a.b v`) in place. Raises UserError on any other word."""
+    words = list(overrides)
+    while words:
+        word = words.pop(0)
+        if not word.startswith("--config."):
+            raise UserError(f"unknown argument {word!r}; fields are set with --config.section.field=value")
+        name, equals, value = word.removeprefix("--config.").partition("=")
+        if not equals:
+            if not words:
+                raise UserError(f"{word!r} has no value; write --config.{name}=value")
+            value = words.pop(0)
+        set_field(config, name, value)
+
+
+def set_field(config: ml_collections.ConfigDict, name: str, text: str) -> None:
+    """Sets the field with the dotted `name` from its text form, checked against the field's present type."""
+    node: Any = config
+    parts = name.split(".")
+    for depth, part in enumerate(parts):
+        known = list(node.keys()) if isinstance(node, ml_collections.ConfigDict) else []
+        if part not in known:
+            prefix = ".".join(parts[:depth] + [""]) if depth else ""
+            raise UserError(
+                f"unknown field {name!r}{nearest(prefix + part, [prefix + other for other in known])}"
+                if known
+                else f"unknown field {name!r}: {'.'.join(parts[:depth])!r} is a single value"
+            )
+        if depth < len(parts) - 1:
+            node = node[part]
+    old = node[parts[-1]]
+    if isinstance(old, ml_collections.ConfigDict):
+        raise UserError(f"{name}={text!r}: a section; set one of its fields: {', '.join(old.keys())}")
+    with node.unlocked(), node.ignore_type():
+        node[parts[-1]] = _parse(name, text, old)
+
+
+def _parse(name: str, text: str, old: Any) -> Any:
+    if isinstance(old, str):
+        return text
+    if isinstance(old, bool):
+        if text.lower() not in ("true", "false", "1", "0"):
+            raise UserError(f"{name}={text!r}: expected true or false (default {old})")
+        return text.lower() in ("true", "1")
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        value = None
+    if isinstance(old, tuple | list):
+        value = (value,) if isinstance(value, int) else value
+        if isinstance(value, tuple | list) and all(type(item) is int for item in value):
+            return tuple(value)
+        raise UserError(f"{name}={text!r}: expected whole numbers such as 1,2,4 (default {tuple(old)})")
+    if isinstance(old, float) and type(value) is int:
+        value = float(value)
+    if type(value) is not type(old):
+        raise UserError(f"{name}={text!r}: expected {type(old).__name__} (default {old!r})")
+    return value

@@ -1,0 +1,386 @@
+"""The two-stream network (paper section 4): a pure function of parameters and rows.
+
+Dimension letters, used as suffixes everywhere in the package:
+    B batch   N sequence length   D model width   H heads   K head width   F MLP width   V vocabulary (padded)
+    L layers  M two-stream layers S streams       P positional-embedding width
+    X rows of stream X   G rows of stream G   R rows of both   Q query rows   T keys
+
+Stream X (causal) reads tokens; stream G (strictly causal) starts from prefix aggregation and predicts them. In the M
+two-stream layers all weights are shared, and both streams attend to keys and values that come from X. The last of them
+needs X's keys and values only. L - M causal layers on G alone follow, then the final norm and the output head:
+
+    tokens --embed--> X --[M two-stream layers]--> (keys and values)
+              |               | | |
+              +-aggregate-->  G --[M two-stream layers]--> G --[L - M causal layers]--> norm --> head
+
+One `Layer` definition serves every case, training and cached decoding alike: some rows give keys, some give queries.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from armd_jax.config import ModelConfig
+from armd_jax.core.aggregation import Aggregator
+from armd_jax.core.attention import attention
+from armd_jax.core.rows import START, Rows, single_row
+
+Params = dict[str, Any]
+# (array, logical axis names) -> the same array, told how to lie on the mesh. The network itself knows no mesh.
+Constrain = Callable[[jax.Array, tuple[str | None, ...]], jax.Array]
+VOCAB_MULTIPLE = 128
+ROW_AXES = ("batch", "length", "embed")
+
+
+@flax.struct.dataclass
+class Cache:
+    """Decoding state of the network. One buffer a layer: separate buffers are updated in place.
+
+    x_kv: for every two-stream layer (k, v), each [B, N, H, K].
+    g_kv: for every causal layer (k, v), each [B, N, H, K].
+    aggregate: state of the aggregation: positional [B, P, D], mean [B, D], shift none; float32.
+    """
+
+    x_kv: tuple[tuple[jax.Array, jax.Array], ...]
+    g_kv: tuple[tuple[jax.Array, jax.Array], ...]
+    aggregate: jax.Array | None
+
+
+def padded_vocab(config: ModelConfig) -> int:
+    """Rows of embedding and head: the vocabulary rounded up to a multiple of 128."""
+    return -(-config.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+
+
+def mlp_width(config: ModelConfig) -> int:
+    """F: the config's, or 4 D for gelu and 8/3 D rounded up to a multiple of 64 for swiglu (equal parameters)."""
+    if config.mlp_width:
+        return config.mlp_width
+    return 4 * config.width if config.mlp == "gelu" else -(-8 * config.width // 3 // 64) * 64
+
+
+def activation_dtype(config: ModelConfig) -> jnp.dtype:
+    """The dtype of activations; `auto` asks which backend runs."""
+    name = config.dtype if config.dtype != "auto" else "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    return jnp.dtype(name)
+
+
+def no_constraint(array: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
+    """The `Constrain` of a single device."""
+    del axes
+    return array
+
+
+# --- one layer ------------------------------------------------------------------------------------------------------
+
+
+def _normal(fan_in: int, gain: float = 1.0) -> nn.initializers.Initializer:
+    return nn.initializers.normal(stddev=gain * fan_in**-0.5)
+
+
+def _norm(config: ModelConfig, name: str) -> nn.Module:
+    cls = nn.LayerNorm if config.norm == "layernorm" else nn.RMSNorm
+    return cls(epsilon=1e-5, dtype=activation_dtype(config), name=name)
+
+
+def rotary_table(positions_BR: jax.Array, config: ModelConfig) -> tuple[jax.Array, jax.Array]:
+    """cos and sin [B, R, 1, K/2] of RoPE (Su et al. 2021) at the given positions."""
+    half = config.width // config.num_heads // 2
+    frequency = config.rope_base ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angle = positions_BR[..., None, None].astype(jnp.float32) * frequency
+    return jnp.cos(angle), jnp.sin(angle)
+
+
+def _rotate(a_BRHK: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    first, second = jnp.split(a_BRHK.astype(jnp.float32), 2, axis=-1)
+    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return turned.astype(a_BRHK.dtype)
+
+
+def _write(
+    buffer_BTHK: jax.Array, rows_BRHK: jax.Array, start: jax.Array | int, valid_BR: jax.Array | None
+) -> jax.Array:
+    """Writes rows at key index `start`; padding rows leave what is there."""
+    rows_BRHK = rows_BRHK.astype(buffer_BTHK.dtype)
+    if valid_BR is not None:
+        old = jax.lax.dynamic_slice_in_dim(buffer_BTHK, start, rows_BRHK.shape[1], axis=1)
+        rows_BRHK = jnp.where(valid_BR[..., None, None], rows_BRHK, old)
+    return jax.lax.dynamic_update_slice_in_dim(buffer_BTHK, rows_BRHK, start, axis=1)
+
+
+class Layer(nn.Module):
+    """Pre-norm attention and MLP. The first `num_keys` rows give keys and values, rows from `first_query` on are updated.
+
+    Two-stream layer: rows are X then G, keys from X, all rows updated. Last two-stream layer: only G is updated, so X's
+    queries, attention and MLP are never computed. Causal layer: rows are G, all give keys, all are updated.
+    """
+
+    config: ModelConfig
+    num_keys: int
+    first_query: int = 0
+
+    @nn.compact
+    def __call__(
+        self,
+        rows_BRD: jax.Array,
+        rotary: tuple[jax.Array, jax.Array],
+        len_BQ: jax.Array,
+        dropout_key: jax.Array | None = None,
+        cache: tuple[jax.Array, jax.Array] | None = None,
+        start: jax.Array | int = 0,
+        valid_BX: jax.Array | None = None,
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
+        """Returns the updated rows [B, Q, D] and, where a cache (k, v) was given, the cache with the new keys."""
+        config, dtype = self.config, rows_BRD.dtype
+        width, heads = config.width, config.num_heads
+        head_width, mlp = width // heads, mlp_width(config)
+        residual_gain = (2 * config.num_layers) ** -0.5
+        keys, queries = slice(0, self.num_keys), slice(self.first_query, None)
+
+        normed_BRD = _norm(config, "attention_norm")(rows_BRD)
+        w_q = self.param("query", _normal(width), (width, heads, head_width))
+        w_kv = self.param("key_value", _normal(width), (width, 2, heads, head_width))
+        w_o = self.param("attention_out", _normal(width, residual_gain), (heads, head_width, width))
+        cos, sin = rotary
+        q_BQHK = jnp.einsum("BQD,DHK->BQHK", normed_BRD[:, queries], w_q.astype(dtype))
+        kv = jnp.einsum("BTD,DcHK->cBTHK", normed_BRD[:, keys], w_kv.astype(dtype))
+        q_BQHK = _rotate(q_BQHK, cos[:, queries], sin[:, queries])
+        k_BTHK, v_BTHK = _rotate(kv[0], cos[:, keys], sin[:, keys]), kv[1]
+        if cache is not None:
+            k_BTHK, v_BTHK = _write(cache[0], k_BTHK, start, valid_BX), _write(cache[1], v_BTHK, start, valid_BX)
+            cache = (k_BTHK, v_BTHK)
+        mixed_BQHK = attention(q_BQHK, k_BTHK, v_BTHK, len_BQ, config.attention, config.attention_chunk)
+        out_BQD = jnp.einsum("BQHK,HKD->BQD", mixed_BQHK, w_o.astype(dtype))
+        rows_BQD = rows_BRD[:, queries] + dropout(config.dropout, out_BQD, dropout_key, 0)
+
+        normed_BQD = _norm(config, "mlp_norm")(rows_BQD)
+        w_in = self.param("mlp_in", _normal(width), (width, mlp)).astype(dtype)
+        w_out = self.param("mlp_out", _normal(mlp, residual_gain), (mlp, width)).astype(dtype)
+        hidden_BQF = jnp.einsum("BQD,DF->BQF", normed_BQD, w_in)
+        if config.mlp == "swiglu":
+            w_gate = self.param("mlp_gate", _normal(width), (width, mlp)).astype(dtype)
+            hidden_BQF = nn.silu(jnp.einsum("BQD,DF->BQF", normed_BQD, w_gate)) * hidden_BQF
+        else:
+            hidden_BQF = nn.gelu(hidden_BQF)
+        out_BQD = jnp.einsum("BQF,FD->BQD", hidden_BQF, w_out)
+        return rows_BQD + dropout(config.dropout, out_BQD, dropout_key, 1), cache
+
+
+def dropout(rate: float, array: jax.Array, key: jax.Array | None, place: int) -> jax.Array:
+    """Dropout with the key folded with `place`; none where there is no key. The draw depends on key and shape alone."""
+    if key is None or rate == 0.0:
+        return array
+    keep = jax.random.bernoulli(jax.random.fold_in(key, place), 1.0 - rate, array.shape)
+    return jnp.where(keep, array / (1.0 - rate), 0).astype(array.dtype)
+
+
+# --- the whole network ----------------------------------------------------------------------------------------------
+
+
+def init(key: jax.Array, config: ModelConfig) -> Params:
+    """Float32 parameters as a plain nested dict; layers of one kind are stacked along their first axis.
+
+    Keys: embedding [V, D], start [D], aggregator, two_stream (M - 1 layers), last_two_stream, causal (L - M layers),
+    final_norm, head [D, V] where untied.
+    """
+    keys = jax.random.split(key, 6)
+    width, vocab, num_two, num_causal = (
+        config.width,
+        padded_vocab(config),
+        config.two_stream_layers,
+        config.num_layers - config.two_stream_layers,
+    )
+    row_D = jnp.zeros((1, 2, width))
+
+    def layers(key: jax.Array, layer: Layer, count: int) -> Params:
+        rotary = rotary_table(jnp.zeros((1, 2), jnp.int32), config)
+        lens = jnp.ones((1, 2 - layer.first_query), jnp.int32)
+        return jax.vmap(lambda k: layer.init(k, row_D, rotary, lens)["params"])(jax.random.split(key, count))
+
+    params: Params = {
+        "embedding": nn.initializers.normal(0.02)(keys[0], (vocab, width)),
+        "start": nn.initializers.normal(0.02)(keys[1], (width,)),
+    }
+    if config.aggregator != "shift":
+        aggregator = Aggregator(config).init(keys[2], single_row(), row_D[:, :1], None, False)["params"]
+        params["aggregator"] = aggregator
+    if num_two > 1:
+        params["two_stream"] = layers(jax.random.fold_in(keys[3], 0), Layer(config, num_keys=1), num_two - 1)
+    if num_two:
+        last = layers(jax.random.fold_in(keys[3], 1), Layer(config, num_keys=1, first_query=1), 1)
+        params["last_two_stream"] = jax.tree.map(lambda a: a[0], last)
+    if num_causal:
+        params["causal"] = layers(keys[4], Layer(config, num_keys=2), num_causal)
+    params["final_norm"] = _norm(config, "final_norm").init(keys[5], row_D)["params"]
+    if not config.tie_embeddings:
+        params["head"] = nn.initializers.normal(0.02)(keys[5], (width, vocab))
+    return params
+
+
+def unstack(params: Params) -> Params:
+    """The same parameters with a list of per-layer dicts where layers are stacked.
+
+    Decoding takes this form: slicing stacked parameters inside the sampling loop copies them at every step on CPU.
+    """
+    per_layer = dict(params)
+    for name in ("two_stream", "causal"):
+        if name in params:
+            count = jax.tree.leaves(params[name])[0].shape[0]
+            per_layer[name] = [jax.tree.map(lambda a, i=i: a[i], params[name]) for i in range(count)]
+    return per_layer
+
+
+def init_cache(config: ModelConfig, batch: int, length: int) -> Cache:
+    """An empty cache for `length` tokens."""
+    dtype = activation_dtype(config)
+    shape = (batch, length, config.num_heads, config.width // config.num_heads)
+    pairs = lambda count: tuple((jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(count))  # noqa: E731
+    state = {
+        "positional": (batch, config.positional_width, config.width),
+        "mean": (batch, config.width),
+    }.get(config.aggregator)
+    return Cache(
+        x_kv=pairs(config.two_stream_layers),
+        g_kv=pairs(config.num_layers - config.two_stream_layers),
+        aggregate=None if state is None else jnp.zeros(state, jnp.float32),
+    )
+
+
+def forward(
+    params: Params,
+    config: ModelConfig,
+    rows: Rows,
+    cache: Cache | None = None,
+    dropout_key: jax.Array | None = None,
+    constrain: Constrain = no_constraint,
+) -> tuple[jax.Array, Cache | None]:
+    """One network call: the final hidden state of every G row [B, G, D], and the cache with these rows in it.
+
+    params: as `init` gives them, or `unstack`ed. dropout_key: None switches dropout off.
+    """
+    dtype = activation_dtype(config)
+    num_x = rows.x_tokens_BX.shape[1]
+    num_two = config.two_stream_layers
+    embedded = params["embedding"].astype(dtype)[jnp.maximum(rows.x_tokens_BX, 0)]
+    x_BXD = jnp.where(rows.x_tokens_BX[..., None] == START, params["start"].astype(dtype), embedded)
+    x_BXD = constrain(x_BXD, ROW_AXES)
+    g_BGD, aggregate = Aggregator(config).apply(
+        {"params": params.get("aggregator", {})},
+        rows,
+        x_BXD,
+        None if cache is None else cache.aggregate,
+        cache is not None,
+    )
+    embedding_key = None if dropout_key is None else jax.random.fold_in(dropout_key, config.num_layers)
+    g_BGD = constrain(dropout(config.dropout, g_BGD, embedding_key, 1), ROW_AXES)
+    g_rotary = rotary_table(rows.g_positions_BG, config)
+    x_kv, g_kv = (), ()
+
+    if num_two:
+        x_BXD = dropout(config.dropout, x_BXD, embedding_key, 0)
+        h_BRD = jnp.concatenate([x_BXD, g_BGD], axis=1)
+        rotary = rotary_table(jnp.concatenate([rows.x_positions_BX, rows.g_positions_BG], axis=1), config)
+        lens = jnp.concatenate([rows.x_len_BX, rows.g_strict_len_BG], axis=1)
+        run = functools.partial(_run, config=config, rotary=rotary, dropout_key=dropout_key, constrain=constrain)
+        run = functools.partial(run, start=rows.x_start, valid_BX=rows.x_valid_BX)
+        caches = None if cache is None else cache.x_kv
+        if num_two > 1:
+            h_BRD, x_kv = run(
+                Layer(config, num_keys=num_x), params["two_stream"], h_BRD, lens, first_layer=0, caches=caches
+            )
+        g_BGD, last_kv = run(
+            Layer(config, num_keys=num_x, first_query=num_x),
+            [params["last_two_stream"]],
+            h_BRD,
+            rows.g_strict_len_BG,
+            first_layer=num_two - 1,
+            caches=None if caches is None else caches[-1:],
+        )
+        x_kv = (*x_kv, *last_kv)
+    if num_two < config.num_layers:
+        g_BGD, g_kv = _run(
+            Layer(config, num_keys=g_BGD.shape[1]),
+            params["causal"],
+            g_BGD,
+            rows.g_len_BG,
+            config=config,
+            rotary=g_rotary,
+            dropout_key=dropout_key,
+            constrain=constrain,
+            first_layer=num_two,
+            caches=None if cache is None else cache.g_kv,
+            start=rows.g_start,
+            valid_BX=rows.g_valid_BG,
+        )
+    h_BGD = _norm(config, "final_norm").apply({"params": params["final_norm"]}, g_BGD)
+    return h_BGD, None if cache is None else Cache(x_kv=x_kv, g_kv=g_kv, aggregate=aggregate)
+
+
+def _run(
+    layer: Layer,
+    stack: Params | Sequence[Params],
+    h_BRD: jax.Array,
+    len_BQ: jax.Array,
+    *,
+    config: ModelConfig,
+    rotary: tuple[jax.Array, jax.Array],
+    dropout_key: jax.Array | None,
+    constrain: Constrain,
+    first_layer: int,
+    caches: tuple[tuple[jax.Array, jax.Array], ...] | None,
+    start: jax.Array | int,
+    valid_BX: jax.Array | None,
+) -> tuple[jax.Array, tuple[tuple[jax.Array, jax.Array], ...]]:
+    """Runs layers one after another, as a scan or a loop over the same parameters and with the same dropout draws."""
+
+    def apply(h_BRD, params, number, cache=None):
+        key = None if dropout_key is None else jax.random.fold_in(dropout_key, number)
+        h_BQD, cache = layer.apply({"params": params}, h_BRD, rotary, len_BQ, key, cache, start, valid_BX)
+        return constrain(h_BQD, ROW_AXES), cache
+
+    if config.remat != "none":
+        policy = {"dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable, "full": None}[config.remat]
+        apply = jax.checkpoint(apply, policy=policy, prevent_cse=not _scans(config))
+    if isinstance(stack, list):
+        per_layer = stack
+    elif _scans(config) and caches is None:
+        count = jax.tree.leaves(stack)[0].shape[0]
+        numbers = first_layer + jnp.arange(count)
+        h_BRD, _ = jax.lax.scan(lambda h, inputs: (apply(h, *inputs)[0], None), h_BRD, (stack, numbers))
+        return h_BRD, ()
+    else:
+        per_layer = _split_layers(stack)
+    new_caches = []
+    for index, params in enumerate(per_layer):
+        h_BRD, cache = apply(h_BRD, params, first_layer + index, None if caches is None else caches[index])
+        new_caches.append(cache)
+    return h_BRD, tuple(new_caches)
+
+
+def _scans(config: ModelConfig) -> bool:
+    return config.scan_layers == "on" or (config.scan_layers == "auto" and jax.default_backend() != "cpu")
+
+
+def _split_layers(stack: Params) -> list[Params]:
+    """Per-layer parameters of a stack through `lax.split`, whose gradient is one concatenation instead of many adds."""
+    leaves, treedef = jax.tree.flatten(stack)
+    columns = [jax.lax.split(leaf, (1,) * leaf.shape[0]) for leaf in leaves]
+    return [treedef.unflatten([part[0] for part in parts]) for parts in zip(*columns, strict=True)]
+
+
+def head_logits(params: Params, config: ModelConfig, h_BND: jax.Array) -> jax.Array:
+    """Float32 logits [B, N, V] over the padded vocabulary; padding rows are -inf, so no softmax gives them any mass."""
+    if config.tie_embeddings:
+        logits_BNV = jnp.einsum(
+            "BND,VD->BNV", h_BND, params["embedding"].astype(h_BND.dtype), preferred_element_type=jnp.float32
+        )
+    else:
+        logits_BNV = jnp.einsum(
+            "BND,DV->BNV", h_BND, params["head"].astype(h_BND.dtype), preferred_element_type=jnp.float32
+        )
+    real = jnp.arange(logits_BNV.shape[-1]) < config.vocab_size
+    return jnp.where(real, logits_BNV, -jnp.inf)

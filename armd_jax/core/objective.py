@@ -1,0 +1,118 @@
+"""Losses and likelihoods of an order: one forward pass, then cross-entropy over chunks of positions.
+
+    loss = sum over n of gamma(n) * -log p(x_n | every x_i in an earlier block)
+
+With gamma = 1 the sum is the exact negative log-likelihood where blocks are single tokens, and an unbiased estimate of
+the negative ELBO where blocks come from a diffusion's masking times (paper section 3).
+"""
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from armd_jax.config import ModelConfig
+from armd_jax.core import block_mask, network
+from armd_jax.core.network import Constrain, Params
+from armd_jax.core.order import Order
+from armd_jax.core.rows import rows_for_training
+
+_LOGIT_BYTES = 64 * 2**20
+LOGIT_AXES = ("batch", "length", "vocab")
+
+
+@flax.struct.dataclass
+class LossSums:
+    """Sums over a batch, float32 scalars; a mean is a quotient of two of them, also over microbatches and processes.
+
+    weighted_nll: sum of gamma nll, nats. weight: sum of gamma. nll: sum of nll, nats. tokens: how many were counted.
+    z: sum of the squared log-partition of the logits over the counted tokens.
+    """
+
+    weighted_nll: jax.Array
+    weight: jax.Array
+    nll: jax.Array
+    tokens: jax.Array
+    z: jax.Array
+
+
+def _chunk_size(config: ModelConfig, batch: int, length: int) -> int:
+    if config.loss_chunk:
+        return min(config.loss_chunk, length)
+    fits = _LOGIT_BYTES // (4 * batch * network.padded_vocab(config))
+    return max(1, min(length, fits))
+
+
+def token_log_probs(
+    params: Params,
+    config: ModelConfig,
+    h_BND: jax.Array,
+    targets_BN: jax.Array,
+    constrain: Constrain = network.no_constraint,
+) -> tuple[jax.Array, jax.Array]:
+    """log p of each target, and the log-partition of its logits; both [B, N] float32.
+
+    Logits exist for one chunk of positions at a time, in the backward pass too.
+    """
+    batch, length, width = h_BND.shape
+
+    def chunk_log_probs(h, targets):
+        logits = constrain(network.head_logits(params, config, h), LOGIT_AXES)
+        log_partition = jax.nn.logsumexp(logits, axis=-1)
+        return jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0] - log_partition, log_partition
+
+    size = _chunk_size(config, batch, length)
+    if size == length:
+        return chunk_log_probs(h_BND, targets_BN)
+    num_chunks = -(-length // size)
+    missing = num_chunks * size - length
+    h = jnp.pad(h_BND, ((0, 0), (0, missing), (0, 0))).reshape(batch, num_chunks, size, width)
+    targets = jnp.pad(targets_BN, ((0, 0), (0, missing))).reshape(batch, num_chunks, size)
+    step = jax.checkpoint(lambda carry, inputs: (carry, chunk_log_probs(*inputs)))
+    _, (log_probs, partitions) = jax.lax.scan(step, None, (jnp.moveaxis(h, 1, 0), jnp.moveaxis(targets, 1, 0)))
+    join = lambda a: jnp.moveaxis(a, 0, 1).reshape(batch, -1)[:, :length]  # noqa: E731
+    return join(log_probs), join(partitions)
+
+
+def generation_log_probs(
+    params: Params,
+    config: ModelConfig,
+    tokens_BN: jax.Array,
+    order: Order,
+    dropout_key: jax.Array | None = None,
+    constrain: Constrain = network.no_constraint,
+) -> tuple[jax.Array, jax.Array]:
+    """log p of every token given all earlier blocks, and the log-partitions; [B, N] float32 in GENERATION order.
+
+    tokens_BN: int32 at natural positions.
+    """
+    rows = rows_for_training(tokens_BN, order, block_mask.build(order))
+    h_BND, _ = network.forward(params, config, rows, dropout_key=dropout_key, constrain=constrain)
+    targets_BN = jnp.take_along_axis(tokens_BN, order.positions_BN, axis=1)
+    return token_log_probs(params, config, h_BND, targets_BN, constrain)
+
+
+def loss_sums(
+    params: Params,
+    config: ModelConfig,
+    tokens_BN: jax.Array,
+    order: Order,
+    dropout_key: jax.Array | None = None,
+    constrain: Constrain = network.no_constraint,
+) -> LossSums:
+    """Every sum that losses and metrics are made of. Positions of weight 0 (padding) are left out of all of them."""
+    log_probs_BN, partitions_BN = generation_log_probs(params, config, tokens_BN, order, dropout_key, constrain)
+    counted_BN = order.weight_BN > 0
+    nll_BN = jnp.where(counted_BN, -log_probs_BN, 0.0)
+    return LossSums(
+        weighted_nll=jnp.sum(order.weight_BN * nll_BN),
+        weight=jnp.sum(order.weight_BN),
+        nll=jnp.sum(nll_BN),
+        tokens=jnp.sum(counted_BN.astype(jnp.float32)),
+        z=jnp.sum(jnp.where(counted_BN, jnp.square(partitions_BN), 0.0)),
+    )
+
+
+def to_natural(order: Order, values_BN: jax.Array) -> jax.Array:
+    """Values in generation order [B, N, ...] moved to natural positions."""
+    back_BN = jnp.argsort(order.positions_BN, axis=1)
+    return jnp.take_along_axis(values_BN, back_BN.reshape(back_BN.shape + (1,) * (values_BN.ndim - 2)), axis=1)

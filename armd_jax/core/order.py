@@ -1,0 +1,302 @@
+"""Generation orders: which token is predicted when, and together with which others.
+
+An order lists, for each row of a batch, the natural positions in the order in which they are generated, and the block
+each belongs to. Tokens of one block are predicted together, from all earlier blocks and nothing else (paper section 3;
+masked diffusion is the case where a block is the set of tokens that share a masking time). Everything here is a pure
+function that can be traced, so orders are drawn on the device inside the jitted training step.
+
+    tokens      t h e   c a t          natural positions 0 .. 6
+    strided, S = 2:   positions 0 4 1 5 2 6 3
+                      block     1 2 3 3 4 4 5
+"""
+
+from collections.abc import Sequence
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from armd_jax.config import NOISE_SCHEDULES, ORDER_WEIGHTS, PERMUTES, OrderConfig, UserError, nearest
+
+
+@flax.struct.dataclass
+class Order:
+    """A generation order for every row of a batch; all fields are [B, N], in generation order.
+
+    positions_BN: int32, the natural position (0 .. N-1) generated at each index; a permutation in every row.
+    block_BN: int32, block ids, non-decreasing from 1 without gaps.
+    weight_BN: float32, the loss weight gamma of each index; 1 gives a likelihood or its bound.
+    """
+
+    positions_BN: jax.Array
+    block_BN: jax.Array
+    weight_BN: jax.Array
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(B, N)."""
+        return self.positions_BN.shape
+
+
+def left_to_right(batch: int, length: int, evidence: np.ndarray | None = None) -> Order:
+    """The natural order, one token a block. `evidence`: see `evidence_first`."""
+    positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (batch, length))
+    return evidence_first(one_token_blocks(positions), evidence)
+
+
+def uniform(key: jax.Array, batch: int, length: int, evidence: np.ndarray | None = None) -> Order:
+    """A uniformly random permutation in every row, one token a block."""
+    positions = jnp.argsort(jax.random.uniform(key, (batch, length)), axis=1).astype(jnp.int32)
+    return evidence_first(one_token_blocks(positions), evidence)
+
+
+def progressive(
+    key: jax.Array,
+    batch: int,
+    length: int,
+    num_permuted: jax.Array | int,
+    permute: str = "scatter",
+    evidence: np.ndarray | None = None,
+) -> Order:
+    """The natural order with `num_permuted` tokens shuffled (the paper's curriculum), one token a block.
+
+    num_permuted: a whole number in 0 .. N, may be traced.
+    permute: "scatter" (positions drawn uniformly, permuted among themselves), "window" (one contiguous window) or
+        "reinsert" (tokens taken out and put back at random places).
+    """
+    if permute not in PERMUTES:
+        raise UserError(f"permute={permute!r} is not known{nearest(permute, PERMUTES)}")
+    choose_key, shuffle_key, slot_key = jax.random.split(key, 3)
+    natural = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (batch, length))
+    if permute == "window":
+        start = jax.random.uniform(choose_key, (batch, 1)) * (length - num_permuted + 1)
+        start = jnp.minimum(start.astype(jnp.int32), length - num_permuted)
+        chosen = (natural >= start) & (natural < start + num_permuted)
+    else:
+        chosen = _random_subset(choose_key, batch, length, num_permuted)
+    slots = _random_subset(slot_key, batch, length, num_permuted) if permute == "reinsert" else chosen
+    # Chosen tokens in random order, then the others in natural order, go to the chosen slots, then the other slots.
+    shuffled = jnp.where(chosen, jax.random.uniform(shuffle_key, (batch, length)), 2.0 + natural)
+    tokens = jnp.argsort(shuffled, axis=1).astype(jnp.int32)
+    places = jnp.argsort(jnp.where(slots, natural, length + natural), axis=1)
+    positions = jnp.zeros((batch, length), jnp.int32).at[jnp.arange(batch)[:, None], places].set(tokens)
+    return evidence_first(one_token_blocks(positions), evidence)
+
+
+def strided(batch: int, length: int, streams: jax.Array | int, evidence: np.ndarray | None = None) -> Order:
+    """Strided block-parallel order (paper section on SBP): S streams of neighbouring tokens, generated side by side.
+
+    The S stream heads come first, one by one; then position 2 of every stream as one block, then position 3, and so on.
+    With evidence (one token a block, first, in natural order) the R free positions are cut into streams whose lengths
+    differ by at most one, longer ones first.
+
+    streams: S; may be traced, then the caller answers for 1 <= S <= R and for N divisible by S.
+    Raises UserError where N is not divisible by S (without evidence) or S exceeds R.
+    """
+    evidence = _evidence_mask(evidence, length)
+    num_free = length - int(evidence.sum())
+    if not isinstance(streams, jax.core.Tracer):
+        check_streams(length, int(streams), num_free)
+    rank = jnp.arange(num_free)
+    if num_free:
+        short, longer = num_free // streams, num_free % streams
+        in_longer = rank < longer * (short + 1)
+        # Both branches of the selects are evaluated: where `short` is unused it must still not divide by zero.
+        past = rank - longer * (short + 1)
+        stream = jnp.where(in_longer, rank // (short + 1), longer + past // jnp.maximum(short, 1))
+        depth = jnp.where(in_longer, rank % (short + 1), past % jnp.maximum(short, 1))
+        index = depth * streams + stream  # longer streams come first, so only the last group can have gaps: none
+        block = jnp.where(depth == 0, stream + 1, streams + depth)
+    else:
+        index = block = rank
+    free = np.flatnonzero(~evidence)
+    num_evidence = length - num_free
+    positions = jnp.zeros((length,), jnp.int32).at[num_evidence + index].set(jnp.asarray(free, jnp.int32))
+    positions = positions.at[:num_evidence].set(jnp.asarray(np.flatnonzero(evidence), jnp.int32))
+    blocks = jnp.arange(1, length + 1, dtype=jnp.int32)
+    blocks = blocks.at[num_evidence + index].set((num_evidence + block).astype(jnp.int32))
+    return Order(
+        positions_BN=jnp.broadcast_to(positions, (batch, length)),
+        block_BN=jnp.broadcast_to(blocks, (batch, length)),
+        weight_BN=jnp.ones((batch, length), jnp.float32),
+    )
+
+
+def check_streams(length: int, streams: int, num_free: int) -> None:
+    """Raises UserError where `num_free` of `length` positions cannot be generated in `streams` streams."""
+    if streams < 1:
+        raise UserError(f"streams={streams}: must be at least 1")
+    if num_free == length and length % streams:
+        raise UserError(f"length={length} is not divisible by streams={streams}: choose another of the two")
+    if 0 < num_free < streams:
+        raise UserError(f"streams={streams} exceeds the {num_free} positions left to generate: use fewer streams")
+
+
+def masked_diffusion(
+    key: jax.Array,
+    batch: int,
+    length: int,
+    num_steps: int,
+    schedule: str = "linear",
+    weight: str = "elbo",
+    evidence: np.ndarray | None = None,
+) -> Order:
+    """Masking times drawn independently with P(tau = t) = alpha_{t-1} - alpha_t; tokens masked last come first.
+
+    With weight "elbo" the summed loss over this order is an unbiased estimate of the negative ELBO of the
+    `num_steps`-step masked diffusion, in nats: the familiar 1/t weight is already in the draw of the times. "simple"
+    weighs every time step's masked cross-entropy alike; it is for training and never a likelihood.
+    """
+    alpha = alphas(num_steps, schedule)
+    uniform_BN = jax.random.uniform(key, (batch, length))
+    # tau = t where alpha_t <= u < alpha_{t-1}; alpha falls from 1 at t = 0 to 0 at t = T.
+    tau_BN = 1 + jnp.searchsorted(-alpha[1:-1].astype(np.float32), -uniform_BN, side="left")
+    return from_times(tau_BN.astype(jnp.int32), num_steps, schedule, weight, evidence)
+
+
+def alphas(num_steps: int, schedule: str) -> np.ndarray:
+    """alpha_0 = 1 .. alpha_T = 0 [T + 1]: the probability that a token is not masked yet after each diffusion step."""
+    if schedule not in NOISE_SCHEDULES:
+        raise UserError(f"noise_schedule={schedule!r} is not known{nearest(schedule, NOISE_SCHEDULES)}")
+    t = np.arange(num_steps + 1) / num_steps
+    if schedule == "linear":
+        return 1.0 - t
+    if schedule == "cosine":
+        alpha = 1.0 - np.cos(np.pi / 2 * (1.0 - t))
+        alpha[0] = 1.0
+        return alpha
+    # Geometric noise between 1e-3 and 20 (the shape SEDD and MDLM call so), stretched so that alpha_0 = 1, alpha_T = 0.
+    alpha = np.exp(-(1e-3 ** (1.0 - t)) * 20.0**t)
+    return (alpha - alpha[-1]) / (alpha[0] - alpha[-1])
+
+
+def from_times(
+    tau_BN: jax.Array,
+    num_steps: int,
+    schedule: str = "linear",
+    weight: str = "elbo",
+    evidence: np.ndarray | None = None,
+) -> Order:
+    """The order of masking times tau_BN (int, 1 .. T, at natural positions): tokens of one time are one block."""
+    if weight not in ORDER_WEIGHTS:
+        raise UserError(f"weight={weight!r} is not known{nearest(weight, ORDER_WEIGHTS)}")
+    positions_BN = jnp.argsort(-tau_BN, axis=1, stable=True).astype(jnp.int32)
+    times_BN = jnp.take_along_axis(tau_BN, positions_BN, axis=1)
+    starts = jnp.concatenate([jnp.ones_like(times_BN[:, :1]), times_BN[:, 1:] != times_BN[:, :-1]], axis=1)
+    weight_BN = jnp.ones(tau_BN.shape, jnp.float32)
+    if weight == "simple":
+        # The ELBO weighs step t by (alpha_{t-1} - alpha_t) / (1 - alpha_t); this divides that out again, per step.
+        alpha = alphas(num_steps, schedule)
+        drop = alpha[:-1] - alpha[1:]
+        gamma = (1.0 - alpha[1:]) / np.maximum(drop, 1e-12) / num_steps
+        weight_BN = jnp.asarray(gamma, jnp.float32)[times_BN - 1]
+    order = Order(positions_BN, jnp.cumsum(starts, axis=1).astype(jnp.int32), weight_BN)
+    return evidence_first(order, evidence)
+
+
+def from_blocks(blocks: Sequence[Sequence[int]], batch: int = 1) -> Order:
+    """The order that generates `blocks` one after another, each a list of natural positions; together 0 .. N-1.
+
+    Raises UserError where a block is empty or the positions are not a permutation.
+    """
+    positions = [position for block in blocks for position in block]
+    length = len(positions)
+    if not length or any(not len(block) for block in blocks):
+        raise UserError("from_blocks: every block needs at least one position")
+    if sorted(positions) != list(range(length)):
+        raise UserError(f"from_blocks: the blocks must hold each of the positions 0 .. {length - 1} once")
+    ids = [number for number, block in enumerate(blocks, start=1) for _ in block]
+    return Order(
+        positions_BN=jnp.broadcast_to(jnp.asarray(positions, jnp.int32), (batch, length)),
+        block_BN=jnp.broadcast_to(jnp.asarray(ids, jnp.int32), (batch, length)),
+        weight_BN=jnp.ones((batch, length), jnp.float32),
+    )
+
+
+def one_token_blocks(positions_BN: jax.Array) -> Order:
+    """The order of a permutation positions_BN (int32) with every token its own block."""
+    batch, length = positions_BN.shape
+    blocks = jnp.broadcast_to(jnp.arange(1, length + 1, dtype=jnp.int32), (batch, length))
+    return Order(positions_BN, blocks, jnp.ones((batch, length), jnp.float32))
+
+
+def evidence_first(order: Order, evidence: np.ndarray | None) -> Order:
+    """Moves known positions to the front: natural order, one token a block; the others keep their order and blocks.
+
+    evidence: bool [N], True at natural positions that are known (a prompt, or tokens around a gap); None: none.
+    """
+    if evidence is None:
+        return order
+    mask = jnp.asarray(_evidence_mask(evidence, order.shape[1]))
+    known_BN = mask[order.positions_BN]
+    return _regroup(order, jnp.where(known_BN, 0, 1), known_BN, jnp.where(known_BN, order.positions_BN, 0))
+
+
+def padding_last(order: Order, valid_BN: jax.Array) -> Order:
+    """Moves padding (valid_BN False, bool at natural positions) behind everything else and gives it weight 0."""
+    padding_BN = ~jnp.take_along_axis(valid_BN, order.positions_BN, axis=1)
+    moved = _regroup(order, padding_BN.astype(jnp.int32), padding_BN, jnp.zeros_like(order.positions_BN))
+    valid_sorted_BN = jnp.take_along_axis(valid_BN, moved.positions_BN, axis=1)
+    return moved.replace(weight_BN=jnp.where(valid_sorted_BN, moved.weight_BN, 0.0))
+
+
+def _regroup(order: Order, group_BN: jax.Array, single_BN: jax.Array, within_BN: jax.Array) -> Order:
+    """Stable sort by (group, within), with indices marked `single` in blocks of their own and the rest as before."""
+    length = order.shape[1]
+    index = jnp.arange(length)
+    rank_BN = jnp.argsort(jnp.argsort(group_BN * length + within_BN, axis=1, stable=True), axis=1)
+    source_BN = jnp.argsort(rank_BN, axis=1)
+    take = lambda a: jnp.take_along_axis(a, source_BN, axis=1)  # noqa: E731
+    label_BN = take(jnp.where(single_BN, length + 1 + index, order.block_BN))
+    starts_BN = jnp.concatenate([jnp.ones_like(label_BN[:, :1]), label_BN[:, 1:] != label_BN[:, :-1]], axis=1)
+    return Order(take(order.positions_BN), jnp.cumsum(starts_BN, axis=1).astype(jnp.int32), take(order.weight_BN))
+
+
+def _random_subset(key: jax.Array, batch: int, length: int, size: jax.Array | int) -> jax.Array:
+    """bool [B, N] with `size` True in every row, uniformly."""
+    return jnp.argsort(jnp.argsort(jax.random.uniform(key, (batch, length)), axis=1), axis=1) < size
+
+
+def _evidence_mask(evidence: np.ndarray | None, length: int) -> np.ndarray:
+    if evidence is None:
+        return np.zeros(length, bool)
+    mask = np.asarray(evidence)
+    if mask.shape != (length,) or mask.dtype != bool:
+        raise UserError(f"evidence: expected a bool array of shape ({length},), got {mask.dtype} {mask.shape}")
+    return mask
+
+
+def num_permuted(config: OrderConfig, step: jax.Array | int) -> jax.Array:
+    """k of the progressive curriculum at a step: 0 until i_AR, then rising linearly from 1 to rho at i_perm."""
+    ramp = max(config.permute_steps - config.ar_steps, 1)
+    done = jnp.clip((jnp.asarray(step) - config.ar_steps) / ramp, 0.0, 1.0)
+    k = 1 + jnp.round(done * (config.max_permuted - 1)).astype(jnp.int32)
+    return jnp.where(jnp.asarray(step) < config.ar_steps, 0, k)
+
+
+def for_step(config: OrderConfig, key: jax.Array, step: jax.Array, num_steps: int, batch: int, length: int) -> Order:
+    """The order trained on at `step` of `num_steps`; `key` already belongs to this step. Shapes as `Order`."""
+    base_key, stream_key = jax.random.split(key)
+
+    def sbp() -> Order:
+        return strided(batch, length, jax.random.choice(stream_key, jnp.asarray(config.streams, jnp.int32)))
+
+    def base() -> Order:
+        match config.kind:
+            case "left_to_right":
+                return left_to_right(batch, length)
+            case "progressive":
+                return progressive(base_key, batch, length, num_permuted(config, step), config.permute)
+            case "uniform":
+                return uniform(base_key, batch, length)
+            case "masked_diffusion":
+                return masked_diffusion(
+                    base_key, batch, length, config.diffusion_steps, config.noise_schedule, config.weight
+                )
+            case _:
+                return sbp()
+
+    if config.kind == "strided" or not config.sbp_steps:
+        return base()
+    return jax.lax.cond(step >= num_steps - config.sbp_steps, sbp, base)
