@@ -40,7 +40,7 @@ LEARNING_RATE_SCHEDULES = ("constant", "cosine", "wsd")
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """The two-stream network. `two_stream_layers=0, aggregator="shift"` with the identity order is an AR transformer."""
+    """The two-stream network. AR is `two_stream_layers=0, aggregator="shift"` with the identity order."""
 
     vocab_size: int = 0  # real tokens only; 0: taken from the tokenizer of the data
     max_length: int = 1024  # N, tokens a row
@@ -322,7 +322,8 @@ def validate(config: Config) -> None:
         raise UserError(f"training.seed={training.seed}: must be in [0, 2**31)")
     if training.batch_size % training.microbatches:
         raise UserError(
-            f"training.batch_size={training.batch_size} is not divisible by training.microbatches={training.microbatches}"
+            f"training.batch_size={training.batch_size} is not divisible by"
+            f" training.microbatches={training.microbatches}"
         )
     axes = dataclasses.asdict(config.mesh)
     if sum(size == -1 for size in axes.values()) > 1:
@@ -363,7 +364,7 @@ def load_config_file(spec: str) -> ml_collections.ConfigDict:
 
 
 def apply_overrides(config: ml_collections.ConfigDict, overrides: Sequence[str]) -> None:
-    """Applies command-line words `--config.a.b=v` (or `--config.a.b v`) in place. Raises UserError on any other word."""
+    """Applies command-line words `--config.a.b=v` (or `--config.a.b v`) in place; UserError on any other word."""
     words = list(overrides)
     while words:
         word = words.pop(0)

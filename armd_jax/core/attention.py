@@ -88,7 +88,7 @@ def _chunked_forward(chunk, q_BQHK, k_BTHK, v_BTHK, len_BQ):
 
 
 def _chunked_backward(chunk, saved, d_out_BQHK):
-    """Probabilities are recomputed chunk by chunk from the saved log-sum-exp, as in FlashAttention (Dao et al. 2022)."""
+    """Probabilities are recomputed chunk by chunk from the log-sum-exp, as in FlashAttention (Dao et al. 2022)."""
     q_BQHK, k_BTHK, v_BTHK, len_BQ, out_BQHK, log_sum_BHQ = saved
     scale = q_BQHK.shape[-1] ** -0.5
     k_chunks, v_chunks = _split(k_BTHK, chunk), _split(v_BTHK, chunk)

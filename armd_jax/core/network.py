@@ -113,7 +113,7 @@ def _write(
 
 
 class Layer(nn.Module):
-    """Pre-norm attention and MLP. The first `num_keys` rows give keys and values, rows from `first_query` on are updated.
+    """Pre-norm attention and MLP: the first `num_keys` rows give keys, those from `first_query` on are updated.
 
     Two-stream layer: rows are X then G, keys from X, all rows updated. Last two-stream layer: only G is updated, so X's
     queries, attention and MLP are never computed. Causal layer: rows are G, all give keys, all are updated.

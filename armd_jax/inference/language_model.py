@@ -1,0 +1,178 @@
+"""`LanguageModel`: parameters, config and tokenizer with the operations a user wants of them."""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from armd_jax.config import ModelConfig, UserError, validate_model
+from armd_jax.core import network, objective
+from armd_jax.core import order as orders
+from armd_jax.core.network import Params
+from armd_jax.core.order import Order
+from armd_jax.data.tokenizers import Tokenizer
+from armd_jax.inference import likelihood, sampler
+
+
+@flax.struct.dataclass
+class Generation:
+    """What `LanguageModel.generate` returns; arrays at natural positions.
+
+    tokens_BN: int32. log_prob_BN: float32, the model's log-probability of each token given all earlier blocks, before
+    temperature and truncation, at evidence positions too. order: the order used. num_calls: network calls made.
+    call_BN: int32, the number (from 1) of the call that made each token; 0 at evidence.
+    """
+
+    tokens_BN: np.ndarray
+    log_prob_BN: np.ndarray
+    order: Order
+    num_calls: int
+    call_BN: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class LanguageModel:
+    """A model ready to score and to generate. `params` is the plain nested dict of `core.network.init`."""
+
+    config: ModelConfig
+    params: Params
+    tokenizer: Tokenizer | None = None
+
+    @classmethod
+    def create(cls, config: ModelConfig, seed: int = 0) -> "LanguageModel":
+        """An untrained model. Raises UserError where the config is impossible."""
+        validate_model(config)
+        if config.vocab_size < 1:
+            raise UserError(f"model.vocab_size={config.vocab_size}: must be at least 1")
+        return cls(config, jax.jit(network.init, static_argnums=1)(jax.random.key(seed), config))
+
+    def replace(self, params: Params) -> "LanguageModel":
+        """A copy with other parameters."""
+        return dataclasses.replace(self, params=params)
+
+    @functools.cached_property
+    def _decoding_params(self) -> Params:
+        return network.unstack(self.params)
+
+    def logits(self, tokens_BN: np.ndarray | jax.Array, order: Order) -> jax.Array:
+        """[B, N, V] float32 at natural positions: row j holds the log-odds of position j given all earlier blocks."""
+        return likelihood.logits(self.params, self.config, self._check(tokens_BN, order), order)
+
+    def log_prob(self, tokens_BN: np.ndarray | jax.Array, order: Order) -> jax.Array:
+        """[B, N] float32, nats, at natural positions; the sum over a row is log p(tokens) under the order."""
+        return likelihood.log_prob(self.params, self.config, self._check(tokens_BN, order), order)
+
+    def generate(
+        self,
+        batch: int = 1,
+        length: int | None = None,
+        streams: int = 1,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        prompt: Sequence[int] | np.ndarray | None = None,
+        evidence_BN: np.ndarray | None = None,
+        seed: int = 0,
+    ) -> Generation:
+        """Samples `batch` sequences of `length` tokens (default: the model's max_length) in `streams` parallel streams.
+
+        prompt: token ids [P] or [B, P]. evidence_BN: int32 [B, length] (or [length]), -1 where to generate, the same
+        places in every row. temperature 0 takes the likeliest token. Calls: S + N/S - 1, or S + ceil(R/S) - 1 with
+        evidence and R positions to generate.
+        Raises UserError where the arguments do not fit one another.
+        """
+        length = self.config.max_length if length is None else length
+        self._check_sampling(batch, length, temperature, top_k, top_p)
+        known_BN = self._evidence(batch, length, prompt, evidence_BN)
+        known = known_BN[0] >= 0
+        if ((known_BN >= 0) != known).any():
+            raise UserError("evidence_BN: the places to generate (-1) must be the same in every row")
+        num_evidence = int(known.sum())
+        orders.check_streams(length, streams, length - num_evidence)
+        order = orders.strided(batch, length, streams, evidence=known)
+        if num_evidence == length:  # nothing to generate: no call, only the score that every position is promised
+            tokens_BN = known_BN.astype(np.int32)
+            log_prob_BN = np.asarray(self.log_prob(tokens_BN, order))
+            return Generation(tokens_BN, log_prob_BN, order, 0, np.zeros_like(tokens_BN))
+        table = sampler.block_table(order, num_evidence)
+        generated = jnp.take_along_axis(jnp.asarray(np.maximum(known_BN, 0), jnp.int32), order.positions_BN, axis=1)
+        state = sampler.generate(
+            self._decoding_params,
+            self.config,
+            jax.random.key(seed),
+            generated,
+            order,
+            table,
+            streams=streams,
+            num_evidence=num_evidence,
+            temperature=jnp.float32(temperature if temperature else 1.0),
+            greedy=temperature == 0,
+            top_k=top_k,
+            top_p=None if top_p is None else jnp.float32(top_p),
+        )
+        call_BN = jnp.maximum(order.block_BN - num_evidence, 0)
+        tokens_BN, log_prob_BN, call_BN = (
+            np.asarray(objective.to_natural(order, a)) for a in (state.tokens_BN, state.log_prob_BN, call_BN)
+        )
+        return Generation(tokens_BN, log_prob_BN, order, int(state.num_calls), call_BN)
+
+    def _check(self, tokens_BN: np.ndarray | jax.Array, order: Order) -> jax.Array:
+        tokens_BN = np.asarray(tokens_BN)
+        if tokens_BN.ndim != 2 or not np.issubdtype(tokens_BN.dtype, np.integer):
+            raise UserError(f"tokens: expected whole numbers [B, N], got {tokens_BN.dtype} {tokens_BN.shape}")
+        if tokens_BN.shape != order.shape:
+            raise UserError(f"tokens have shape {tokens_BN.shape}, but the order was made for {order.shape}")
+        if tokens_BN.shape[1] > self.config.max_length:
+            raise UserError(f"length {tokens_BN.shape[1]} exceeds the model's max_length={self.config.max_length}")
+        self._check_ids("tokens", tokens_BN, low=0)
+        return jnp.asarray(tokens_BN, jnp.int32)
+
+    def _check_ids(self, name: str, ids: np.ndarray, low: int) -> None:
+        wrong = (ids < low) | (ids >= self.config.vocab_size)
+        if wrong.any():
+            raise UserError(f"{name}: id {ids[wrong][0]} is outside the vocabulary of {self.config.vocab_size}")
+
+    def _check_sampling(
+        self, batch: int, length: int, temperature: float, top_k: int | None, top_p: float | None
+    ) -> None:
+        if batch < 1:
+            raise UserError(f"batch={batch}: must be at least 1")
+        if not 1 <= length <= self.config.max_length:
+            raise UserError(f"length={length}: must be in 1 .. {self.config.max_length}, the model's max_length")
+        if not 0 <= temperature < float("inf"):
+            raise UserError(f"temperature={temperature}: must be 0 (greedy) or a positive number")
+        if top_k is not None and top_k < 1:
+            raise UserError(f"top_k={top_k}: must be at least 1")
+        if top_p is not None and not 0 < top_p <= 1:
+            raise UserError(f"top_p={top_p}: must be in (0, 1]")
+
+    def _evidence(
+        self,
+        batch: int,
+        length: int,
+        prompt: Sequence[int] | np.ndarray | None,
+        evidence_BN: np.ndarray | None,
+    ) -> np.ndarray:
+        """Known ids [B, N] int64, -1 where nothing is known."""
+        known_BN = np.full((batch, length), -1, np.int64)
+        if prompt is not None and evidence_BN is not None:
+            raise UserError("prompt and evidence_BN: give one of the two; a prompt can be written into the evidence")
+        if prompt is not None:
+            ids = np.asarray(prompt, np.int64) if len(prompt) else np.zeros((0,), np.int64)
+            if ids.ndim not in (1, 2) or (ids.ndim == 2 and ids.shape[0] != batch):
+                raise UserError(f"prompt: expected ids [P] or [{batch}, P], got shape {ids.shape}")
+            if ids.shape[-1] > length:
+                raise UserError(f"prompt: {ids.shape[-1]} tokens are longer than length={length}")
+            self._check_ids("prompt", ids, low=0)
+            known_BN[:, : ids.shape[-1]] = ids
+        if evidence_BN is not None:
+            ids = np.asarray(evidence_BN)
+            if ids.shape not in ((batch, length), (length,)) or not np.issubdtype(ids.dtype, np.integer):
+                raise UserError(f"evidence_BN: expected whole numbers [{batch}, {length}], got {ids.dtype} {ids.shape}")
+            self._check_ids("evidence_BN", ids, low=-1)
+            known_BN[:] = ids
+        return known_BN

@@ -1,0 +1,27 @@
+"""Jitted logits and log-probabilities of whole sequences under any order, at natural positions."""
+
+import functools
+
+import jax
+
+from armd_jax.config import ModelConfig
+from armd_jax.core import block_mask, network, objective
+from armd_jax.core.network import Params
+from armd_jax.core.order import Order
+from armd_jax.core.rows import rows_for_training
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def logits(params: Params, config: ModelConfig, tokens_BN: jax.Array, order: Order) -> jax.Array:
+    """[B, N, V] float32, V the real vocabulary: row j scores the token at natural position j given earlier blocks."""
+    rows = rows_for_training(tokens_BN, order, block_mask.build(order))
+    h_BND, _ = network.forward(params, config, rows)
+    h_BND = objective.to_natural(order, h_BND)
+    return network.head_logits(params, config, h_BND)[..., : config.vocab_size]
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def log_prob(params: Params, config: ModelConfig, tokens_BN: jax.Array, order: Order) -> jax.Array:
+    """[B, N] float32: log p of every token at its natural position; the sum over a row is log p of the sequence."""
+    log_probs_BN, _ = objective.generation_log_probs(params, config, tokens_BN, order)
+    return objective.to_natural(order, log_probs_BN)
