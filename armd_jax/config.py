@@ -156,6 +156,25 @@ def default_config_dict() -> ml_collections.ConfigDict:
     return ml_collections.ConfigDict(dataclasses.asdict(Config()))
 
 
+def smoke(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+    """Shrinks an experiment to a minute on two cores: embedded corpus, tiny model, 40 steps, a checkpoint every 10.
+
+    The code path stays the experiment's own: its order kind, phases, optimizer and model choices are kept.
+    """
+    model, order, training = config.model, config.order, config.training
+    config.data.update(path="", tokenizer="bytes")
+    two_stream = min(model.two_stream_layers, 1)
+    model.update(max_length=64, num_layers=2, two_stream_layers=two_stream, width=32, num_heads=2, mlp_width=0)
+    model.update(positional_width=16, vocab_size=0)
+    order.update(ar_steps=10, permute_steps=20, max_permuted=min(order.max_permuted, 8))
+    order.update(sbp_steps=10 if order.sbp_steps else 0, streams=tuple(s for s in order.streams if 64 % s == 0))
+    training.update(num_steps=40, batch_size=8, microbatches=min(training.microbatches, 2), log_every=1)
+    training.update(eval_every=20, eval_batches=2, checkpoint_every=10)
+    config.optimizer.update(warmup_steps=5, ema_decay=min(config.optimizer.ema_decay, 0.9))
+    config.mesh.update(data=-1, fsdp=1, tensor=1)
+    return config
+
+
 def from_config_dict(config: ml_collections.ConfigDict | dict[str, Any]) -> Config:
     """Builds and validates the frozen `Config`. Raises UserError on a wrong field, type or value."""
     values = config.to_dict() if isinstance(config, ml_collections.ConfigDict) else config

@@ -51,7 +51,12 @@ def block_table(order: Order, num_evidence: int) -> BlockTable:
 
 
 def draw(
-    key: jax.Array, logits_BSV: jax.Array, temperature: jax.Array, greedy: bool, top_k: int | None, top_p: jax.Array | None
+    key: jax.Array,
+    logits_BSV: jax.Array,
+    temperature: jax.Array,
+    greedy: bool,
+    top_k: int | None,
+    top_p: jax.Array | None,
 ) -> jax.Array:
     """Tokens [B, S] int32 from float32 logits after temperature, top-k, then top-p (nucleus, Holtzman et al. 2020).
 

@@ -1,0 +1,116 @@
+"""Batches of prepared rows: for training a pure function of (seed, step), for evaluation every token exactly once."""
+
+import sys
+from collections.abc import Iterator
+
+import grain
+import numpy as np
+from grain.experimental import index_shuffle
+
+from armd_jax.config import UserError
+from armd_jax.data.packing import PreparedData, Rows
+
+PREFETCH_THREADS = 2
+PREFETCH_BATCHES = 4
+
+
+def batch_indices(step: int, batch_size: int, seed: int, num_rows: int) -> np.ndarray:
+    """int64[batch_size]: the rows of training step `step`, over all processes.
+
+    Steps walk through epochs back to back; every epoch is a permutation of all rows of its own.
+    """
+    places = step * batch_size + np.arange(batch_size)
+    epochs, places = np.divmod(places, num_rows)
+    seeds = {epoch: int(np.random.SeedSequence([seed, epoch]).generate_state(1)[0]) for epoch in map(int, set(epochs))}
+    return np.array(
+        [
+            index_shuffle(int(place), max_index=num_rows - 1, seed=seeds[int(epoch)], rounds=4)
+            for epoch, place in zip(epochs, places, strict=True)
+        ],
+        np.int64,
+    )
+
+
+class _Batches:
+    """A Grain source whose item k is the whole batch of step k: faster than rows that Grain gathers."""
+
+    def __init__(self, rows: Rows, num_rows: int, batch_size: int, seed: int, start_step: int, part: slice) -> None:
+        self._rows, self._num_rows, self._batch_size = rows, num_rows, batch_size
+        self._seed, self._start_step, self._part = seed, start_step, part
+
+    def __len__(self) -> int:
+        return sys.maxsize
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        indices = batch_indices(self._start_step + index, self._batch_size, self._seed, self._num_rows)
+        return np.stack([self._rows[row] for row in indices[self._part]])
+
+
+class TrainBatches:
+    """An endless iterator of (step, tokens_BN) and a context manager; `close` ends its reading threads."""
+
+    def __init__(self, source: _Batches, start_step: int) -> None:
+        options = grain.ReadOptions(num_threads=PREFETCH_THREADS, prefetch_buffer_size=PREFETCH_BATCHES)
+        self._items = iter(grain.MapDataset.source(source).to_iter_dataset(options))
+        self._step = start_step
+
+    def __iter__(self) -> "TrainBatches":
+        return self
+
+    def __next__(self) -> tuple[int, np.ndarray]:
+        tokens_BN = next(self._items)
+        self._step += 1
+        return self._step - 1, tokens_BN
+
+    def close(self) -> None:
+        self._items.close()
+
+    def __enter__(self) -> "TrainBatches":
+        return self
+
+    def __exit__(self, *unused: object) -> None:
+        self.close()
+
+
+def train_batches(
+    prepared: PreparedData,
+    batch_size: int,
+    seed: int,
+    start_step: int = 0,
+    num_processes: int = 1,
+    process_index: int = 0,
+) -> TrainBatches:
+    """Training batches from `start_step` on: (step, tokens int32[batch_size / num_processes, N]), read ahead.
+
+    Every process gets its contiguous part of the same global batch. Only full rows are used: a partly filled last row
+    would train on padding. Raises UserError where the batch does not divide among the processes.
+    """
+    if batch_size % num_processes:
+        raise UserError(f"training.batch_size={batch_size} is not divisible by {num_processes} processes")
+    num_rows = prepared.counts("train").tokens // prepared.length
+    size = batch_size // num_processes
+    part = slice(process_index * size, (process_index + 1) * size)
+    return TrainBatches(_Batches(prepared.rows("train"), num_rows, batch_size, seed, start_step, part), start_step)
+
+
+def eval_batches(
+    prepared: PreparedData, split: str, batch_size: int, max_batches: int | None = None
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Every row of `split` once, in order: (tokens int32[batch_size, N], valid bool[batch_size, N]).
+
+    Every token of the split is valid exactly once. The padding of the last row and the rows that fill up the last batch
+    hold end-of-text and are not valid. At most `max_batches` batches, all where it is None.
+    """
+    counts, rows = prepared.counts(split), prepared.rows(split)
+    starts = range(0, counts.rows, batch_size)
+    return (_eval_batch(prepared, rows, start, batch_size, counts.tokens) for start in starts[:max_batches])
+
+
+def _eval_batch(
+    prepared: PreparedData, rows: Rows, start: int, batch_size: int, num_tokens: int
+) -> tuple[np.ndarray, np.ndarray]:
+    tokens_BN = np.full((batch_size, prepared.length), prepared.tokenizer.end_of_text, np.int32)
+    for row in range(start, min(start + batch_size, len(rows))):
+        tokens_BN[row - start] = rows[row]
+    places_BN = start * prepared.length + np.arange(tokens_BN.size).reshape(tokens_BN.shape)
+    return tokens_BN, places_BN < num_tokens

@@ -1,0 +1,50 @@
+"""Optax AdamW with a global-norm clip, warm-up and a schedule; the exponential moving average of the weights."""
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from armd_jax.config import OptimizerConfig
+from armd_jax.core.network import Params
+
+# Weight decay is for matrices that multiply activations, by the last name of the parameter.
+DECAYED = {"query", "key_value", "attention_out", "mlp_in", "mlp_gate", "mlp_out", "head"}
+
+
+def learning_rate(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
+    """Rate at each step: linear warm-up, then constant, cosine, or constant with a linear end (WSD)."""
+    peak, warmup = config.learning_rate, config.warmup_steps
+    rest = max(num_steps - warmup, 1)
+    if config.schedule == "constant":
+        after = optax.constant_schedule(peak)
+    elif config.schedule == "cosine":
+        after = optax.cosine_decay_schedule(peak, rest, alpha=config.final_fraction)
+    else:
+        decay = max(round(config.decay_fraction * num_steps), 1)
+        end = optax.linear_schedule(peak, peak * config.final_fraction, decay)
+        after = optax.join_schedules([optax.constant_schedule(peak), end], [max(rest - decay, 0)])
+    # The first update already has a rate above zero: step t of the warm-up takes (t + 1) / warmup of the peak.
+    return optax.join_schedules([lambda step: peak * (step + 1) / max(warmup, 1), after], [warmup])
+
+
+def make(config: OptimizerConfig, num_steps: int) -> optax.GradientTransformation:
+    """The whole update rule."""
+
+    def decayed(params: Params) -> Params:
+        return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key in DECAYED, params)
+
+    adamw = optax.adamw(
+        learning_rate(config, num_steps),
+        b1=config.beta1,
+        b2=config.beta2,
+        eps=config.epsilon,
+        weight_decay=config.weight_decay,
+        mask=decayed,
+    )
+    return optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw) if config.clip_norm else adamw
+
+
+def update_ema(config: OptimizerConfig, ema: Params, params: Params, step: jax.Array) -> Params:
+    """The average after `step` (from 0); decay min(ema_decay, (1 + t) / (10 + t)): short runs forget the start."""
+    decay = jnp.minimum(config.ema_decay, (1.0 + step) / (10.0 + step))
+    return jax.tree.map(lambda average, new: average * decay + new * (1.0 - decay), ema, params)

@@ -1,0 +1,64 @@
+"""The training state: everything that a checkpoint holds and a step changes."""
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from armd_jax.config import Config
+from armd_jax.core import network
+from armd_jax.core.network import Params
+from armd_jax.training import optimizer, sharding
+
+
+@flax.struct.dataclass
+class TrainState:
+    """step: int32, optimizer updates done. ema: averaged parameters, None where no average is kept."""
+
+    step: jax.Array
+    params: Params
+    ema: Params | None
+    opt_state: optax.OptState
+
+    @property
+    def eval_params(self) -> Params:
+        """The parameters to evaluate with: the average where there is one."""
+        return self.params if self.ema is None else self.ema
+
+
+def init(config: Config, key: jax.Array, params: Params | None = None) -> TrainState:
+    """A fresh state; `params`: start from these instead of random ones. Traceable."""
+    params = network.init(key, config.model) if params is None else params
+    tx = optimizer.make(config.optimizer, config.training.num_steps)
+    # A copy: parameters and average are donated to the step together and must not share buffers.
+    ema = jax.tree.map(jnp.copy, params) if config.optimizer.ema_decay else None
+    return TrainState(step=jnp.int32(0), params=params, ema=ema, opt_state=tx.init(params))
+
+
+def shardings(config: Config, mesh: Mesh) -> TrainState:
+    """The sharding of every array of the state: optimizer moments and average lie like their parameters."""
+    abstract = jax.eval_shape(lambda key: init(config, key), jax.random.key(0))
+    params = sharding.param_shardings(mesh, abstract.params)
+    tx = optimizer.make(config.optimizer, config.training.num_steps)
+    everywhere = sharding.replicated(mesh)
+    opt_state = optax.tree_map_params(
+        tx, lambda _, s: s, abstract.opt_state, params, transform_non_params=lambda _: everywhere
+    )
+    return TrainState(step=everywhere, params=params, ema=abstract.ema and params, opt_state=opt_state)
+
+
+def create(config: Config, mesh: Mesh, params: Params | None = None) -> TrainState:
+    """A fresh state created sharded: no device ever holds more than its part."""
+    make = jax.jit(lambda key, params: init(config, key, params), out_shardings=shardings(config, mesh))
+    return make(jax.random.fold_in(jax.random.key(config.training.seed), 0), params)
+
+
+def abstract(config: Config, mesh: Mesh) -> TrainState:
+    """Shapes, dtypes and shardings of the state, for restoring into."""
+    shapes = jax.eval_shape(lambda key: init(config, key), jax.random.key(0))
+    return jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+        shapes,
+        shardings(config, mesh),
+    )

@@ -1,0 +1,105 @@
+"""One optimizer update: order, loss, gradients, AdamW, average. A pure function of (state, tokens)."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from armd_jax.config import Config
+from armd_jax.core import objective
+from armd_jax.core import order as orders
+from armd_jax.core.network import Params
+from armd_jax.core.objective import LossSums
+from armd_jax.core.order import Order
+from armd_jax.training import optimizer, sharding
+from armd_jax.training import state as states
+from armd_jax.training.state import TrainState
+
+# Purposes of random draws, folded into the seed's key before the step number; 0 is initialisation.
+_ORDER, _DROPOUT = 1, 2
+
+Metrics = dict[str, jax.Array]
+
+
+def _key(config: Config, purpose: int, step: jax.Array) -> jax.Array:
+    return jax.random.fold_in(jax.random.fold_in(jax.random.key(config.training.seed), purpose), step)
+
+
+def draw_order(config: Config, step: jax.Array | int, length: int) -> Order:
+    """The order of the whole global batch at a step: a pure function of (seed, step)."""
+    key = _key(config, _ORDER, jnp.asarray(step))
+    return orders.for_step(
+        config.order, key, jnp.asarray(step), config.training.num_steps, config.training.batch_size, length
+    )
+
+
+def gradients(
+    params: Params, config: Config, tokens_BN: jax.Array, order: Order, step: jax.Array, mesh: Mesh
+) -> tuple[Params, LossSums]:
+    """Gradient of the loss over the whole batch, and its sums; summed microbatches equal the large batch."""
+    count = config.training.microbatches
+    constrain = sharding.constrain(mesh)
+    total_weight = jnp.maximum(jnp.sum(order.weight_BN), 1e-9)
+    total_tokens = jnp.maximum(jnp.sum((order.weight_BN > 0).astype(jnp.float32)), 1.0)
+    dropout_key = _key(config, _DROPOUT, step) if config.model.dropout else None
+
+    def loss(params, tokens, order, number):
+        key = None if dropout_key is None else jax.random.fold_in(dropout_key, number)
+        sums = objective.loss_sums(params, config.model, tokens, order, key, constrain)
+        return sums.weighted_nll / total_weight + config.training.z_loss * sums.z / total_tokens, sums
+
+    grad = jax.grad(loss, has_aux=True)
+    if count == 1:
+        return grad(params, tokens_BN, order, 0)
+
+    def accumulate(carry, inputs):
+        return jax.tree.map(jnp.add, carry, grad(params, *inputs)), None
+
+    # Row r goes to microbatch r mod count, so that every device keeps its own rows.
+    split = lambda a: jnp.swapaxes(a.reshape(a.shape[0] // count, count, *a.shape[1:]), 0, 1)  # noqa: E731
+    inputs = (split(tokens_BN), jax.tree.map(split, order), jnp.arange(count))
+    zeros = jax.tree.map(jnp.zeros_like, params), LossSums(*[jnp.float32(0)] * 5)
+    return jax.lax.scan(accumulate, zeros, inputs)[0]
+
+
+def make_train_step(config: Config, mesh: Mesh) -> Callable[[TrainState, jax.Array], tuple[TrainState, Metrics]]:
+    """The jitted update (state, tokens_BN int32 [batch_size, N]) -> (state, metrics); it reuses the state's buffers."""
+    tx = optimizer.make(config.optimizer, config.training.num_steps)
+    rate = optimizer.learning_rate(config.optimizer, config.training.num_steps)
+
+    def train_step(state: TrainState, tokens_BN: jax.Array) -> tuple[TrainState, Metrics]:
+        order = draw_order(config, state.step, tokens_BN.shape[1])
+        grads, sums = gradients(state.params, config, tokens_BN, order, state.step, mesh)
+        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        ema = None if state.ema is None else optimizer.update_ema(config.optimizer, state.ema, params, state.step)
+        metrics = {
+            "train/loss": sums.weighted_nll / sums.weight,
+            "train/nll": sums.nll / sums.tokens,
+            "train/grad_norm": optax.global_norm(grads),
+            "train/learning_rate": jnp.asarray(rate(state.step), jnp.float32),
+        }
+        return TrainState(state.step + 1, params, ema, opt_state), metrics
+
+    everywhere = sharding.replicated(mesh)
+    state_sharding = states.shardings(config, mesh)
+    return jax.jit(
+        train_step,
+        in_shardings=(state_sharding, sharding.batch_sharding(mesh)),
+        out_shardings=(state_sharding, everywhere),
+        donate_argnums=0,
+    )
+
+
+def make_eval_step(config: Config, mesh: Mesh) -> Callable[[Params, jax.Array, jax.Array], LossSums]:
+    """The jitted (params, tokens_BN, valid_BN) -> LossSums of the exact left-to-right likelihood."""
+
+    def eval_step(params: Params, tokens_BN: jax.Array, valid_BN: jax.Array) -> LossSums:
+        order = orders.padding_last(orders.left_to_right(*tokens_BN.shape), valid_BN)
+        return objective.loss_sums(params, config.model, tokens_BN, order, constrain=sharding.constrain(mesh))
+
+    rows = sharding.batch_sharding(mesh)
+    params_sharding = states.shardings(config, mesh).params
+    return jax.jit(eval_step, in_shardings=(params_sharding, rows, rows), out_shardings=sharding.replicated(mesh))
