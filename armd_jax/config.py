@@ -156,6 +156,13 @@ def default_config_dict() -> ml_collections.ConfigDict:
     return ml_collections.ConfigDict(dataclasses.asdict(Config()))
 
 
+def resolve(config: ml_collections.ConfigDict, arg: str) -> ml_collections.ConfigDict:
+    """What an experiment's `get_config(arg)` returns where `arg` is its plain form or `smoke`; UserError otherwise."""
+    if arg not in ("", "smoke"):
+        raise UserError(f"experiment argument {arg!r} is not known; it takes 'smoke' or what its docstring names")
+    return smoke(config) if arg == "smoke" else config
+
+
 def smoke(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     """Shrinks an experiment to a minute on two cores: embedded corpus, tiny model, 40 steps, a checkpoint every 10.
 

@@ -1,0 +1,258 @@
+"""`armd <verb>`: prepare, train, eval, sample, export, report.
+
+Every verb prints progress on stderr and results on stdout (`--json`: one JSON object). Exit code 0 only where the verb
+did its job; 2 with one line `error: …` on stderr for a mistake in what the user gave.
+"""
+
+import argparse
+import json
+import pathlib
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from armd_jax.config import UserError, apply_overrides, from_config_dict, load_config_file
+
+if TYPE_CHECKING:
+    from armd_jax.config import Config, DataConfig
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (see {self.prog} --help)")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the exit code."""
+    try:
+        args, rest = _parser().parse_known_args(argv)
+        if rest and not (args.verb == "train" and rest[0].startswith("--config.")):
+            raise UserError(f"unknown argument {rest[0]!r} (see armd {args.verb} --help)")
+        return args.run_verb(args, rest)
+    except UserError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # the reader of our output went away, as `| head` does
+        sys.stderr.close()
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted; run the same command again to continue", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="armd", description="Auto-Regressive Masked Diffusion language models.", allow_abbrev=False)
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB", parser_class=_Parser)
+
+    def verb(name: str, run: Any, text: str) -> argparse.ArgumentParser:
+        sub = verbs.add_parser(name, help=text, description=text, allow_abbrev=False)
+        sub.set_defaults(run_verb=run)
+        sub.add_argument("--json", action="store_true", help="print results as one JSON object")
+        return sub
+
+    sub = verb("prepare", _prepare, "Tokenize a corpus and pack it into rows, ahead of training.")
+    sub.add_argument("--source", default="", help="file, folder, glob or tfds:NAME; empty: the embedded corpus")
+    sub.add_argument("--out", required=True, type=pathlib.Path, help="folder to write")
+    sub.add_argument("--tokenizer", default="sentencepiece", help="sentencepiece, bytes or a vocabulary folder")
+    sub.add_argument("--vocab-size", type=int, default=2048, help="of a trained tokenizer")
+    sub.add_argument("--length", type=int, default=1024, help="tokens a row")
+    sub.add_argument("--text-field", default="text", help="of .jsonl objects and TFDS examples")
+
+    sub = verb("train", _train, "Train a model, or continue the run that is in the workdir.")
+    sub.add_argument("--config", required=True, help="experiment file, file.py or file.py:arg")
+    sub.add_argument("--workdir", required=True, type=pathlib.Path, help="folder of the run")
+    sub.epilog = "Fields of the config are set with --config.section.field=value."
+
+    def run_argument(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument("--run", required=True, type=pathlib.Path, help="a training run or an export")
+        sub.add_argument("--no-ema", action="store_true", help="take the raw weights, not their average")
+
+    sub = verb("eval", _eval, "Exact left-to-right likelihood, expected likelihood over random orders, strided orders.")
+    run_argument(sub)
+    sub.add_argument("--split", default="test", choices=("train", "valid", "test"))
+    sub.add_argument("--data", default=None, help="other text: file, folder, glob or tfds:NAME")
+    sub.add_argument("--streams", default="2,4,8", help="strided orders to score")
+    sub.add_argument("--draws", type=int, default=1, help="random orders a row; 0: none")
+    sub.add_argument("--batch", type=int, default=16)
+    sub.add_argument("--seed", type=int, default=0)
+
+    sub = verb("sample", _sample, "Draw samples in one or several parallel streams, and time it.")
+    run_argument(sub)
+    sub.add_argument("--streams", default="1", help="one or more numbers of streams, such as 1,2,4,8")
+    sub.add_argument("--batch", type=int, default=1)
+    sub.add_argument("--length", type=int, default=None, help="tokens; default: the model's max_length")
+    sub.add_argument("--temperature", type=float, default=1.0)
+    sub.add_argument("--top-k", type=int, default=None)
+    sub.add_argument("--top-p", type=float, default=None)
+    sub.add_argument("--prompt", default="", help="text to continue")
+    sub.add_argument("--suffix", default="", help="text to end with: what lies between is filled in")
+    sub.add_argument("--seed", type=int, default=0)
+
+    sub = verb("export", _export, "Write safetensors, config.json and tokenizer files.")
+    run_argument(sub)
+    sub.add_argument("--out", required=True, type=pathlib.Path, help="folder to write; must not exist")
+
+    sub = verb("report", _report, "Write report.html and its pictures into the run.")
+    sub.add_argument("--run", required=True, type=pathlib.Path, help="a training run or an export")
+    return parser
+
+
+def _print(args: argparse.Namespace, result: dict[str, Any], text: str) -> int:
+    print(json.dumps(result) if args.json else text)
+    return 0
+
+
+def _prepare(args: argparse.Namespace, _: Sequence[str]) -> int:
+    import dataclasses
+
+    from armd_jax.config import Config, DataConfig, ModelConfig, validate
+    from armd_jax.data import packing
+
+    data = DataConfig(
+        path=args.source, tokenizer=args.tokenizer, vocab_size=args.vocab_size, text_field=args.text_field
+    )
+    # The other sections only have to be valid with this row length.
+    validate(dataclasses.replace(Config(), data=data, model=ModelConfig(max_length=args.length)))
+    prepared = packing.prepare_into(data, args.length, args.out)
+    splits = {name: dataclasses.asdict(prepared.counts(name)) for name in prepared.splits}
+    lines = [f"{args.out}: rows of {args.length} tokens, vocabulary {prepared.tokenizer.vocab_size}"]
+    lines += [
+        f"  {name:<6} {c['documents']:>9,} documents {c['bytes']:>13,} bytes {c['tokens']:>12,} tokens"
+        f" {c['rows']:>9,} rows"
+        for name, c in splits.items()
+    ]
+    return _print(args, {"out": str(args.out), "splits": splits}, "\n".join(lines))
+
+
+def _train(args: argparse.Namespace, rest: Sequence[str]) -> int:
+    values = load_config_file(args.config)
+    apply_overrides(values, rest)
+    config = from_config_dict(values)
+
+    from armd_jax.training import train
+
+    print(f"resolved config:\n{values}", file=sys.stderr)
+    fresh = not (args.workdir / "config.json").exists()
+    params = _initial_params(config, args.workdir) if config.training.init_from and fresh else None
+    result = train.train(config, args.workdir, params)
+    done = {"workdir": str(args.workdir), "step": config.training.num_steps, "steps_done": result.steps_done}
+    if not result.steps_done:
+        return _print(args, done, f"{args.workdir}: all {config.training.num_steps} steps are done, nothing left to do")
+    return _print(args, done, f"{args.workdir}: trained {result.steps_done} steps, now at {config.training.num_steps}")
+
+
+def _initial_params(config: "Config", workdir: pathlib.Path) -> Any:
+    """The weights of `training.init_from`, checked against the new run's model and tokenizer."""
+    import dataclasses
+
+    from armd_jax.interop.load import load
+    from armd_jax.training import train
+
+    lm = load(config.training.init_from)
+    data, config = train.prepare_data(config, workdir)
+    shape = ("vocab_size", "num_layers", "two_stream_layers", "width", "num_heads", "mlp_width", "mlp", "norm")
+    shape += ("aggregator", "positional_width", "tie_embeddings", "rope_base")
+    theirs, ours = dataclasses.asdict(lm.config), dataclasses.asdict(config.model)
+    for name in shape:
+        if theirs[name] != ours[name]:
+            raise UserError(
+                f"training.init_from={config.training.init_from}: model.{name} is {theirs[name]!r} there,"
+                f" {ours[name]!r} here"
+            )
+    if lm.tokenizer is None or lm.tokenizer.hash != data.tokenizer.hash:
+        raise UserError(
+            f"training.init_from={config.training.init_from}: another vocabulary than the data's; set"
+            f" data.tokenizer={pathlib.Path(config.training.init_from) / 'tokenizer'}"
+        )
+    return lm.params
+
+
+def _whole_numbers(text: str, flag: str) -> list[int]:
+    try:
+        numbers = [int(word) for word in text.split(",") if word]
+    except ValueError:
+        numbers = []
+    if not numbers or min(numbers) < 1:
+        raise UserError(f"{flag}={text!r}: expected whole numbers from 1 such as 1,2,4")
+    return numbers
+
+
+def _eval(args: argparse.Namespace, _: Sequence[str]) -> int:
+    streams = _whole_numbers(args.streams, "--streams")
+    if args.draws < 0 or args.batch < 1 or args.seed < 0:
+        raise UserError("--draws and --seed must be at least 0, --batch at least 1")
+
+    from armd_jax.evaluation import perplexity
+    from armd_jax.interop.load import load, read_config
+    from armd_jax.training.metrics import write_atomically
+
+    config = read_config(args.run)
+    lm = load(args.run, ema=not args.no_ema)
+    data = _held_out(args, config.data, config.model.max_length)
+    if args.split not in data.splits:
+        raise UserError(f"--split={args.split}: the corpus has only {', '.join(data.splits)}")
+    elbo = config.order if config.order.kind == "masked_diffusion" else None
+    result = perplexity.evaluate(lm, data, args.split, streams, args.draws, elbo, args.batch, args.seed)
+    result["seed"] = args.seed
+    if args.data is None:
+        write_atomically(args.run / "eval.json", json.dumps(result, indent=2) + "\n")
+    return _print(args, result, perplexity.table(result))
+
+
+def _held_out(args: argparse.Namespace, data: "DataConfig", length: int) -> Any:
+    """The prepared text to score: the run's own, or `--data` with the run's tokenizer."""
+    import dataclasses
+
+    from armd_jax.data import packing
+
+    root = pathlib.Path(data.cache_dir) if data.cache_dir else args.run / "data"
+    if args.data is not None:
+        data = dataclasses.replace(data, path=args.data)
+    own_tokenizer = args.data is not None or not root.is_dir()
+    if own_tokenizer:
+        data = dataclasses.replace(data, tokenizer=str(args.run / "tokenizer"))
+    return packing.prepare(data, length, root)
+
+
+def _sample(args: argparse.Namespace, _: Sequence[str]) -> int:
+    streams = _whole_numbers(args.streams, "--streams")
+
+    from armd_jax.evaluation import samples
+    from armd_jax.interop.load import load
+    from armd_jax.training.metrics import write_atomically
+
+    lm = load(args.run, ema=not args.no_ema)
+    result = samples.draw(
+        lm,
+        streams,
+        batch=args.batch,
+        length=lm.config.max_length if args.length is None else args.length,
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        prompt=args.prompt,
+        suffix=args.suffix,
+        seed=args.seed,
+    )
+    write_atomically(args.run / "samples.json", json.dumps(result, indent=2) + "\n")
+    return _print(args, result, samples.table(result))
+
+
+def _export(args: argparse.Namespace, _: Sequence[str]) -> int:
+    from armd_jax.interop import safetensors_format
+    from armd_jax.interop.load import load, read_config
+
+    config = read_config(args.run)
+    safetensors_format.write(load(args.run, ema=not args.no_ema), config, args.out)
+    return _print(args, {"out": str(args.out)}, f"{args.out}: {safetensors_format.WEIGHTS}, config.json, tokenizer/")
+
+
+def _report(args: argparse.Namespace, _: Sequence[str]) -> int:
+    from armd_jax.evaluation import report
+
+    page = report.write(args.run)
+    return _print(args, {"report": str(page)}, f"{page}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

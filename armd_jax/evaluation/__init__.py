@@ -1,0 +1,1 @@
+"""Held-out likelihoods, reports and plots."""

@@ -1,0 +1,47 @@
+"""`armd.load`: a training run or an exported folder as a `LanguageModel`. Nothing that is read is ever executed."""
+
+import os
+import pathlib
+
+import jax.numpy as jnp
+
+from armd_jax.config import Config, UserError
+from armd_jax.core.network import Params
+from armd_jax.data import tokenizers
+from armd_jax.inference.language_model import LanguageModel
+from armd_jax.interop import safetensors_format
+from armd_jax.training import checkpoints
+
+
+def load(path: str | os.PathLike[str], ema: bool = True) -> LanguageModel:
+    """The model in `path`: a training run (its newest whole checkpoint) or a folder written by `armd export`.
+
+    ema: take the averaged weights of a run that keeps them. An export holds the weights that were exported.
+    Raises UserError where `path` is neither.
+    """
+    folder = pathlib.Path(path)
+    config = read_config(folder)
+    if (folder / safetensors_format.WEIGHTS).is_file():
+        params = safetensors_format.read(folder, config.model)
+    else:
+        state = checkpoints.restore_for_inference(folder, config)
+        params = without_padding(state.eval_params if ema else state.params, config)
+    return LanguageModel(config.model, params, tokenizers.load(folder / "tokenizer"))
+
+
+def read_config(folder: pathlib.Path) -> Config:
+    """The resolved config of a run or an export. Raises UserError where there is none."""
+    if not folder.is_dir():
+        raise UserError(f"{folder}: there is no such folder")
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder}: neither a training run nor an export (it has no config.json)")
+    return checkpoints.read_config(folder)
+
+
+def without_padding(params: Params, config: Config) -> Params:
+    """The parameters with the padding rows of the vocabulary set to 0, as a reader of an export has them."""
+    real = jnp.arange(params["embedding"].shape[0]) < config.model.vocab_size
+    params = dict(params, embedding=jnp.where(real[:, None], params["embedding"], 0))
+    if "head" in params:
+        params["head"] = jnp.where(real, params["head"], 0)
+    return params

@@ -1,0 +1,111 @@
+"""The export format: `model.safetensors`, `config.json` and `tokenizer/` in one folder.
+
+Tensors are float32 under flat names: `embedding` [vocab_size, D], `start` [D], `layers.<i>.<name>` for the layers in
+order (the first `two_stream_layers` of them two-stream), `aggregator.…`, `final_norm.…`, `head` [D, vocab_size] where
+untied. Padding rows of the vocabulary are left out.
+"""
+
+import os
+import pathlib
+import shutil
+import tempfile
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from armd_jax import config as configs
+from armd_jax.config import Config, ModelConfig, UserError
+from armd_jax.core import network
+from armd_jax.core.network import Params
+from armd_jax.inference.language_model import LanguageModel
+
+WEIGHTS = "model.safetensors"
+
+
+def flatten(params: Params, config: ModelConfig) -> dict[str, jax.Array]:
+    """Parameters under their export names, layers unstacked, vocabulary padding left out. Traceable."""
+    per_layer = network.unstack(params)
+    layers = list(per_layer.pop("two_stream", []))
+    if "last_two_stream" in per_layer:
+        layers.append(per_layer.pop("last_two_stream"))
+    layers += per_layer.pop("causal", [])
+    tree = per_layer | {"layers": {str(i): layer for i, layer in enumerate(layers)}}
+    flat: dict[str, jax.Array] = {}
+
+    def walk(node: Params, prefix: str) -> None:
+        for name, value in node.items():
+            if isinstance(value, dict):
+                walk(value, f"{prefix}{name}.")
+            else:
+                flat[prefix + name] = value
+
+    walk(tree, "")
+    flat["embedding"] = flat["embedding"][: config.vocab_size]
+    if "head" in flat:
+        flat["head"] = flat["head"][:, : config.vocab_size]
+    return flat
+
+
+def unflatten(flat: dict[str, np.ndarray], config: ModelConfig) -> Params:
+    """The inverse of `flatten`; padding rows become 0."""
+    missing = network.padded_vocab(config) - config.vocab_size
+    flat = dict(flat, embedding=np.pad(flat["embedding"], ((0, missing), (0, 0))))
+    if "head" in flat:
+        flat["head"] = np.pad(flat["head"], ((0, 0), (0, missing)))
+    tree: Params = {}
+    for name, value in flat.items():
+        *parents, last = name.split(".")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = jnp.asarray(value)
+    layers = [layer for _, layer in sorted(tree.pop("layers").items(), key=lambda item: int(item[0]))]
+    two = config.two_stream_layers
+    for name, group in (("two_stream", layers[: max(two - 1, 0)]), ("causal", layers[two:])):
+        if group:
+            tree[name] = jax.tree.map(lambda *leaves: jnp.stack(leaves), *group)
+    if two:
+        tree["last_two_stream"] = layers[two - 1]
+    return tree
+
+
+def write(lm: LanguageModel, config: Config, out: pathlib.Path) -> None:
+    """Writes the export folder, whole or not at all. Raises UserError where `out` is there already."""
+    if out.exists():
+        raise UserError(f"--out={out}: exists already; choose another folder or remove it")
+    if lm.tokenizer is None:
+        raise UserError("this model has no tokenizer to export")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = pathlib.Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
+    try:
+        flat = {name: np.ascontiguousarray(value) for name, value in flatten(lm.params, lm.config).items()}
+        safetensors.numpy.save_file(flat, temporary / WEIGHTS, metadata={"format": "armd-jax"})
+        (temporary / "config.json").write_text(configs.to_json(config))
+        lm.tokenizer.save(temporary / "tokenizer")
+        temporary.chmod(0o755)
+        os.replace(temporary, out)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def read(folder: pathlib.Path, config: ModelConfig) -> Params:
+    """The parameters of an export. Raises UserError where names or shapes are not those of the config's model."""
+    file = folder / WEIGHTS
+    try:
+        flat = safetensors.numpy.load_file(file)
+    except (OSError, ValueError, safetensors.SafetensorError) as error:
+        raise UserError(f"{file}: cannot be read ({error})") from error
+    expected = jax.eval_shape(lambda key: flatten(network.init(key, config), config), jax.random.key(0))
+    wanted = {name: value.shape for name, value in expected.items()}
+    found = {name: value.shape for name, value in flat.items()}
+    if wanted != found:
+        wrong = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
+        raise UserError(
+            f"{file}: does not fit its config.json: {wrong[0]} has shape {found.get(wrong[0])},"
+            f" expected {wanted.get(wrong[0])} ({len(wrong)} tensors differ)"
+        )
+    return unflatten(flat, config)

@@ -1,0 +1,30 @@
+# Sourced by the scripts here: a virtual environment of the project's own, made or brought up to date where needed.
+#   use_environment FOLDER EXTRAS     e.g. use_environment .venv/run ""   or   use_environment .venv/test "[test]"
+# PYTHON names the interpreter to build it with (3.11 or newer; default: the first of python3.11 … python3 that is).
+
+find_python() {
+    local candidate
+    for candidate in ${PYTHON:-python3.11 python3.12 python3.13 python3 python}; do
+        if "$candidate" -c 'import sys, venv; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; then
+            echo "$candidate"
+            return
+        fi
+    done
+    echo "error: no Python 3.11 or newer with venv was found; install one or name it: PYTHON=/path/to/python bash $0" >&2
+    return 2
+}
+
+use_environment() {
+    local folder=$1 extras=$2 python stamp
+    python=$(find_python) || exit 2
+    # Installed again only where the requirements changed.
+    stamp=$(cat requirements.txt setup.py | "$python" -c 'import hashlib, sys; print(hashlib.sha256(sys.stdin.buffer.read()).hexdigest())')
+    if [ ! -x "$folder/bin/python" ] || [ "$(cat "$folder/installed" 2>/dev/null)" != "$stamp" ]; then
+        echo "installing into $folder (a few minutes the first time)"
+        "$python" -m venv "$folder"
+        "$folder/bin/python" -m pip install --quiet --disable-pip-version-check --editable ".$extras"
+        echo "$stamp" >"$folder/installed"
+    fi
+    PATH="$PWD/$folder/bin:$PATH"
+    export PATH
+}

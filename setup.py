@@ -1,0 +1,42 @@
+"""Packaging of armd-jax: base requirements from requirements.txt, everything optional as an extra."""
+
+import pathlib
+import re
+
+from setuptools import find_packages, setup
+
+ROOT = pathlib.Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "armd_jax/__init__.py").read_text())[1]
+REQUIREMENTS = [
+    line
+    for line in (ROOT / "requirements.txt").read_text().splitlines()
+    if line.strip() and not line.startswith("#")
+]
+
+setup(
+    name="armd-jax",
+    version=VERSION,
+    description="Auto-Regressive Masked Diffusion language models in JAX: training, exact likelihoods, parallel sampling",
+    long_description=(ROOT / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["armd_jax", "armd_jax.*"]),
+    install_requires=REQUIREMENTS,
+    extras_require={
+        "tpu": ["jax[tpu]>=0.10"],
+        "cuda": ["jax[cuda12]>=0.10"],
+        "tfds": ["tensorflow-datasets>=4.9.7"],
+        "tensorboard": ["tensorboardX>=2.6"],
+        "wandb": ["wandb>=0.17"],
+        "benchmark": ["torch>=2.4", "transformers>=4.44"],
+        "test": [
+            "pytest>=8",
+            "pytest-xdist>=3.5",
+            "hypothesis>=6.100",
+            "ruff>=0.14",
+            "tensorflow-datasets>=4.9.7",
+        ],
+    },
+    entry_points={"console_scripts": ["armd = armd_jax.cli:main"]},
+)
