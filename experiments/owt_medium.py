@@ -1,0 +1,25 @@
+"""OpenWebText, GPT-2 medium size (24 x 1024 x 16), length 1024, batch 512.
+
+Command:   armd train --config=experiments/owt_medium.py --config.data.path=GLOB --config.data.tokenizer=GPT2
+               --workdir=runs/owt_medium
+Hardware:  a TPU v5e-64 or 32 GPUs of 80 GB.
+Paper:     zero-shot perplexity (LAMBADA / WikiText2 / PTB / WikiText103 / 1BW) after 120K steps
+           40.62 / 27.57 / 105.09 / 27.09 / 45.49, after 300K 39.08 / 26.06 / 97.75 / 25.55 / 43.91
+           (GPT-2: 35.66 / 31.80 / 123.14 / 31.39 / 55.72).
+Order:     i_AR = 9K, i_perm = 48K, rho = 32 (the paper's).
+"""
+
+from ml_collections import ConfigDict
+
+from armd_jax import config as configs
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    """`smoke`: under a minute on two cores, on the embedded corpus."""
+    config = configs.default_config_dict()
+    config.model.update(max_length=1024, num_layers=24, two_stream_layers=12, width=1024, num_heads=16, dropout=0.1)
+    config.model.remat = "dots"
+    config.order.update(ar_steps=9_000, permute_steps=48_000, max_permuted=32)
+    config.training.update(num_steps=300_000, batch_size=512, eval_every=5_000, checkpoint_every=2_000)
+    config.training.keep_every = 20_000
+    return configs.resolve(config, arg)

@@ -1,0 +1,32 @@
+"""WikiText-2 (2.1M words) with the GPT-2 vocabulary, from local files.
+
+Command:   armd train --config=experiments/wikitext2.py --config.data.path=FOLDER --config.data.tokenizer=GPT2
+               --workdir=runs/wikitext2
+           armd eval --run=runs/wikitext2
+           FOLDER holds train.txt, valid.txt and test.txt; GPT2 holds vocab.json and merges.txt.
+Hardware:  one accelerator; `:cpu` is a small model that trains in at most 15 minutes on 2 CPU cores.
+Figures:   perplexity per word divides the total nats by the words and line ends of the text (245,569 in test.txt).
+"""
+
+from ml_collections import ConfigDict
+
+from armd_jax import config as configs
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    """`cpu`: a small model for two cores. `smoke`: under a minute, on the embedded corpus."""
+    config = configs.default_config_dict()
+    config.model.update(max_length=512, num_layers=8, two_stream_layers=4, width=512, num_heads=8, dropout=0.2)
+    config.optimizer.update(learning_rate=1e-3, schedule="cosine", warmup_steps=500, final_fraction=0.1)
+    config.optimizer.update(beta2=0.98, weight_decay=0.1, ema_decay=0.999)
+    config.order.update(ar_steps=4_000, permute_steps=10_000, max_permuted=16, sbp_steps=1_000)
+    config.training.update(num_steps=12_000, batch_size=32, eval_every=1_000, eval_batches=0)
+    if arg == "cpu":
+        config.model.update(max_length=128, num_layers=4, two_stream_layers=2, width=128, num_heads=4, dropout=0.0)
+        config.model.update(positional_width=64)
+        config.optimizer.update(learning_rate=3e-3, warmup_steps=60, ema_decay=0.98)
+        config.order.update(ar_steps=400, permute_steps=600, max_permuted=8, sbp_steps=50)
+        config.training.update(num_steps=700, batch_size=8, log_every=10, eval_every=350, eval_batches=20)
+        config.training.update(checkpoint_every=100)
+        return config
+    return configs.resolve(config, arg)
