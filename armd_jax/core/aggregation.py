@@ -93,7 +93,7 @@ class Aggregator(nn.Module):
             sum_BGD = sum_BGD / strict_BG[..., None]
         scaled_BGD = nn.RMSNorm(epsilon=1e-6, dtype=jnp.float32, name="norm")(sum_BGD)
         position_BGD = nn.Dense(
-            config.width, kernel_init=nn.initializers.normal(1.0), dtype=jnp.float32, name="position"
+            config.width, kernel_init=nn.initializers.normal(0.02), dtype=jnp.float32, name="position"
         )(g_code_BGP)
         return (scaled_BGD + position_BGD).astype(dtype), state
 

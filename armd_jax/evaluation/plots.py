@@ -66,17 +66,14 @@ def _styled(draw: Callable[..., bytes]) -> Callable[..., bytes]:
 
 
 def call_color(call: int, num_calls: int) -> str:
-    """`#rrggbb` of network call `call` (1 .. num_calls; 0: given as prompt): viridis from dark to light."""
-    from matplotlib import colormaps
+    """`#rrggbb` of network call `call` (1 .. num_calls; 0: given as prompt): viridis from dark to light.
 
-    if call <= 0:
-        return GIVEN
-    # Between the map's 256 entries we interpolate, so that many calls still get different colours.
-    place = 255 * (call - 1) / max(num_calls - 1, 1)
-    low = min(int(place), 254)
-    colors = np.asarray(colormaps["viridis"](np.array([low, low + 1])))[:, :3]
-    red, green, blue = np.round(255 * (colors[0] + (place - low) * (colors[1] - colors[0]))).astype(int)
-    return f"#{red:02x}{green:02x}{blue:02x}"
+    Up to 128 calls all have different colours; of more, neighbours may share one.
+    """
+    from matplotlib import colormaps
+    from matplotlib.colors import to_hex
+
+    return to_hex(colormaps["viridis"]((call - 1) / max(num_calls - 1, 1))) if call > 0 else GIVEN
 
 
 def ink_on(color: str) -> str:
@@ -183,8 +180,8 @@ def masks() -> bytes:
 
     colors = ListedColormap([FAINT, BLUE, ORANGE])
     examples = example_orders()
-    figure = _figure(13, 12.2)
-    outer = figure.subfigures(math.ceil(len(examples) / 2), 2, wspace=0.02, hspace=0.03)
+    figure = _figure(13, 11.2)
+    outer = figure.subfigures(math.ceil(len(examples) / 2), 2, wspace=0.02, hspace=0.02)
     for (title, example), cell in zip(examples, np.ravel(outer), strict=True):
         cell.suptitle(title, fontweight="bold", fontsize=13)
         mask = block_mask.build(example)
@@ -192,9 +189,10 @@ def masks() -> bytes:
         keys = len(positions) + 1
         strict = np.asarray(block_mask.dense(mask.strict_len_BN, keys)[0])
         causal = np.asarray(block_mask.dense(mask.causal_len_BN, keys)[0])
-        pairs = (("strictly causal (stream G)", strict), ("causal (stream X)", causal))
+        pairs = (("strictly causal (stream G)", strict), ("causal (all other attention)", causal))
         for axes, (name, seen) in zip(cell.subplots(1, 2), pairs, strict=True):
             axes.imshow(seen.astype(int) + (seen & ~strict), cmap=colors, vmin=0, vmax=2, aspect="equal")
+            axes.set_anchor("N")
             axes.set_title(name, fontsize=11)
             axes.set_xticks(range(keys), ["start", *map(str, positions)], fontsize=9)
             axes.get_xticklabels()[0].set_rotation(90)
@@ -202,11 +200,10 @@ def masks() -> bytes:
             axes.set_yticks(range(len(positions)), labels if seen is strict else list(map(str, positions)), fontsize=9)
             axes.tick_params(length=0)
             axes.spines[:].set_visible(False)
-            for line in range(keys):
-                edge = line == 0 or line == keys - 1 or blocks[line] != blocks[line - 1]
-                width, color = (2.0, "#ffffff") if edge else (0.4, "#ffffff")
-                axes.axhline(line - 0.5, color=color, linewidth=width)
-                axes.axvline(line + 0.5, color=color, linewidth=width)
+            lines = np.arange(keys)
+            widths = np.where(np.diff(blocks, prepend=0, append=blocks[-1] + 1) > 0, 2.0, 0.4)
+            axes.hlines(lines - 0.5, -0.5, keys - 0.5, colors="#ffffff", linewidths=widths)
+            axes.vlines(lines + 0.5, -0.5, keys - 1.5, colors="#ffffff", linewidths=widths)
             axes.set_xlabel("token that is seen (position)", fontsize=10)
             if seen is strict:
                 axes.set_ylabel("token to predict (position)", fontsize=10)
@@ -216,36 +213,49 @@ def masks() -> bytes:
     return _png(figure)
 
 
-def _example_steps(config: Config) -> list[tuple[str, int]]:
-    """(phase, step) of up to six steps whose orders are worth seeing."""
-    fractions = {"identity": (0.5,), "rising": (0.33, 0.95), "constant": (0.5,), "SBP": (0.3, 0.8)}
-    picked = []
+def _example_orders(config: Config) -> list[tuple[str, int, np.ndarray, np.ndarray]]:
+    """(phase, step, positions [N], blocks [N]) of up to six orders as training draws them, and worth seeing."""
+    draw = jax.jit(lambda step: training_step.draw_order(config, step, config.model.max_length))
+    fractions = {"identity": (0.5,), "rising": (0.33, 0.95), "constant": (0.5,)}
+    examples = []
     for name, start, stop in phases(config):
-        for fraction in fractions.get(name, (0.1, 0.4, 0.7)):
+        varied = name in ("SBP", "strided")  # S changes from step to step: look at several for two that differ
+        found = {}
+        for fraction in np.linspace(0.1, 0.9, 9) if varied else fractions.get(name, (0.1, 0.4, 0.7)):
             step = start + int(fraction * (stop - start))
-            if (name, step) not in picked:
-                picked.append((name, step))
-    return picked
+            drawn = draw(step)
+            positions, blocks = np.asarray(drawn.positions_BN[0]), np.asarray(drawn.block_BN[0])
+            found.setdefault(int(blocks[-1]) if varied else step, (name, step, positions, blocks))
+        kept = [found[key] for key in sorted(found)[: 2 if varied else None]]
+        examples += sorted(kept, key=lambda example: example[1])
+    return examples
 
 
 @_styled
 def curriculum(config: Config) -> bytes:
     """Shuffled tokens k over the steps, and below it orders that training draws at a few of them."""
     length, total = config.model.max_length, config.training.num_steps
-    examples = _example_steps(config)
+    examples = _example_orders(config)
     rows = math.ceil(len(examples) / 3)
-    figure = _figure(9, 3.4 + 3.0 * rows)
-    upper, lower = figure.subfigures(2, 1, height_ratios=[3.2, 3.0 * rows], hspace=0.04)
+    height = 3.2 if config.order.kind == "progressive" else 1.5
+    figure = _figure(9, height + 0.2 + 3.0 * rows)
+    upper, lower = figure.subfigures(2, 1, height_ratios=[height, 3.0 * rows], hspace=0.04)
     axes = upper.subplots()
     _shade_phases(axes, config, total)
-    steps = np.unique(np.concatenate([np.linspace(0, total - 1, 400).astype(int), [s for _, s in examples]]))
+    steps = np.unique(np.concatenate([np.linspace(0, total - 1, 400).astype(int), [e[1] for e in examples]]))
     if config.order.kind == "progressive":
         base = steps[steps < phases_end(config)]
-        axes.plot(base, np.asarray(order.num_permuted(config.order, jnp.asarray(base))), color=BLUE, linewidth=2.5)
+        axes.plot(
+            base,
+            np.asarray(order.num_permuted(config.order, jnp.asarray(base))),
+            color=BLUE,
+            linewidth=2.5,
+            drawstyle="steps-post",
+        )
         axes.set(ylabel="shuffled tokens k", ylim=(0, 1.25 * max(config.order.max_permuted, 1)))
     else:
         axes.set(yticks=[], ylim=(0, 1))
-    for number, (_, step) in enumerate(examples):
+    for number, (_, step, _, _) in enumerate(examples):
         axes.axvline(step, color=VERMILLION, linewidth=1, linestyle=":")
         axes.text(
             step, 0.93, "ABCDEFGHI"[number], transform=axes.get_xaxis_transform(), ha="center", va="top",
@@ -255,21 +265,22 @@ def curriculum(config: Config) -> bytes:
         streams = ", ".join(map(str, config.order.streams))
         axes.text(
             (phases_end(config) + total) / 2, 0.06, f"S from {streams}", transform=axes.get_xaxis_transform(),
-            ha="center", rotation=90 if config.order.sbp_steps < 0.12 * total else 0, color=GREEN,
+            ha="center", rotation=90 if config.order.sbp_steps < 0.12 * total else 0, color="#00664b",
+            bbox={"fc": _PHASE_COLORS["SBP"], "ec": "none", "pad": 1},
         )  # fmt: skip
     axes.set(xlabel="training step", xlim=(0, total))
     panels = np.atleast_1d(lower.subplots(rows, min(3, len(examples)), sharex=True, sharey=True, squeeze=False)).ravel()
-    draw = jax.jit(lambda step: training_step.draw_order(config, step, length))
     for number, panel in enumerate(panels):
         if number >= len(examples):
             panel.set_axis_off()
             continue
-        name, step = examples[number]
-        drawn = draw(step)
-        positions, blocks = np.asarray(drawn.positions_BN[0]), np.asarray(drawn.block_BN[0])
+        name, step, positions, blocks = examples[number]
         size = float(np.clip(6000 / length / 2, 3, 40))
         panel.scatter(np.arange(length), positions, c=blocks, cmap="viridis", s=size, linewidths=0)
-        panel.set_title(f"{'ABCDEFGHI'[number]}: step {step}, {name.replace('_', ' ')}", fontsize=11)
+        kind = name.replace("_", " ")
+        if kind in ("SBP", "strided"):  # the stream heads are the blocks of one token
+            kind += f", S = {int(np.sum(np.bincount(blocks) == 1)) if blocks[-1] < length else 1}"
+        panel.set_title(f"{'ABCDEFGHI'[number]}: step {step}, {kind}", fontsize=11)
         if number % 3 == 0:
             panel.set_ylabel("position in the text")
         if number + 3 >= len(examples):
@@ -286,24 +297,27 @@ def phases_end(config: Config) -> int:
 @_styled
 def samples(drawn: Sequence[dict[str, Any]]) -> bytes:
     """The text of each sample, every token on the colour of the network call that made it, and a strip of all calls."""
-    columns, max_lines, cell = 92, 9, 0.205  # characters a line, lines a sample, inches a line
+    from matplotlib.colors import to_rgb
+
+    columns, max_lines, cell = 92, 12, 0.205  # characters a line, lines a sample, inches a line
     laid_out = [_layout(sample["pieces"], sample["calls"], columns) for sample in drawn]
-    heights = [cell * min(max(len(lines), 1), max_lines) + 0.95 for lines in laid_out]
-    figure = _figure(9, sum(heights))
+    heights = [cell * min(max(len(lines), 1), max_lines) + 0.85 for lines in laid_out]
+    total = sum(heights) + 0.4
+    figure = _figure(9, total)
     figure.set_layout_engine("none")
-    top = sum(heights)
+    note = "Dark: made by an early network call, light: by a late one. The strip is the whole text, the lines its top."
+    figure.text(0.015, (total - 0.3) / total, note, fontsize=10)
+    top = total - 0.4
     for sample, lines, height in zip(drawn, laid_out, heights, strict=True):
         shown, calls = lines[:max_lines], np.asarray(sample["calls"])
         num_calls = max(int(sample["num_calls"]), 1)
         title = f"S = {sample['streams']}: {len(calls)} tokens in {sample['num_calls']} network calls"
-        figure.text(0.015, (top - 0.3) / sum(heights), title, fontweight="bold")
-        strip = figure.add_axes((0.015, (top - 0.55) / sum(heights), 0.97, 0.16 / sum(heights)))
-        from matplotlib.colors import to_rgb
-
+        figure.text(0.015, (top - 0.3) / total, title, fontweight="bold")
+        strip = figure.add_axes((0.015, (top - 0.55) / total, 0.97, 0.16 / total))
         strip.imshow([[to_rgb(call_color(int(call), num_calls)) for call in calls]], aspect="auto")
         strip.set_axis_off()
         depth = cell * max(len(shown), 1)
-        axes = figure.add_axes((0.015, (top - 0.62 - depth) / sum(heights), 0.97, depth / sum(heights)))
+        axes = figure.add_axes((0.015, (top - 0.62 - depth) / total, 0.97, depth / total))
         axes.set(xlim=(0, columns), ylim=(max(len(shown), 1), 0))
         axes.set_axis_off()
         for row, line in enumerate(shown):
@@ -362,9 +376,10 @@ def bits(rows: Sequence[tuple[str, float]], xz: float | None, unit: str) -> byte
     figure = _figure(8, 0.9 + 0.48 * len(rows))
     axes = figure.subplots()
     colors = [BLUE if name.startswith("left") else SKY for name, _ in rows]
-    bars = axes.barh([name for name, _ in rows], [value for _, value in rows], color=colors, height=0.65)
-    axes.bar_label(bars, fmt="%.3f", padding=4)
+    axes.barh([name for name, _ in rows], [value for _, value in rows], color=colors, height=0.65)
     top = max([value for _, value in rows] + ([xz] if xz else []))
+    for row, ((_, value), color) in enumerate(zip(rows, colors, strict=True)):
+        axes.text(0.015 * top, row, f"{value:.3f}", va="center", color=ink_on(color), fontweight="bold")
     if xz:
         axes.axvline(xz, color=VERMILLION, linestyle="--", linewidth=2)
         axes.text(xz, -0.62, f" xz: {xz:.3f}", color=VERMILLION, va="bottom", fontweight="bold")

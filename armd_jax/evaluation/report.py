@@ -36,8 +36,9 @@ figcaption, .note { color: #444; font-size: .92rem; }
 .missing { padding: .6rem .8rem; background: #f4f4f4; border-left: 4px solid #d55e00; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; margin: .6rem 0; }
-th, td { padding: .3rem .7rem; border-bottom: 1px solid #ddd; text-align: right; white-space: nowrap; }
-th:first-child, td:first-child { text-align: left; }
+th, td { padding: .3rem .6rem; border-bottom: 1px solid #ddd; text-align: right; white-space: nowrap; }
+th { white-space: normal; vertical-align: bottom; }
+th:first-child, td:first-child { text-align: left; white-space: normal; min-width: 8rem; }
 .text { padding: .5rem; border: 1px solid #ccc; border-radius: .4rem; white-space: pre-wrap; overflow-wrap: anywhere;
         font: .86rem/1.55 ui-monospace, Menlo, "DejaVu Sans Mono", monospace; }
 .legend { display: flex; align-items: center; gap: .5rem; flex-wrap: wrap; font-size: .9rem; margin: .3rem 0; }
@@ -234,7 +235,7 @@ def _quality(scores: dict[str, Any] | None, pictures: dict[str, bytes], where: s
     xz = scores.get("xz_bits_per_byte")
     pictures["bits.png"] = plots.bits([(name, score[field]) for name, score in rows], None if lossy else xz, unit)
     if scores.get("unigram"):
-        rows.append(("unigram model (counts of the training tokens)", scores["unigram"]))
+        rows.append(("unigram model", scores["unigram"]))
     cells = [
         [name, _bits(score), *(_number(score.get(field), digits) for field, digits in _SCORE_FIELDS)]
         for name, score in rows
@@ -253,10 +254,11 @@ _SCORE_FIELDS = (("nats_per_token", 4), ("perplexity_per_token", 2), ("perplexit
 
 
 def _timed(drawn: dict[str, Any] | None) -> list[dict[str, Any]]:
-    """The samples that hold what the speed table needs, fewest streams first."""
+    """One sample for each number of streams, of those that hold what the speed table needs; fewest streams first."""
     needed = ("streams", "num_calls", "tokens_per_second")
     samples = [s for s in (drawn or {}).get("samples", []) if all(s.get(name) for name in needed)]
-    return sorted(samples, key=lambda sample: sample["streams"])
+    first = {sample["streams"]: sample for sample in reversed(samples)}
+    return [first[streams] for streams in sorted(first)]
 
 
 def _speed(drawn: dict[str, Any] | None, pictures: dict[str, bytes], where: str) -> str:
@@ -290,7 +292,8 @@ def _samples(drawn: dict[str, Any] | None, pictures: dict[str, bytes], where: st
         return title + _missing("No samples yet", f"armd sample --run={where}")
     coloured = [sample for sample in samples if _has_calls(sample)]
     if coloured:
-        pictures["samples.png"] = plots.samples(coloured)
+        first = {sample["streams"]: sample for sample in reversed(coloured)}
+        pictures["samples.png"] = plots.samples([first[streams] for streams in sorted(first)])
     parts = [
         title,
         '<p class="note">The colour of a token tells which network call made it: dark tokens were written early, light'
@@ -303,7 +306,9 @@ def _samples(drawn: dict[str, Any] | None, pictures: dict[str, bytes], where: st
         parts.append(f"<h3>{streams} stream{'s' if streams != 1 else ''}{calls}</h3>{_coloured_text(sample)}")
     facts = [f"{name} {drawn[name]}" for name in ("temperature", "seed") if drawn.get(name) is not None]
     if facts:
-        parts.append(f'<p class="note">{html.escape(", ".join(facts))}; samples.png shows the same texts.</p>')
+        parts.append(
+            f'<p class="note">{html.escape(", ".join(facts))}; samples.png shows the first text of each kind.</p>'
+        )
     return "".join(parts)
 
 
