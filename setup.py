@@ -8,15 +8,13 @@ from setuptools import find_packages, setup
 ROOT = pathlib.Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "armd_jax/__init__.py").read_text())[1]
 REQUIREMENTS = [
-    line
-    for line in (ROOT / "requirements.txt").read_text().splitlines()
-    if line.strip() and not line.startswith("#")
+    line for line in (ROOT / "requirements.txt").read_text().splitlines() if line.strip() and not line.startswith("#")
 ]
 
 setup(
     name="armd-jax",
     version=VERSION,
-    description="Auto-Regressive Masked Diffusion language models in JAX: training, exact likelihoods, parallel sampling",
+    description="Auto-Regressive Masked Diffusion language models in JAX: training, likelihoods, parallel sampling",
     long_description=(ROOT / "README.md").read_text(),
     long_description_content_type="text/markdown",
     license="Apache-2.0",

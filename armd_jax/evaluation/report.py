@@ -7,16 +7,14 @@ samples.json). Only config.json has to be there: a section whose file is missing
 import base64
 import html
 import json
-import os
 import pathlib
 import shlex
-import tempfile
 from collections.abc import Sequence
 from typing import Any
 
 from armd_jax.config import Config, UserError, from_config_dict
 from armd_jax.evaluation import plots
-from armd_jax.training.metrics import read_rows
+from armd_jax.training.metrics import read_rows, write_atomically
 
 _CSS = """
 :root { color-scheme: light; }
@@ -74,8 +72,8 @@ def write(run: pathlib.Path) -> pathlib.Path:
     page = _page(run, config, rows, events, sections)
     try:
         for name, data in pictures.items():
-            _replace(run / name, data)
-        _replace(run / "report.html", page.encode("utf-8"))
+            write_atomically(run / name, data)
+        write_atomically(run / "report.html", page.encode("utf-8"))
     except OSError as error:
         raise UserError(f"{run}: the report cannot be written there: {error.strerror or error}") from error
     return run / "report.html"
@@ -111,19 +109,6 @@ def _read_lines(path: pathlib.Path) -> list[dict[str, Any]]:
         return [row for row in read_rows(path) if isinstance(row, dict) and isinstance(row.get("step"), int)]
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read: {error}") from error
-
-
-def _replace(path: pathlib.Path, data: bytes) -> None:
-    """Writes a file whole or not at all."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        pathlib.Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 def _page(
