@@ -7,6 +7,7 @@ did its job; 2 with one line `error: …` on stderr for a mistake in what the us
 import argparse
 import json
 import pathlib
+import shutil
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -132,9 +133,14 @@ def _train(args: argparse.Namespace, rest: Sequence[str]) -> int:
     from armd_jax.training import train
 
     print(f"resolved config:\n{values}", file=sys.stderr)
-    fresh = not (args.workdir / "config.json").exists()
-    params = _initial_params(config, args.workdir) if config.training.init_from and fresh else None
-    result = train.train(config, args.workdir, params)
+    existed, fresh = args.workdir.exists(), not (args.workdir / "config.json").exists()
+    try:
+        params = _initial_params(config, args.workdir) if config.training.init_from and fresh else None
+        result = train.train(config, args.workdir, params)
+    except UserError:
+        if not existed and not (args.workdir / "config.json").exists():  # no run yet, only data prepared just now
+            shutil.rmtree(args.workdir, ignore_errors=True)
+        raise
     done = {"workdir": str(args.workdir), "step": config.training.num_steps, "steps_done": result.steps_done}
     if not result.steps_done:
         return _print(args, done, f"{args.workdir}: all {config.training.num_steps} steps are done, nothing left to do")

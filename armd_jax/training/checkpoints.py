@@ -3,6 +3,7 @@
 import json
 import logging
 import pathlib
+import shutil
 from collections.abc import Callable
 from typing import Any
 
@@ -21,6 +22,7 @@ class Checkpointer:
     """The checkpoints of one workdir. Use as a context manager: leaving it waits for a save that was begun."""
 
     def __init__(self, workdir: pathlib.Path, config: Config, read_only: bool = False) -> None:
+        self._workdir, self._read_only = workdir, read_only
         training = config.training
         keep = [checkpoint_managers.LatestN(training.keep_checkpoints)]
         if training.keep_every:
@@ -59,27 +61,40 @@ class Checkpointer:
     def restore_newest(self, target: TrainState, on_skip: Callable[[int, str], None]) -> TrainState | None:
         """The newest checkpoint that can be read, into the shapes and shardings of `target`; None where there is none.
 
-        A damaged one is reported through on_skip(step, reason) and passed over.
+        A damaged one is reported through on_skip(step, reason) and passed over; unless reading only, it is moved to
+        `damaged/<step>` beside the checkpoints, so that the step can be saved again and retention counts good ones.
         Raises UserError where there are checkpoints but none can be read.
         """
         found = self.steps()
+        state, damaged = None, []
         for step in reversed(found):
             try:
-                restored = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(target)))
-                return restored.state
+                args = ocp.args.Composite(state=ocp.args.StandardRestore(target))
+                state = self._manager.restore(step, args=args).state
+                break
             except Exception as error:  # Orbax raises anything from KeyError to a bare Exception for damaged files
                 on_skip(step, f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
-        if found:
+                damaged.append(step)
+        if found and state is None:
             raise UserError(f"{self._manager.directory}: none of the checkpoints {found} can be read")
-        return None
+        if damaged and not self._read_only and jax.process_index() == 0:
+            aside = self._workdir / "damaged"
+            aside.mkdir(exist_ok=True)
+            for step in damaged:
+                shutil.rmtree(aside / str(step), ignore_errors=True)
+                shutil.move(self._workdir / "checkpoints" / str(step), aside / str(step))
+        if damaged:
+            self._manager.reload()
+        return state
 
 
 def read_config(run: pathlib.Path) -> Config:
     """The resolved config of a run directory. Raises UserError where there is none."""
     try:
-        return from_config_dict(json.loads((run / "config.json").read_text()))
-    except (OSError, json.JSONDecodeError) as error:
+        values = json.loads((run / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:  # ValueError: neither JSON nor UTF-8
         raise UserError(f"{run}: not a training run: config.json cannot be read ({error})") from error
+    return from_config_dict(values)
 
 
 def restore_for_inference(run: pathlib.Path, config: Config, mesh: Mesh | None = None) -> TrainState:

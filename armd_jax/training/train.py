@@ -70,6 +70,8 @@ def with_vocabulary(config: Config, data: PreparedData) -> Config:
 
 def check_continuation(old: Config, new: Config, workdir: pathlib.Path) -> None:
     """Raises UserError where `new` cannot continue the run of `old`, naming every field that differs."""
+    if not new.model.vocab_size:  # not resolved yet: it follows from the data, which are compared here
+        new = dataclasses.replace(new, model=dataclasses.replace(new.model, vocab_size=old.model.vocab_size))
     wrong = []
     for section in dataclasses.fields(Config):
         before, after = getattr(old, section.name), getattr(new, section.name)
@@ -98,9 +100,9 @@ def train(
     old = checkpoints.read_config(workdir) if (workdir / "config.json").exists() else None
     _check_writable(workdir)
     mesh = sharding.make_mesh(config.mesh)
-    data, config = prepare_data(config, workdir, progress)
     if old is not None:
         check_continuation(old, config, workdir)
+    data, config = prepare_data(config, workdir, progress)
     sharding.check_divisible(config, mesh)
 
     # --- state: the newest checkpoint, else given weights, else random ones ----------------------------------------

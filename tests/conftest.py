@@ -1,0 +1,59 @@
+"""Fixtures that several folders of tests share: a small corpus, and one trained smoke run."""
+
+import contextlib
+import json
+import os
+import pathlib
+import random
+from collections.abc import Iterator
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+import pytest
+
+from armd_jax import cli
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+_WORDS = "the a river stone light moves under over slowly quickly and or bird tree sees finds old new"
+
+
+@contextlib.contextmanager
+def _quick() -> Iterator[None]:
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
+@pytest.fixture(scope="module")
+def quick_compilation() -> Iterator[None]:
+    """Compiles without the costly passes: for toy models, where compiling takes longer than running."""
+    with _quick():
+        yield
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """A .jsonl file of 60 short documents, the same in every run."""
+    rng = random.Random(0)
+    file = tmp_path_factory.mktemp("corpus") / "text.jsonl"
+    documents = [" ".join(rng.choices(_WORDS.split(), k=rng.randint(20, 60))) + f".\n{n}\n" for n in range(60)]
+    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
+    return file
+
+
+@pytest.fixture(scope="session")
+def smoke_config() -> str:
+    """The `--config` of the run that `smoke_run` holds."""
+    return f"{ROOT / 'experiments' / 'quickstart.py'}:smoke"
+
+
+@pytest.fixture(scope="session")
+def smoke_run(tmp_path_factory: pytest.TempPathFactory, smoke_config: str, corpus: pathlib.Path) -> pathlib.Path:
+    """A finished run of the quickstart experiment in its smoke size, on the small corpus; its model never changes."""
+    workdir = tmp_path_factory.mktemp("smoke") / "run"
+    with _quick():
+        command = ["train", f"--config={smoke_config}", f"--workdir={workdir}", f"--config.data.path={corpus}"]
+        assert cli.main(command) == 0
+    return workdir

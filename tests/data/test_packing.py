@@ -1,0 +1,256 @@
+"""Packing: rows hold the documents' tokens and nothing else; a prepared folder is whole, unchanged and fitting."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from armd_jax.config import DataConfig, UserError
+from armd_jax.data import packing, tokenizers
+from armd_jax.data.corpora import open_corpus
+
+LENGTH = 32
+
+
+@pytest.fixture
+def config(tmp_path):
+    """200 short documents with characters of one to four bytes, as bytes, in shards of 7 rows."""
+    lines = (
+        json.dumps({"text": f"document {index}\n caf\u00e9 \U0001f600 " + "x " * (index % 13)}) for index in range(200)
+    )
+    (tmp_path / "text.jsonl").write_text("\n".join(lines))
+    return DataConfig(path=str(tmp_path / "text.jsonl"), tokenizer="bytes", shard_rows=7)
+
+
+def stream(prepared, split):
+    """All tokens of the split without the padding."""
+    rows = prepared.rows(split)
+    return np.concatenate([rows[index] for index in range(len(rows))])[: prepared.counts(split).tokens].tolist()
+
+
+@pytest.mark.parametrize("batch", [packing.BATCH_CHARACTERS, 100])
+def test_rows_are_the_documents_each_followed_by_end_of_text(config, tmp_path, monkeypatch, batch):
+    monkeypatch.setattr(packing, "BATCH_CHARACTERS", batch)
+    monkeypatch.setattr(tokenizers, "CHUNK", 16)
+    prepared = packing.prepare(config, LENGTH, tmp_path / "cache", progress=False)
+    corpus = open_corpus(config)
+    assert prepared.splits == ("train", "valid", "test")
+    for split in prepared.splits:
+        documents = list(corpus.documents(split))
+        assert stream(prepared, split) == [token for text in documents for token in [*text.encode(), 256]]
+        counts = prepared.counts(split)
+        num_bytes = sum(len(text.encode()) for text in documents)
+        assert (counts.documents, counts.bytes) == (len(documents), num_bytes)
+        assert counts.tokens == num_bytes + len(documents)
+        assert counts.words == sum(len(text.split()) + 1 for text in documents)
+        assert counts.rows == prepared.num_rows(split) == len(prepared.rows(split)) == -(-counts.tokens // LENGTH)
+        last = prepared.rows(split)[counts.rows - 1]
+        assert last.dtype == np.int32 and last.shape == (LENGTH,)
+        assert (last[counts.tokens - LENGTH * counts.rows :] == 256).all()
+    assert len(prepared.manifest["splits"]["train"]["shards"]) > 5
+    with pytest.raises(IndexError):
+        prepared.rows("train")[prepared.num_rows("train")]
+    with pytest.raises(UserError, match="no 'dev' split"):
+        prepared.rows("dev")
+
+
+def test_long_document_keeps_its_end_across_batches(tmp_path, monkeypatch):
+    monkeypatch.setattr(packing, "BATCH_CHARACTERS", 40)
+    monkeypatch.setattr(tokenizers, "CHUNK", 16)
+    text = "words and words\n" * 200
+    (tmp_path / "a.txt").write_text(text)
+    config = DataConfig(path=str(tmp_path / "a.txt"), vocab_size=300, valid_fraction=0.0, test_fraction=0.0)
+    prepared = packing.prepare(config, LENGTH, tmp_path / "cache", progress=False)
+    assert stream(prepared, "train") == [*prepared.tokenizer.encode(text), prepared.tokenizer.end_of_text]
+
+
+def test_trained_tokenizer_has_seen_the_train_split_only(config, tmp_path):
+    config = dataclasses.replace(config, tokenizer="sentencepiece", vocab_size=320)
+    prepared = packing.prepare(config, LENGTH, tmp_path / "cache", progress=False)
+    alone = tokenizers.train_sentencepiece(open_corpus(config).documents("train"), 320)
+    assert prepared.tokenizer.hash == alone.hash and prepared.tokenizer.lossless
+
+
+def test_large_vocabularies_take_four_bytes(tmp_path):
+    (tmp_path / "words").mkdir()
+    words = ["[UNK]", "[SEP]", *(f"w{index}" for index in range(70_000))]
+    (tmp_path / "words" / "vocab.txt").write_text("\n".join(words))
+    (tmp_path / "a.txt").write_text("w69999 w3 " * 50)
+    config = DataConfig(
+        path=str(tmp_path / "a.txt"), tokenizer=str(tmp_path / "words"), valid_fraction=0.0, test_fraction=0.0
+    )
+    prepared = packing.prepare(config, 10, tmp_path / "cache", progress=False)
+    assert prepared.manifest["dtype"] == "<u4" and prepared.rows("train")[0].tolist() == [70_001, 5] * 5
+
+
+def test_second_call_loads_what_is_there_and_other_requests_get_other_folders(config, tmp_path, monkeypatch):
+    first = packing.prepare(config, LENGTH, tmp_path / "cache", progress=False)
+    others = [
+        packing.prepare(config, 16, tmp_path / "cache", progress=False),
+        packing.prepare(dataclasses.replace(config, test_fraction=0.1), LENGTH, tmp_path / "cache", progress=False),
+        packing.prepare(
+            dataclasses.replace(config, tokenizer="sentencepiece", vocab_size=300),
+            LENGTH, tmp_path / "cache", progress=False,
+        ),
+    ]  # fmt: skip
+    assert len({prepared.folder for prepared in [first, *others]}) == 4
+    monkeypatch.setattr(packing, "_build", None)
+    again = packing.prepare(config, LENGTH, tmp_path / "cache", progress=False)
+    assert again.folder == first.folder and again.manifest == first.manifest
+
+
+@pytest.mark.parametrize("damage", ["missing", "truncated", "flipped", "emptied", "replaced"])
+def test_damaged_shard_is_found(config, tmp_path, damage):
+    prepared = packing.prepare(config, LENGTH, tmp_path / "cache", progress=False)
+    shard, other = (prepared.folder / f"train-0000{index}.array_record" for index in (1, 2))
+    content = shard.read_bytes()
+    if damage == "missing":
+        shard.unlink()
+    elif damage == "truncated":
+        shard.write_bytes(content[: len(content) // 2])
+    elif damage == "flipped":
+        shard.write_bytes(content[:200] + bytes([content[200] ^ 1]) + content[201:])
+    elif damage == "emptied":
+        shard.write_bytes(b"")
+    else:
+        shard.write_bytes(other.read_bytes())
+    for open_it in (lambda: packing.load(prepared.folder), lambda: packing.prepare(config, LENGTH, tmp_path / "cache")):
+        with pytest.raises(UserError, match=r"train-00001.array_record: this shard is (missing|damaged)"):
+            open_it()
+
+
+def test_damaged_manifest_or_tokenizer_is_found(config, tmp_path):
+    config = dataclasses.replace(config, tokenizer="sentencepiece", vocab_size=300)
+    folder = packing.prepare(config, LENGTH, tmp_path / "cache", progress=False).folder
+    manifest = json.loads((folder / "manifest.json").read_text())
+
+    def with_manifest(text, message):
+        (folder / "manifest.json").write_text(text)
+        with pytest.raises(UserError, match=message):
+            packing.load(folder)
+
+    with_manifest("{", "damaged manifest")
+    with_manifest(json.dumps(manifest | {"format": 99}), "format 99")
+    with_manifest(json.dumps({"format": 1}), "has no dtype")
+    changed = json.loads(json.dumps(manifest))
+    changed["splits"]["train"]["tokens"] += 2 * LENGTH
+    with_manifest(json.dumps(changed), "contradict")
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    packing.load(folder)
+    other = tokenizers.train_sentencepiece(["another text altogether"], 300)
+    other.save(folder / "tokenizer")
+    with pytest.raises(UserError, match="tokenizer's hash"):
+        packing.load(folder)
+    (folder / "manifest.json").unlink()
+    with pytest.raises(UserError, match="manifest.json is missing"):
+        packing.load(folder)
+
+
+def test_config_that_does_not_fit_names_the_field(config, tmp_path):
+    folder = packing.prepare(config, LENGTH, tmp_path / "cache", progress=False).folder
+    assert packing.load(folder, config, LENGTH).length == LENGTH
+    (tmp_path / "other.jsonl").write_text((tmp_path / "text.jsonl").read_text().replace("document", "Document"))
+    for changed, message in (
+        ({"path": str(tmp_path / "other.jsonl")}, "another corpus than data.path"),
+        ({"valid_fraction": 0.2}, "data.valid_fraction"),
+        ({"tokenizer": "sentencepiece"}, "data.tokenizer"),
+    ):
+        with pytest.raises(UserError, match=message):
+            packing.load(folder, dataclasses.replace(config, **changed))
+    with pytest.raises(UserError, match="row length 32, but the config asks for 64"):
+        packing.load(folder, length=64)
+    (tmp_path / "text.jsonl").write_text((tmp_path / "other.jsonl").read_text())
+    with pytest.raises(UserError, match="content has changed"):
+        packing.load(folder, config)
+
+
+def test_interrupted_preparation_leaves_nothing(config, tmp_path, monkeypatch):
+    def stop_after_train(corpus, split, *rest):
+        if split == "valid":
+            raise KeyboardInterrupt
+        return write_split(corpus, split, *rest)
+
+    write_split = packing._write_split
+    monkeypatch.setattr(packing, "_write_split", stop_after_train)
+    with pytest.raises(KeyboardInterrupt):
+        packing.prepare(config, LENGTH, tmp_path / "work" / "cache", progress=False)
+    assert not (tmp_path / "work").exists()
+    monkeypatch.undo()
+    assert packing.prepare(config, LENGTH, tmp_path / "work" / "cache", progress=False).splits[-1] == "test"
+
+
+def test_killed_preparation_is_not_reused(config, tmp_path):
+    program = (
+        "import os, sys\n"
+        "from armd_jax.config import DataConfig\n"
+        "from armd_jax.data import packing\n"
+        "packing.PreparedData  # killed when everything but the manifest is written\n"
+        "packing.json.dumps = lambda *a, **k: os._exit(9)\n"
+        "packing.prepare(DataConfig(**eval(sys.argv[1])), int(sys.argv[2]), sys.argv[3], progress=False)\n"
+    )
+    arguments = [repr(dataclasses.asdict(config)), str(LENGTH), str(tmp_path / "cache")]
+    assert subprocess.run([sys.executable, "-c", program, *arguments]).returncode == 9
+    left = list((tmp_path / "cache").iterdir())
+    assert len(left) == 1 and left[0].name.startswith(".")
+    with pytest.raises(UserError, match="no prepared data"):
+        packing.load(left[0])
+    assert packing.prepare(config, LENGTH, tmp_path / "cache", progress=False).folder not in left
+
+
+def test_process_that_comes_second_takes_the_winners_folder(config, tmp_path, monkeypatch):
+    def write_late(*arguments):
+        monkeypatch.undo()
+        packing.prepare(config, LENGTH, tmp_path / "cache", progress=False)
+        write(*arguments)
+
+    write = packing._write
+    monkeypatch.setattr(packing, "_write", write_late)
+    prepared = packing.prepare(config, LENGTH, tmp_path / "cache", progress=False)
+    assert list((tmp_path / "cache").iterdir()) == [prepared.folder]
+
+
+def test_bad_corpora_and_places_leave_nothing(config, tmp_path):
+    (tmp_path / "blank.txt").write_text(" \n\n")
+    (tmp_path / "short.txt").write_text("too short for one row\n")
+    (tmp_path / "splits").mkdir()
+    (tmp_path / "splits" / "train.txt").write_text("enough text " * 50)
+    (tmp_path / "splits" / "valid.txt").write_text("\n")
+    (tmp_path / "bad.jsonl").write_text('{"text": "%s"}\n{' % ("long enough " * 50))
+    no_split = {"valid_fraction": 0.0, "test_fraction": 0.0}
+    for changed, message in (
+        ({"path": str(tmp_path / "missing")}, "no such file"),
+        ({"path": str(tmp_path / "blank.txt")}, "no text for the train split"),
+        ({"path": str(tmp_path / "short.txt")} | no_split, "23 training tokens are fewer than the 32 of one row"),
+        ({"path": str(tmp_path / "splits")}, "no text for the valid split"),
+        ({"path": str(tmp_path / "bad.jsonl")} | no_split, "line 2: not valid JSON"),
+        ({"path": str(tmp_path / "blank.txt"), "tokenizer": "sentencepiece"}, "no text"),
+        ({"tokenizer": str(tmp_path / "missing")}, "neither a kind"),
+    ):
+        for prepare in (packing.prepare, packing.prepare_into):
+            with pytest.raises(UserError, match=message):
+                prepare(dataclasses.replace(config, **changed), LENGTH, tmp_path / "new" / "cache", progress=False)
+            assert not (tmp_path / "new").exists()
+    with pytest.raises(UserError, match="cannot write prepared data"):
+        packing.prepare(config, LENGTH, tmp_path / "short.txt" / "cache", progress=False)
+
+
+def test_prepare_into_a_folder(config, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    prepared = packing.prepare_into(config, LENGTH, out, progress=False)
+    assert prepared.folder == out and stream(prepared, "test")
+    assert packing.prepare_into(config, LENGTH, out, progress=False).manifest == prepared.manifest
+    with pytest.raises(UserError, match="row length"):
+        packing.prepare_into(config, 64, out, progress=False)
+    for place in (tmp_path, tmp_path / "text.jsonl"):
+        with pytest.raises(UserError, match="holds no prepared data|is a file"):
+            packing.prepare_into(config, LENGTH, place, progress=False)
+
+
+def test_progress_goes_to_stderr(config, tmp_path, capfd):
+    packing.prepare(config, LENGTH, tmp_path / "cache")
+    out, err = capfd.readouterr()
+    assert "preparing train" in err and out == ""

@@ -1,0 +1,196 @@
+"""Tokenizers: lossless kinds give back every string, no user text becomes end-of-text, files survive save and load."""
+
+import json
+
+import pytest
+import sentencepiece
+import tokenizers as library
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from armd_jax.config import DataConfig, UserError
+from armd_jax.data import tokenizers
+from armd_jax.data.corpora import open_corpus
+
+LOSSLESS = ("sentencepiece", "bpe", "bytes")
+HOSTILE = ["</s>", "<|endoftext|>", "[SEP]", "<s>", "<unk>", "<0x41>", "\u2581", "a\u2581\u2581 b", " \u2581 ", "\0"]
+HOSTILE += [
+    "  two  spaces  ",
+    "\n\n\n",
+    "\t\r\n",
+    "\n    indented",
+    "e\u0301 \u00c5 \ufb01",
+    "\U0001f600\ufe0f",
+    "\ufeff",
+    "",
+]
+WORDS = ["[PAD]", "[UNK]", "[SEP]", "hello", "world", "##s", "cafe", ",", "!", "[", "]", "sep"]
+
+
+@pytest.fixture(scope="module")
+def corpus():
+    return open_corpus(DataConfig())
+
+
+@pytest.fixture(scope="module")
+def bpe_folder(corpus, tmp_path_factory):
+    """A small vocabulary in GPT-2's two files, made by the library's own trainer."""
+    folder = tmp_path_factory.mktemp("bpe")
+    trained = library.ByteLevelBPETokenizer(add_prefix_space=False)
+    trained.train_from_iterator(
+        list(corpus.documents("valid")), 600, special_tokens=["<|endoftext|>"], show_progress=False
+    )
+    trained.save_model(str(folder))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def kinds(corpus, bpe_folder, tmp_path_factory):
+    words = tmp_path_factory.mktemp("wordpiece")
+    (words / "vocab.txt").write_text("\n".join(WORDS) + "\n")
+    return {
+        "sentencepiece": tokenizers.train_sentencepiece(corpus.documents("train"), 1024),
+        "bpe": tokenizers.load(bpe_folder),
+        "bytes": tokenizers.BytesTokenizer(),
+        "wordpiece": tokenizers.load(words),
+    }
+
+
+@pytest.mark.parametrize("kind", LOSSLESS)
+def test_every_held_out_document_comes_back(kinds, corpus, kind):
+    documents = [text for split in ("valid", "test") for text in corpus.documents(split)]
+    encoded = kinds[kind].encode_batch(documents)
+    assert [kinds[kind].decode(ids) for ids in encoded] == documents
+    assert [kinds[kind].encode(text) for text in documents[:3]] == encoded[:3]
+
+
+@pytest.mark.parametrize("kind", LOSSLESS)
+@settings(max_examples=150, deadline=None, database=None)
+@given(text=st.text() | st.lists(st.sampled_from([*HOSTILE, "word", " ", "\n"])).map("".join))
+def test_every_string_comes_back_and_is_never_end_of_text(kinds, kind, text):
+    tokenizer = kinds[kind]
+    ids = tokenizer.encode(text)
+    assert tokenizer.lossless and tokenizer.decode(ids) == text
+    assert tokenizer.end_of_text not in ids and all(0 <= token < tokenizer.vocab_size for token in ids)
+
+
+@pytest.mark.parametrize("kind", [*LOSSLESS, "wordpiece"])
+def test_no_user_text_becomes_end_of_text(kinds, kind):
+    tokenizer = kinds[kind]
+    for text in HOSTILE:
+        assert tokenizer.end_of_text not in tokenizer.encode(text)
+    assert tokenizer.decode([tokenizer.end_of_text]) == ""
+
+
+@pytest.mark.parametrize("kind", [*LOSSLESS, "wordpiece"])
+def test_chunks_join_to_the_same_ids(kinds, corpus, kind, monkeypatch):
+    """Long documents are encoded in parts: the ids must not know."""
+    monkeypatch.setattr(tokenizers, "CHUNK", 50)
+    tokenizer = kinds[kind]
+    for text in [*list(corpus.documents("test"))[:5], "a \n\n  b\n" * 200, " " * 500, "x" * 500, "\n" * 300]:
+        chunks = list(tokenizer.chunks(text))
+        assert "".join(chunks) == text and (len(chunks) > 2 or len(set(text)) == 1)
+        assert sum(tokenizer.encode_batch(chunks), []) == tokenizer.encode(text)
+
+
+@pytest.mark.parametrize("kind", [*LOSSLESS, "wordpiece"])
+def test_saved_folder_is_the_same_tokenizer(kinds, kind, tmp_path):
+    tokenizer = kinds[kind]
+    tokenizer.save(tmp_path / "saved")
+    again = tokenizers.load(tmp_path / "saved")
+    for field in ("kind", "hash", "vocab_size", "end_of_text", "lossless"):
+        assert getattr(again, field) == getattr(tokenizer, field)
+    assert again.encode("Hello, worlds!") == tokenizer.encode("Hello, worlds!")
+    assert len({other.hash for other in kinds.values()}) == len(kinds)
+
+
+def test_wordpiece_lowercases_and_says_that_it_is_lossy(kinds):
+    tokenizer = kinds["wordpiece"]
+    assert tokenizer.encode("Hello, Caf\u00e9 worlds!") == [3, 7, 6, 4, 5, 8]
+    assert tokenizer.decode(tokenizer.encode("Hello WORLDS")) == "hello worlds"
+    assert not tokenizer.lossless and tokenizer.end_of_text == WORDS.index("[SEP]")
+
+
+def test_token_text_shows_characters(kinds):
+    for kind in LOSSLESS:
+        tokenizer = kinds[kind]
+        assert "".join(map(tokenizer.token_text, tokenizer.encode("The end\n of"))) == "The end\n of"
+        assert all(isinstance(tokenizer.token_text(token), str) for token in range(tokenizer.vocab_size))
+    assert kinds["sentencepiece"].token_text(kinds["sentencepiece"].encode("\t")[0]) == "<0x09>"
+
+
+def test_broken_characters_decode_to_replacements(kinds):
+    for kind in LOSSLESS:
+        ids = kinds[kind].encode("\U0001f600")
+        assert "\ufffd" in kinds[kind].decode(ids[:-1])
+
+
+def test_training_is_repeatable_and_compresses(kinds, corpus):
+    again = tokenizers.train_sentencepiece(corpus.documents("train"), 1024)
+    assert again.hash == kinds["sentencepiece"].hash and again.vocab_size == 1024
+    text = "".join(corpus.documents("valid"))
+    assert len(again.encode(text)) < 0.45 * len(text.encode())
+
+
+def test_training_text_is_thinned_evenly(monkeypatch):
+    monkeypatch.setattr(tokenizers, "TRAINING_BYTES", 1000)
+    lines = tokenizers._sample_lines(f"{index:09d}\n" for index in range(10_000))
+    steps = {int(b) - int(a) for a, b in zip(lines, lines[1:], strict=False)}
+    assert sum(map(len, lines)) <= 1000 and len(steps) == 1 and int(lines[-1]) > 9000
+
+
+def test_vocabulary_larger_than_the_text_shrinks_and_one_too_small_is_an_error(corpus):
+    small = tokenizers.train_sentencepiece(["hello world, hello there"] * 3, 5000)
+    assert 256 < small.vocab_size < 400 and small.decode(small.encode("caf\u00e9 \u2581")) == "caf\u00e9 \u2581"
+    with pytest.raises(UserError, match=r"data.vocab_size=270: .* alone need \d+"):
+        tokenizers.train_sentencepiece(corpus.documents("valid"), 270)
+
+
+def test_sentencepiece_model_that_normalises_is_found_lossy(tmp_path):
+    with (tmp_path / "other.model").open("wb") as model:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(["some words to train on"] * 9), model_writer=model, vocab_size=40,
+            hard_vocab_limit=False, minloglevel=2,
+        )  # fmt: skip
+    tokenizer = tokenizers.load(tmp_path)
+    assert not tokenizer.lossless
+    assert list(tokenizer.chunks("words " * 50_000)) == ["words " * 50_000]  # a prefix may be added: never cut
+
+
+def test_load_says_what_is_wrong(tmp_path, bpe_folder):
+    with pytest.raises(UserError, match="neither a kind .* nor a folder"):
+        tokenizers.load(tmp_path / "missing")
+    with pytest.raises(UserError, match=r"looked for vocab.json \+ merges.txt .* vocab.txt .*\*\.model"):
+        tokenizers.load(tmp_path)
+
+    def folder(name, **files):
+        (tmp_path / name).mkdir()
+        for file, content in files.items():
+            (tmp_path / name / file.replace("__", ".")).write_bytes(content)
+        return tmp_path / name
+
+    merges, vocab = (bpe_folder / "merges.txt").read_bytes(), (bpe_folder / "vocab.json").read_bytes()
+    without_end = json.loads(vocab)
+    without_end["not an end"] = without_end.pop("<|endoftext|>")
+    for broken, message in (
+        (folder("a", tokenizer__model=b"junk"), "not a sentencepiece model"),
+        (folder("b", vocab__json=b"{", merges__txt=merges), "cannot be read"),
+        (folder("c", vocab__json=b'{"a": 5, "<|endoftext|>": 0}', merges__txt=b""), "are not 0 .. 1"),
+        (folder("d", vocab__json=json.dumps(without_end).encode(), merges__txt=merges), r"no <\|endoftext\|>"),
+        (folder("e", vocab__txt=b"[UNK]\nhello\n"), r"no \[SEP\]"),
+        (folder("f", tokenizer_config__json=b'{"kind": "bytes"}', vocab__txt=b"[UNK]\n[SEP]\n"), "says kind 'bytes'"),
+    ):
+        with pytest.raises(UserError, match=message):
+            tokenizers.load(broken)
+
+
+def test_request_tells_tokenizers_apart(bpe_folder):
+    asked = [
+        DataConfig(),
+        DataConfig(vocab_size=99),
+        DataConfig(tokenizer="bytes"),
+        DataConfig(tokenizer=str(bpe_folder)),
+    ]
+    assert len({tokenizers.request(config) for config in asked}) == 4
+    with pytest.raises(UserError, match="data.tokenizer='sentencepeace'"):
+        tokenizers.request(DataConfig(tokenizer="sentencepeace"))

@@ -1,0 +1,259 @@
+"""The report page: self-contained, truthful about its numbers and colours, whole or absent."""
+
+import json
+import pathlib
+import re
+
+import numpy as np
+import pytest
+
+from armd_jax.config import Config, ModelConfig, OrderConfig, TrainingConfig, UserError, to_json
+from armd_jax.evaluation import plots, report
+
+PNGS = ("bits.png", "curriculum.png", "loss.png", "masks.png", "samples.png", "speed.png")
+LENGTH = 16
+
+
+def _config(**order) -> Config:
+    schedule = dict(ar_steps=10, permute_steps=25, max_permuted=4, streams=(1, 4), sbp_steps=10) | order
+    return Config(
+        model=ModelConfig(max_length=LENGTH),
+        order=OrderConfig(**schedule),
+        training=TrainingConfig(num_steps=40, batch_size=2),
+    )
+
+
+def _scores(bits: float) -> dict:
+    return {
+        "nats_per_token": bits * 2,
+        "perplexity_per_token": np.exp(bits * 2),
+        "perplexity_per_word": np.exp(bits * 5),
+        "bits_per_byte": bits,
+    }
+
+
+def _evaluation() -> dict:
+    return {
+        "split": "test",
+        "documents": 3,
+        "bytes": 9000,
+        "tokens": 2500,
+        "words": 1234,
+        "lossless": True,
+        "left_to_right": _scores(1.7531),
+        "random_orders": {**_scores(2.1049), "draws": 4},
+        "strided": {"2": _scores(1.771), "4": _scores(1.812), "8": _scores(1.956)},
+        "unigram": _scores(4.321),
+        "xz_bits_per_byte": 1.8412,
+    }
+
+
+def _sample(streams: int) -> dict:
+    depth = LENGTH // streams
+    calls = [streams + i % depth if i % depth else i // depth + 1 for i in range(LENGTH)]
+    pieces = ["a", " b", "\n", "  c", "<script>alert('&')</script>", "$x$ é", *"defghijklm"]
+    rate = 100.0 * streams**0.5
+    sample = {"streams": streams, "num_calls": streams + depth - 1, "tokens_per_second": rate, "calls": calls}
+    return {**sample, "text": "".join(pieces), "pieces": pieces}
+
+
+def _write_json(path: pathlib.Path, values: dict) -> None:
+    path.write_text(json.dumps(values), encoding="utf-8")
+
+
+@pytest.fixture
+def run(tmp_path: pathlib.Path) -> pathlib.Path:
+    """A run's folder before its report."""
+    return _make_run(tmp_path / "tiny")
+
+
+@pytest.fixture(scope="module")
+def reported(tmp_path_factory) -> pathlib.Path:
+    """A run's folder after its report, all pictures really drawn."""
+    folder = _make_run(tmp_path_factory.mktemp("reported") / "tiny")
+    assert report.write(folder) == folder / "report.html"
+    return folder
+
+
+def _make_run(folder: pathlib.Path) -> pathlib.Path:
+    folder.mkdir()
+    (folder / "config.json").write_text(to_json(_config()))
+    rows = [
+        {"step": s, "train/nll": 5 - s / 20, "train/loss": 5 - s / 20, "train/learning_rate": 1e-3} for s in range(41)
+    ]
+    rows += [{"step": s, "eval/nll": 5.1 - s / 20, "eval/perplexity": 20.0} for s in (20, 40)]
+    lines = [json.dumps(row) for row in rows] + ['{"step": 41, "train/n']
+    (folder / "metrics.jsonl").write_text("\n".join(lines))
+    events = [{"event": "start", "step": 0}, {"event": "resume", "step": 20}, {"event": "end", "step": 40}]
+    (folder / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+    _write_json(folder / "eval.json", _evaluation())
+    samples = [_sample(streams) for streams in (1, 2, 4, 8)]
+    header = {"length": LENGTH, "batch": 1, "temperature": 1.0, "seed": 0, "hardware": "a <small> machine"}
+    _write_json(folder / "samples.json", {**header, "samples": samples})
+    return folder
+
+
+def _spans(page: str, sample: int) -> list[tuple[str, str]]:
+    """(background, title) of every token of the n-th sample on the page."""
+    text = re.findall(r'<div class="text">(.*?)</div>', page, flags=re.DOTALL)[sample]
+    return re.findall(r'<span style="background:(#[0-9a-f]{6});color:#[0-9a-f]{6}" title="([^"]*)">', text)
+
+
+def test_page_is_complete_and_self_contained(reported):
+    page = (reported / "report.html").read_text(encoding="utf-8")
+
+    # Every picture but samples.png, whose texts stand on the page as text.
+    links = re.findall(r'(?:src|href)="?([^">]{0,40})', page)
+    assert len(links) == len(PNGS) - 1 and all(link.startswith("data:image/png;base64,") for link in links)
+    assert "url(" not in page and "@import" not in page and "<link" not in page
+    for number in ("1.753", "1.841", "2.105", "1.771", "1.812", "1.956", "4.321", "1,234", "×2.83", "×1.41", "283"):
+        assert number in page, number
+    for facts in ("40 of 40 training steps, resumed 1 time", "<td>16</td>", "<td>9</td>", "<td>7</td>"):
+        assert facts in page, facts
+    assert "a &lt;small&gt; machine" in page
+    assert 'class="missing"' not in page
+
+    assert "<script" not in page
+    assert ">&lt;script&gt;alert(&#x27;&amp;&#x27;)&lt;/script&gt;</span>" in page
+    assert ">\n</span>" in page and ">  c</span>" in page  # as written: the style keeps white space
+    assert "white-space: pre-wrap" in page
+
+
+def test_pictures_are_not_blank(reported):
+    from matplotlib.image import imread
+
+    for name in PNGS:
+        pixels = imread(reported / name)
+        assert min(pixels.shape[:2]) > 150, name
+        assert pixels[..., :3].std() > 0.05, name
+    assert not [path for path in reported.iterdir() if path.name.startswith(".")]
+
+
+def test_colours_follow_network_calls(reported):
+    page = (reported / "report.html").read_text(encoding="utf-8")
+    for index, streams in enumerate((1, 2, 4, 8)):
+        sample, spans = _sample(streams), _spans(page, index)
+        assert [title for _, title in spans] == [f"call {c} of {sample['num_calls']}" for c in sample["calls"]]
+        pairs = {(color, call) for (color, _), call in zip(spans, sample["calls"], strict=True)}
+        assert len(pairs) == len({c for c, _ in pairs}) == len({c for _, c in pairs}) == sample["num_calls"]
+
+
+def test_prompt_tokens_are_grey(run, monkeypatch):
+    _skip_slow_pictures(monkeypatch)
+    sample = _sample(1)
+    sample.update(calls=[0, 0, *range(1, LENGTH - 1)], num_calls=LENGTH - 2)
+    _write_json(run / "samples.json", {"samples": [sample]})
+    spans = _spans(report.write(run).read_text(encoding="utf-8"), 0)
+    assert spans[:2] == [(plots.GIVEN, "given as prompt")] * 2
+    assert plots.GIVEN not in [color for color, _ in spans[2:]]
+
+
+def test_colours_are_readable_and_distinct_for_many_calls():
+    colors = [plots.call_color(call, 128) for call in range(129)]
+    assert len(set(colors)) == 129
+    assert plots.ink_on(colors[1]) == "#ffffff" and plots.ink_on(colors[128]) == "#000000"
+    assert plots.call_color(1, 1) == colors[1]
+
+
+@pytest.mark.parametrize(
+    ("name", "command", "picture"),
+    [
+        ("metrics.jsonl", "armd train --config=FILE --workdir={run}", "loss.png"),
+        ("eval.json", "armd eval --run={run}", "bits.png"),
+        ("samples.json", "armd sample --run={run}", "samples.png"),
+        ("events.jsonl", None, None),
+    ],
+)
+def test_a_missing_file_names_its_command(run, monkeypatch, name, command, picture):
+    _skip_slow_pictures(monkeypatch)
+    (run / name).unlink()
+    page = report.write(run).read_text(encoding="utf-8")
+    if command is None:
+        assert 'class="missing"' not in page
+    else:
+        assert f"run <code>{command.format(run=run)}</code>" in page
+        assert not (run / picture).exists()
+
+
+def test_a_run_with_nothing_but_its_config(run, monkeypatch):
+    _skip_slow_pictures(monkeypatch)
+    for path in run.iterdir():
+        if path.name != "config.json":
+            path.unlink()
+    page = report.write(run).read_text(encoding="utf-8")
+    assert "0 of 40 training steps" in page
+    assert "armd eval" in page and "armd sample" in page and "armd train" in page
+
+
+def test_a_lossy_tokenizer_has_no_bits_per_byte(run, monkeypatch):
+    _skip_slow_pictures(monkeypatch)
+    scores = {"split": "test", "lossless": False, "left_to_right": {**_scores(1.5), "bits_per_byte": None}}
+    _write_json(run / "eval.json", scores)
+    page = report.write(run).read_text(encoding="utf-8")
+    assert "n/a (lossy)" in page and "1.500" not in page
+    assert "3.0000" in page and "Nats per token of held-out text" in page
+
+
+def test_xz_is_absent_where_it_was_not_measured(run, monkeypatch):
+    _skip_slow_pictures(monkeypatch)
+    _write_json(run / "eval.json", {**_evaluation(), "xz_bits_per_byte": None})
+    assert "xz -9e" not in report.write(run).read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("kind", ["left_to_right", "uniform", "strided", "masked_diffusion"])
+def test_every_order_kind_has_its_curriculum(kind):
+    assert plots.curriculum(_config(kind=kind, sbp_steps=0)).startswith(b"\x89PNG")
+
+
+def test_phases_share_out_the_steps():
+    assert plots.phases(_config()) == [("identity", 0, 10), ("rising", 10, 25), ("constant", 25, 30), ("SBP", 30, 40)]
+    assert plots.phases(_config(ar_steps=0, permute_steps=100)) == [("rising", 0, 30), ("SBP", 30, 40)]
+    assert plots.phases(_config(kind="uniform", sbp_steps=0)) == [("uniform", 0, 40)]
+    assert plots.phases(_config(kind="strided")) == [("strided", 0, 40)]
+
+
+@pytest.mark.parametrize("content", [None, "{", "[]", '{"modle": {}}', '{"model": {"width": 7}}'])
+def test_no_run_is_one_clear_line(tmp_path, content):
+    folder = tmp_path / "elsewhere"
+    with pytest.raises(UserError, match="elsewhere.*no such run"):
+        report.write(folder)
+    folder.mkdir()
+    if content is not None:
+        (folder / "config.json").write_text(content)
+    with pytest.raises(UserError, match="config.json") as raised:
+        report.write(folder)
+    assert "\n" not in str(raised.value)
+    assert {path.name for path in folder.iterdir()} <= {"config.json"}
+
+
+def test_a_failing_picture_leaves_the_folder_alone(run, monkeypatch):
+    (run / "report.html").write_text("the one before")
+    before = {path.name: path.read_bytes() for path in run.iterdir()}
+
+    def broken() -> bytes:
+        raise RuntimeError("no picture")
+
+    monkeypatch.setattr(plots, "masks", broken)  # the last picture of all
+    monkeypatch.setattr(plots, "curriculum", lambda config: b"png")
+    with pytest.raises(RuntimeError, match="no picture"):
+        report.write(run)
+    assert {path.name: path.read_bytes() for path in run.iterdir()} == before
+
+
+def test_a_failing_write_leaves_no_half_file(run, monkeypatch):
+    _skip_slow_pictures(monkeypatch)
+
+    def full(source, target):
+        raise OSError(28, "No space left on device")
+
+    before = {path.name for path in run.iterdir()}
+    monkeypatch.setattr(report.os, "replace", full)
+    with pytest.raises(UserError, match="cannot be written there: No space left"):
+        report.write(run)
+    assert {path.name for path in run.iterdir()} == before
+
+
+def _skip_slow_pictures(monkeypatch) -> None:
+    """The two pictures that depend on the config alone are drawn in other tests."""
+    monkeypatch.setattr(plots, "masks", lambda: b"png")
+    monkeypatch.setattr(plots, "curriculum", lambda config: b"png")

@@ -1,0 +1,165 @@
+"""The command line: what it prints and returns, and one line for every mistake."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from armd_jax import cli
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+
+def _listing(*folders: pathlib.Path) -> list[str]:
+    return sorted(str(path) for folder in folders for path in folder.rglob("*"))
+
+
+def _assert_one_error(capsys: pytest.CaptureFixture[str], argv: list[str], *words: str) -> None:
+    """The command returns 2 and ends stderr with its one line `error: ...`, which has all the words."""
+    capsys.readouterr()
+    assert cli.main(argv) == 2
+    out, err = capsys.readouterr()
+    lines = err.splitlines()
+    assert out == ""
+    assert [number for number, line in enumerate(lines) if line.startswith("error:")] == [len(lines) - 1], err
+    for word in words:
+        assert word in lines[-1]
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("model.widht=32", ["model.widht", "did you mean 'model.width'"]),
+        ("modle.width=32", ["did you mean 'model'"]),
+        ("model.width=wide", ["model.width", "expected int"]),
+        ("model.num_heads=3", ["width=32", "num_heads=3"]),
+        ("order.streams=3", ["max_length=64", "3 streams"]),
+        ("data.path=MISSING", ["MISSING"]),
+        ("data.path=EMPTY", ["no text"]),
+        ("data.path=SHORT", ["one row", "64"]),
+        ("training.init_from=MISSING", ["MISSING"]),
+        ("mesh.data=7", ["devices"]),
+    ],
+)
+def test_mistakes_in_the_config(tmp_path, capsys, smoke_config, corpus, override, words):
+    """A config that cannot be trained is one error line that names the field; no workdir appears."""
+    (tmp_path / "EMPTY.txt").write_text("")
+    (tmp_path / "SHORT.txt").write_text("one two three.\n\nfour five six.\n\nseven eight.\n")
+    field, value = override.split("=")
+    if value in ("EMPTY", "SHORT", "MISSING"):
+        value = str(tmp_path / f"{value}.txt")
+    before = _listing(tmp_path)
+    command = ["train", f"--config={smoke_config}", f"--workdir={tmp_path / 'run'}", f"--config.data.path={corpus}"]
+    _assert_one_error(capsys, [*command, f"--config.{field}={value}"], *words)
+    assert _listing(tmp_path) == before
+
+
+def test_vocabulary_mismatches(tmp_path, capsys, smoke_run, smoke_config, corpus):
+    """A vocabulary that is not the data's, in the config or of the checkpoint to start from, begins no run."""
+    command = ["train", f"--config={smoke_config}", f"--workdir={tmp_path / 'run'}", f"--config.data.path={corpus}"]
+    _assert_one_error(capsys, [*command, "--config.model.vocab_size=300"], "vocab_size=300")
+    command += [f"--config.training.init_from={smoke_run}", "--config.data.tokenizer=sentencepiece"]
+    _assert_one_error(capsys, [*command, "--config.data.vocab_size=300"], "vocab")
+    assert _listing(tmp_path) == []
+
+
+def test_unwritable_workdir(tmp_path, capsys, smoke_config, corpus):
+    """A workdir at or below a regular file is an error."""
+    (tmp_path / "file").write_text("")
+    for workdir in (tmp_path / "file", tmp_path / "file" / "run"):
+        command = ["train", f"--config={smoke_config}", f"--workdir={workdir}", f"--config.data.path={corpus}"]
+        _assert_one_error(capsys, command, "--workdir")
+    assert _listing(tmp_path) == [str(tmp_path / "file")]
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["train", "--workdir=RUN"], ["--config"]),
+        (["train", "--config=MISSING.py", "--workdir=RUN"], ["MISSING.py"]),
+        (["trian"], ["trian"]),
+        ([], ["VERB"]),
+        (["sample", "--run=RUN"], ["RUN"]),
+        (["eval", "--run=RUN"], ["RUN"]),
+        (["report", "--run=RUN"], ["RUN"]),
+        (["export", "--run=RUN", "--out=OUT"], ["RUN"]),
+        (["eval", "--run=HERE"], ["neither a training run nor an export"]),
+        (["eval", "--run=HERE", "--bogus=1"], ["--bogus"]),
+        (["sample", "--run=HERE", "--streams=two"], ["--streams"]),
+        (["prepare", "--source=MISSING", "--out=OUT"], ["MISSING"]),
+    ],
+)
+def test_mistakes_in_the_command(tmp_path, monkeypatch, capsys, argv, words):
+    """Missing or unknown arguments and folders that are no runs are one error line; nothing is created."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "HERE").mkdir()
+    _assert_one_error(capsys, argv, *words)
+    assert _listing(tmp_path) == [str(tmp_path / "HERE")]
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["sample", "--streams=3"], ["length=64", "streams=3"]),
+        (["sample", "--length=65"], ["length=65"]),
+        (["sample", f"--prompt={'a' * 65}"], ["65", "longer"]),
+        (["sample", f"--prompt={'a' * 40}", f"--suffix={'b' * 40}"], ["longer"]),
+        (["sample", f"--prompt={'a' * 62}", "--streams=4"], ["streams=4"]),
+        (["sample", "--temperature=-1"], ["temperature"]),
+        (["eval", "--split=nowhere"], ["--split"]),
+        (["eval", "--data=MISSING"], ["MISSING"]),
+        (["eval", "--batch=0"], ["--batch"]),
+    ],
+)
+def test_mistakes_with_a_run(monkeypatch, tmp_path, capsys, smoke_run, argv, words):
+    """What a run cannot do is one error line, and no file of the run appears or goes."""
+    monkeypatch.chdir(tmp_path)
+    before = _listing(smoke_run)
+    _assert_one_error(capsys, [argv[0], f"--run={smoke_run}", *argv[1:]], *words)
+    assert _listing(smoke_run, tmp_path) == before
+
+
+def test_errors_of_the_real_command_have_no_traceback(tmp_path, smoke_config):
+    """As processes of their own, wrong commands exit with 2 and one error line, without a traceback."""
+    train = ["train", f"--config={smoke_config}", f"--workdir={tmp_path / 'run'}"]
+    for argv in ([*train, "--config.model.widht=1"], [*train, f"--config.data.path={tmp_path / 'none.txt'}"]):
+        command = [sys.executable, "-m", "armd_jax.cli", *argv]
+        done = subprocess.run(command, capture_output=True, text=True, env=os.environ, timeout=120)
+        assert done.returncode == 2 and done.stdout == ""
+        assert [line.startswith("error:") for line in done.stderr.splitlines()].count(True) == 1
+        assert "Traceback" not in done.stderr
+    assert _listing(tmp_path) == []
+
+
+def _json(capsys: pytest.CaptureFixture[str], *argv: str) -> dict:
+    capsys.readouterr()
+    assert cli.main([*argv, "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_train_eval_sample_export(tmp_path, capsys, smoke_run, smoke_config, corpus):
+    """Each verb prints its result as one JSON object, and an export scores exactly as the run it came from."""
+    again = ["train", f"--config={smoke_config}", f"--workdir={smoke_run}", f"--config.data.path={corpus}"]
+    assert _json(capsys, *again) == {"workdir": str(smoke_run), "step": 40, "steps_done": 0}
+
+    copy = tmp_path / "export"
+    assert _json(capsys, "export", f"--run={smoke_run}", f"--out={copy}") == {"out": str(copy)}
+    scores = [_json(capsys, "eval", f"--run={run}", "--streams=2") for run in (smoke_run, copy)]
+    assert scores[0] == scores[1] == json.loads((smoke_run / "eval.json").read_text())
+    for name in ("left_to_right", "random_orders", "unigram"):
+        assert {"nats_per_token", "perplexity_per_token", "perplexity_per_word", "bits_per_byte"} <= scores[0][
+            name
+        ].keys()
+    assert list(scores[0]["strided"]) == ["2"]
+    assert scores[0]["left_to_right"]["bits_per_byte"] < 8
+
+    options = ("--streams=2", "--length=16", "--prompt=the ", "--suffix=.")
+    drawn = [_json(capsys, "sample", f"--run={run}", *options)["samples"] for run in (smoke_run, copy)]
+    assert drawn[0][0]["tokens"] == drawn[1][0]["tokens"]
+    assert drawn[0][0]["num_calls"] == 2 + 6 - 1  # 11 free positions
+    assert drawn[0][0]["text"].startswith("the ") and drawn[0][0]["text"].endswith(".")
+    assert (smoke_run / "samples.json").exists()

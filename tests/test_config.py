@@ -1,0 +1,351 @@
+"""Config: what is wrong is one clear line, what is right is a frozen dataclass."""
+
+import dataclasses
+import json
+import pathlib
+import textwrap
+
+import ml_collections
+import pytest
+
+from armd_jax import config as config_lib
+from armd_jax.config import Config, ModelConfig, UserError
+
+
+def _with(**fields: object) -> Config:
+    """The default config with `section__field=value` changed, through the front door."""
+    values = dataclasses.asdict(Config())
+    for name, value in fields.items():
+        section, field = name.split("__")
+        values[section][field] = value
+    return config_lib.from_config_dict(values)
+
+
+def _message(error: pytest.ExceptionInfo[UserError]) -> str:
+    text = str(error.value)
+    assert text and "\n" not in text
+    return text
+
+
+def test_defaults_round_trip():
+    """The default ConfigDict, a plain dict and stored JSON all build the same frozen config."""
+    built = config_lib.from_config_dict(config_lib.default_config_dict())
+    assert built == Config() == config_lib.from_config_dict({})
+    assert config_lib.from_config_dict(json.loads(config_lib.to_json(built))) == built
+    assert config_lib.from_config_dict({"model": {"width": 96}}).model == ModelConfig(width=96)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        built.model.width = 3  # type: ignore[misc]
+
+
+def test_configs_are_hashable():
+    """Configs key caches of compiled functions, so equal ones hash alike, tuples from lists included."""
+    a, b = _with(order__streams=[1, 2]), _with(order__streams=(1, 2))
+    assert a == b and hash(a) == hash(b) and a.order.streams == (1, 2)
+    assert _with(order__streams=4, model__max_length=8, order__max_permuted=8).order.streams == (4,)
+
+
+def test_promised_names_exist():
+    """The fields that the public surface promises."""
+    ModelConfig(vocab_size=3, max_length=4, num_layers=2, two_stream_layers=1, width=8, num_heads=2)
+    values = config_lib.default_config_dict()
+    assert set(values) == {"model", "data", "optimizer", "order", "training", "mesh"}
+    for section, field in [
+        ("data", "path"),
+        ("data", "tokenizer"),
+        ("optimizer", "learning_rate"),
+        ("training", "num_steps"),
+        ("training", "batch_size"),
+    ]:
+        assert field in values[section]
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"model": {"widht": 3}}, ["'model.widht'", "'model.width'"]),
+        ({"modle": {}}, ["'modle'", "'model'"]),
+        ({"order": {"stream": 3}}, ["'order.stream'", "'order.streams'"]),
+        ({"mesh": {"qqq": 3}}, ["'mesh.qqq'", "known: data, fsdp, tensor"]),
+    ],
+)
+def test_unknown_fields_name_the_nearest(values, words):
+    """An unknown field is an error with its full name and the nearest right one, or what there is."""
+    with pytest.raises(UserError) as error:
+        config_lib.from_config_dict(values)
+    assert all(word in _message(error) for word in words)
+
+
+@pytest.mark.parametrize(
+    ("section", "field", "value", "words"),
+    [
+        ("model", "width", "768", "expected int, got str"),
+        ("model", "width", 768.0, "expected int, got float"),
+        ("model", "width", True, "expected int, got bool"),
+        ("model", "width", None, "expected int, got NoneType"),
+        ("model", "tie_embeddings", 1, "expected bool, got int"),
+        ("model", "mlp", 3, "expected str, got int"),
+        ("model", "dropout", "0.1", "expected float, got str"),
+        ("model", "dropout", True, "expected float, got bool"),
+        ("model", "dropout", float("nan"), "finite"),
+        ("optimizer", "learning_rate", float("inf"), "finite"),
+        ("order", "streams", "1,2", "expected int, got str"),
+        ("order", "streams", [1, 2.0], "expected int, got float"),
+    ],
+)
+def test_wrong_types(section, field, value, words):
+    """A value of the wrong type is an error that says which field, what was expected and what came."""
+    with pytest.raises(UserError) as error:
+        config_lib.from_config_dict({section: {field: value}})
+    assert f"{section}.{field}=" in _message(error) and words in _message(error)
+
+
+def test_whole_numbers_serve_as_floats():
+    """`1` for a float field is 1.0; a section that is no section is an error."""
+    assert type(_with(optimizer__clip_norm=1).optimizer.clip_norm) is float
+    with pytest.raises(UserError, match="model=3: expected a section with fields, got int"):
+        config_lib.from_config_dict({"model": 3})
+
+
+WRONG_VALUES = [
+    *(({f"model__{name}": 0}, rf"model\.{name}=0: must be at least 1") for name in ("max_length", "num_layers")),
+    *(({f"model__{name}": 0}, rf"model\.{name}=0: must be at least 1") for name in ("width", "num_heads")),
+    ({"model__attention_chunk": 0}, r"model\.attention_chunk=0: must be at least 1"),
+    *(
+        ({f"model__{name}": -1}, rf"model\.{name}=-1: must be at least 0")
+        for name in ("vocab_size", "two_stream_layers", "mlp_width", "loss_chunk")
+    ),
+    ({"model__two_stream_layers": 13}, r"two_stream_layers=13: cannot exceed model\.num_layers=12"),
+    ({"model__num_heads": 7}, r"width=768 is not divisible by model\.num_heads=7"),
+    ({"model__width": 36}, r"= 3 is odd"),
+    ({"model__positional_width": 7}, r"positional_width=7: must be even"),
+    ({"model__positional_width": 0}, r"positional_width=0"),
+    ({"model__rope_base": 1.0}, r"rope_base=1.0: must be above 1"),
+    ({"model__dropout": 1.0}, r"dropout=1.0: must be in \[0, 1\)"),
+    ({"model__dropout": -0.1}, r"dropout=-0.1"),
+    ({"model__mlp": "gleu"}, r"model\.mlp='gleu' is not known; did you mean 'gelu'"),
+    ({"model__norm": "layer"}, r"did you mean 'layernorm'"),
+    ({"model__aggregator": "zzz"}, r"known: positional, mean, shift"),
+    ({"model__dtype": "float16"}, r"model\.dtype='float16'"),
+    ({"model__remat": "all"}, r"model\.remat='all'"),
+    ({"model__scan_layers": "yes"}, r"model\.scan_layers='yes'"),
+    ({"model__attention": "chunk"}, r"did you mean 'chunked'"),
+    ({"data__valid_fraction": 1.0}, r"data\.valid_fraction=1.0"),
+    ({"data__test_fraction": -0.5}, r"data\.test_fraction=-0.5"),
+    ({"data__test_fraction": 0.6, "data__valid_fraction": 0.6}, r"must leave something to train on"),
+    ({"data__vocab_size": 0}, r"data\.vocab_size=0"),
+    ({"data__shard_rows": 0}, r"data\.shard_rows=0"),
+    ({"optimizer__schedule": "cosin"}, r"did you mean 'cosine'"),
+    ({"optimizer__learning_rate": 0.0}, r"learning_rate=0.0: must be above 0"),
+    ({"optimizer__epsilon": 0.0}, r"epsilon=0.0: must be above 0"),
+    ({"optimizer__warmup_steps": -1}, r"optimizer\.warmup_steps=-1"),
+    ({"optimizer__weight_decay": -1.0}, r"optimizer\.weight_decay=-1.0"),
+    ({"optimizer__clip_norm": -1.0}, r"optimizer\.clip_norm=-1.0"),
+    *(({f"optimizer__{name}": 1.0}, rf"optimizer\.{name}=1.0") for name in ("beta1", "beta2", "ema_decay")),
+    *(({f"optimizer__{name}": 1.5}, rf"optimizer\.{name}=1.5") for name in ("decay_fraction", "final_fraction")),
+    ({"order__kind": "stride"}, r"order\.kind='stride' is not known; did you mean 'strided'"),
+    ({"order__permute": "windows"}, r"did you mean 'window'"),
+    ({"order__noise_schedule": "lin"}, r"did you mean 'linear'"),
+    ({"order__weight": "elbow"}, r"did you mean 'elbo'"),
+    ({"order__ar_steps": -1}, r"order\.ar_steps=-1"),
+    ({"order__permute_steps": 8999}, r"order\.permute_steps=8999: must be at least 9000"),
+    ({"order__max_permuted": 0}, r"order\.max_permuted=0"),
+    ({"order__max_permuted": 1025}, r"max_permuted=1025: cannot exceed model\.max_length=1024"),
+    ({"order__diffusion_steps": 0}, r"order\.diffusion_steps=0"),
+    ({"order__sbp_steps": -1}, r"order\.sbp_steps=-1"),
+    ({"order__sbp_steps": 400_001}, r"sbp_steps=400001: must be in \[0, training\.num_steps=400000\]"),
+    ({"order__streams": ()}, r"order\.streams=\(\)"),
+    ({"order__kind": "strided", "order__streams": (1, 3)}, r"max_length=1024 is not divisible by 3 streams"),
+    ({"order__sbp_steps": 10, "order__streams": (0,)}, r"order\.streams=0: must be at least 1"),
+    *(
+        ({f"training__{name}": 0}, rf"training\.{name}=0: must be at least 1")
+        for name in ("num_steps", "batch_size", "microbatches", "log_every", "keep_checkpoints", "checkpoint_every")
+    ),
+    *(
+        ({f"training__{name}": -1}, rf"training\.{name}=-1(\.0)?: must be at least 0")
+        for name in ("eval_every", "eval_batches", "keep_every", "z_loss")
+    ),
+    ({"training__seed": -1}, r"training\.seed=-1"),
+    ({"training__seed": 2**31}, r"training\.seed=2147483648"),
+    ({"training__microbatches": 3}, r"batch_size=512 is not divisible by training\.microbatches=3"),
+    ({"mesh__fsdp": -1}, r"only one axis may be -1"),
+    ({"mesh__tensor": 0}, r"mesh\.tensor=0: must be at least 1"),
+]
+
+
+@pytest.mark.parametrize(("fields", "words"), WRONG_VALUES, ids=lambda v: "-".join(v) if isinstance(v, dict) else "")
+def test_impossible_values(fields, words):
+    """Each impossible value is an error of one line that names its field."""
+    with pytest.raises(UserError, match=words) as error:
+        _with(**fields)
+    _message(error)
+
+
+def test_possible_values_at_the_edge():
+    """Values at the edges of what is allowed are allowed."""
+    _with(model__two_stream_layers=0, model__aggregator="shift")
+    _with(model__two_stream_layers=12)
+    _with(order__kind="strided", order__streams=(1, 2, 1024))
+    _with(order__streams=(3,))  # unused: no strided phase
+    _with(order__kind="uniform", order__max_permuted=4096)
+    _with(order__sbp_steps=400_000, order__permute_steps=9_000)
+    _with(optimizer__clip_norm=0, optimizer__ema_decay=0.0, optimizer__warmup_steps=0)
+    _with(mesh__data=2, mesh__fsdp=-1)
+
+
+def test_model_config_from_stored_dict():
+    """A stored model section is validated like any other."""
+    stored = dataclasses.asdict(ModelConfig(vocab_size=9))
+    assert config_lib.model_config_from_dict(stored) == ModelConfig(vocab_size=9)
+    with pytest.raises(UserError, match=r"unknown field 'model\.depth'"):
+        config_lib.model_config_from_dict({"depth": 3})
+    with pytest.raises(UserError, match=r"model\.width=0"):
+        config_lib.model_config_from_dict({"width": 0})
+
+
+# --- overrides ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "value"),
+    [
+        ("model.width", "512", 512),
+        ("model.dropout", "0.25", 0.25),
+        ("model.dropout", "1e-1", 0.1),
+        ("optimizer.clip_norm", "2", 2.0),
+        ("model.tie_embeddings", "false", False),
+        ("model.tie_embeddings", "True", True),
+        ("model.tie_embeddings", "0", False),
+        ("data.path", "text/*.txt", "text/*.txt"),
+        ("data.path", "", ""),
+        ("data.path", "a=b", "a=b"),
+        ("data.tokenizer", "123", "123"),
+        ("order.streams", "8", (8,)),
+        ("order.streams", "1,2,4", (1, 2, 4)),
+        ("order.streams", "(1, 2)", (1, 2)),
+        ("order.streams", "[2]", (2,)),
+        ("mesh.fsdp", "-1", -1),
+    ],
+)
+def test_overrides_in_both_forms(name, text, value):
+    """`--config.a.b=v` and `--config.a.b v` set the field with its type."""
+    for words in ([f"--config.{name}={text}"], [f"--config.{name}", text]):
+        values = config_lib.default_config_dict()
+        config_lib.apply_overrides(values, words)
+        section, field = name.split(".")
+        assert values[section][field] == value and type(values[section][field]) is type(value)
+
+
+def test_overrides_apply_in_order_and_build():
+    """Several overrides, in mixed forms; the last one wins, and the result builds."""
+    values = config_lib.default_config_dict()
+    words = ["--config.model.width=64", "--config.model.num_heads", "4", "--config.model.width=128"]
+    config_lib.apply_overrides(values, words)
+    built = config_lib.from_config_dict(values)
+    assert (built.model.width, built.model.num_heads) == (128, 4) and built.order == Config().order
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--width=3"], r"unknown argument '--width=3'"),
+        (["model.width=3"], r"unknown argument"),
+        (["--config.model.width"], r"has no value"),
+        (["--config.model.widht=3"], r"unknown field 'model\.widht'; did you mean 'model\.width'"),
+        (["--config.modle.width=3"], r"unknown field 'modle\.width'; did you mean 'model'"),
+        (["--config.model.width.x=3"], r"'model\.width' is a single value"),
+        (["--config.model=3"], r"a section; set one of its fields"),
+        (["--config.model.width=wide"], r"model\.width='wide': expected int \(default 768\)"),
+        (["--config.model.width=1.5"], r"expected int"),
+        (["--config.model.width=True"], r"expected int"),
+        (["--config.model.width="], r"expected int"),
+        (["--config.model.dropout=none"], r"model\.dropout='none': expected float"),
+        (["--config.model.tie_embeddings=maybe"], r"expected true or false"),
+        (["--config.order.streams=a,b"], r"expected whole numbers"),
+        (["--config.order.streams=1.5,2"], r"expected whole numbers"),
+        (["--config.order.streams=True,2"], r"expected whole numbers"),
+    ],
+)
+def test_wrong_overrides(words, message):
+    """A wrong override is an error of one line and leaves the config as it was."""
+    values = config_lib.default_config_dict()
+    with pytest.raises(UserError, match=message) as error:
+        config_lib.apply_overrides(values, words)
+    _message(error)
+    assert values.to_dict() == config_lib.default_config_dict().to_dict()
+
+
+# --- experiment files -----------------------------------------------------------------------------------------------
+
+
+def _file(folder: pathlib.Path, text: str) -> str:
+    file = folder / "experiment.py"
+    file.write_text(textwrap.dedent(text), encoding="utf-8")
+    return str(file)
+
+
+def test_load_config_file(tmp_path):
+    """`file.py` calls get_config(), `file.py:arg` get_config(arg)."""
+    path = _file(
+        tmp_path,
+        """
+        from armd_jax.config import default_config_dict
+
+        def get_config(arg="full"):
+            config = default_config_dict()
+            config.data.path = arg
+            return config
+        """,
+    )
+    for spec, expected in ((path, "full"), (f"{path}:smoke", "smoke"), (f"{path}:", "")):
+        loaded = config_lib.load_config_file(spec)
+        assert isinstance(loaded, ml_collections.ConfigDict)
+        assert config_lib.from_config_dict(loaded).data.path == expected
+
+
+def test_misspelt_field_in_a_config_file(tmp_path):
+    """A field that a file sets and nobody knows is found at the latest when the config is built."""
+    text = """
+        from armd_jax.config import default_config_dict
+
+        def get_config():
+            config = default_config_dict()
+            config.model.widht = 3
+            return config
+        """
+    with pytest.raises(UserError, match="widht"):
+        config_lib.from_config_dict(config_lib.load_config_file(_file(tmp_path, text)))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("def get_config(:", r"the file fails with SyntaxError"),
+        ("import no_such_module_at_all", r"the file fails with ModuleNotFoundError"),
+        ("x = 3", r"defines no get_config"),
+        ("def get_config(arg=''):\n    return {}", r"must return an ml_collections\.ConfigDict"),
+        ("def get_config(arg=''):\n    raise KeyError(arg)", r"get_config fails with KeyError"),
+        ("def get_config():\n    return None", r"must return|get_config fails with TypeError"),
+        (
+            "from armd_jax.config import UserError\ndef get_config(arg=''):\n    raise UserError('no such size')",
+            r"^no such size$",
+        ),
+    ],
+)
+def test_wrong_config_files(tmp_path, text, message):
+    """Whatever is wrong with a user's file is a UserError that says where and what, not a traceback of ours."""
+    with pytest.raises(UserError, match=message):
+        config_lib.load_config_file(_file(tmp_path, text) + ":smoke")
+
+
+def test_missing_config_file(tmp_path):
+    """No file, a folder and a file that is not Python are errors with their path."""
+    note = tmp_path / "note.txt"
+    note.write_text("get_config = 3", encoding="utf-8")
+    for spec, message in (
+        (f"{tmp_path}/none.py", "there is no file"),
+        (f"{tmp_path}", "there is no file"),
+        (f"{note}", "is not a Python file"),
+    ):
+        with pytest.raises(UserError, match=message) as error:
+            config_lib.load_config_file(spec)
+        assert str(tmp_path) in _message(error)

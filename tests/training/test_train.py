@@ -1,0 +1,235 @@
+"""The training loop: resuming, accumulating, schedules, averages, checkpoints and fine-tuning."""
+
+import dataclasses
+import json
+import pathlib
+import shutil
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from armd_jax import cli, order
+from armd_jax import config as configs
+from armd_jax.config import Config, OptimizerConfig, UserError
+from armd_jax.core import network
+from armd_jax.data import loader
+from armd_jax.interop.load import load
+from armd_jax.training import checkpoints, metrics, optimizer, sharding, step, train
+from armd_jax.training.state import TrainState
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+
+def _config(corpus: pathlib.Path, **training: Any) -> Config:
+    values = configs.default_config_dict()
+    values.data.update(path=str(corpus), tokenizer="bytes")
+    values.model.update(max_length=16, num_layers=2, two_stream_layers=1, width=16, num_heads=2, positional_width=8)
+    values.model.update(dropout=0.1)
+    values.order.update(ar_steps=4, permute_steps=8, max_permuted=4, sbp_steps=5, streams=(1, 2))
+    values.optimizer.update(learning_rate=3e-3, warmup_steps=5, ema_decay=0.9, schedule="cosine", weight_decay=0.1)
+    values.training.update(num_steps=20, batch_size=4, log_every=1, eval_every=5, eval_batches=1, checkpoint_every=5)
+    values.training.update(tensorboard=False)
+    values.training.update(**training)
+    return configs.from_config_dict(values)
+
+
+def _rows(workdir: pathlib.Path) -> list[dict[str, float]]:
+    """metrics.jsonl without the speed."""
+    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in row.items() if name != "train/tokens_per_second"} for row in rows]
+
+
+def _events(workdir: pathlib.Path) -> list[tuple[str, int]]:
+    rows = [json.loads(line) for line in (workdir / "events.jsonl").read_text().splitlines()]
+    return [(row["event"], row["step"]) for row in rows]
+
+
+def _files(folder: pathlib.Path) -> dict[str, bytes]:
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+def _assert_same_state(one: TrainState, other: TrainState) -> None:
+    assert jax.tree.structure(one) == jax.tree.structure(other)
+    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(one), jax.tree.leaves(other), strict=True):
+        assert np.array_equal(np.asarray(a), np.asarray(b)), jax.tree_util.keystr(path)
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory, corpus, quick_compilation) -> tuple[pathlib.Path, train.Result]:
+    """A run of 20 steps; tests only read it."""
+    workdir = tmp_path_factory.mktemp("unbroken") / "run"
+    return workdir, train.train(_config(corpus), workdir, progress=False)
+
+
+class _PowerCut(Exception):
+    pass
+
+
+def test_resumed_run_equals_an_unbroken_one(tmp_path, monkeypatch, corpus, unbroken):
+    """With dropout 0.1, a run that died at step 12 and was started again ends bit for bit as one that never died."""
+    write = metrics.MetricWriter.write
+
+    def dying(self, number, values):
+        if number == 12:
+            raise _PowerCut
+        write(self, number, values)
+
+    with monkeypatch.context() as patch, pytest.raises(_PowerCut):
+        patch.setattr(metrics.MetricWriter, "write", dying)
+        train.train(_config(corpus), tmp_path / "run", progress=False)
+    assert max(row["step"] for row in _rows(tmp_path / "run")) == 11
+    resumed = train.train(_config(corpus), tmp_path / "run", progress=False)
+    workdir, whole = unbroken
+    assert (whole.steps_done, resumed.steps_done) == (20, 10)
+    _assert_same_state(resumed.state, whole.state)
+    assert _rows(tmp_path / "run") == _rows(workdir)
+    assert [row["step"] for row in _rows(workdir) if "train/loss" in row] == list(range(1, 21))
+    saves = [("save", at) for at in (5, 10, 15, 20)]
+    assert _events(workdir) == [("start", 0), *saves, ("end", 20)]
+    assert _events(tmp_path / "run") == [("start", 0), *saves[:2], ("resume", 10), *saves[2:], ("end", 20)]
+
+
+def test_second_run_of_the_same_command_does_nothing(corpus, unbroken):
+    """A complete run says that no step was left to do, and not a byte of it changes."""
+    workdir, whole = unbroken
+    before = _files(workdir)
+    again = train.train(_config(corpus), workdir, progress=False)
+    assert again.steps_done == 0
+    _assert_same_state(again.state, whole.state)
+    assert _files(workdir) == before
+
+
+def test_another_config_cannot_continue_a_run(corpus, unbroken):
+    """Another model, seed or optimizer in the same workdir is refused by the field's name; nothing changes."""
+    workdir, _ = unbroken
+    config, before = _config(corpus), _files(workdir)
+    for section, field, value in (("model", "width", 32), ("training", "seed", 1), ("optimizer", "beta2", 0.5)):
+        other = dataclasses.replace(getattr(config, section), **{field: value})
+        with pytest.raises(UserError, match=f"{section}.{field} was .*, now {value}"):
+            train.train(dataclasses.replace(config, **{section: other}), workdir, progress=False)
+    assert _files(workdir) == before
+
+
+def test_damaged_newest_checkpoint_is_passed_over(tmp_path, capsys, corpus, unbroken):
+    """A checkpoint cut short is skipped with an event; the run goes on from the one before and ends the same."""
+    workdir, whole = unbroken
+    shutil.copytree(workdir, tmp_path / "run")
+    for file in (tmp_path / "run" / "checkpoints" / "20").rglob("*"):
+        if file.is_file() and "state" in file.parts:
+            file.write_bytes(file.read_bytes()[:3])
+    mended = train.train(_config(corpus), tmp_path / "run", progress=False)
+    assert mended.steps_done == 5
+    _assert_same_state(mended.state, whole.state)
+    assert _rows(tmp_path / "run") == _rows(workdir)
+    assert [event for event in _events(tmp_path / "run") if event[0] in ("skip", "resume")] == [
+        ("skip", 20),
+        ("resume", 15),
+    ]
+    assert "checkpoint 20 is damaged" in capsys.readouterr().err
+    _assert_same_state(checkpoints.restore_for_inference(tmp_path / "run", mended.config), whole.state)
+
+
+def test_no_readable_checkpoint_is_an_error(tmp_path, corpus, unbroken):
+    """Where every checkpoint is damaged the run is not begun again silently."""
+    shutil.copytree(unbroken[0], tmp_path / "run")
+    for file in (tmp_path / "run" / "checkpoints").rglob("*"):
+        if file.is_file() and "state" in file.parts:
+            file.write_bytes(b"")
+    with pytest.raises(UserError, match="none of the checkpoints"):
+        train.train(_config(corpus), tmp_path / "run", progress=False)
+
+
+@pytest.mark.parametrize("kind", ["progressive", "masked_diffusion"])
+def test_accumulated_gradients_equal_the_large_batch(corpus, kind):
+    """Without dropout four microbatches give the gradient of the whole batch, also where tokens have weights."""
+    config = _config(corpus, batch_size=8, z_loss=1e-3)
+    model = dataclasses.replace(config.model, dropout=0.0, vocab_size=257)
+    orders = dataclasses.replace(config.order, kind=kind, weight="simple", diffusion_steps=8, sbp_steps=0, ar_steps=0)
+    config = dataclasses.replace(config, model=model, order=orders)
+    params = jax.jit(network.init, static_argnums=1)(jax.random.key(0), model)
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, 257, (8, 16)), jnp.int32)
+    mesh = sharding.make_mesh(config.mesh)
+    drawn = step.draw_order(config, 6, 16)
+    assert (float(np.ptp(drawn.weight_BN)) > 0) == (kind == "masked_diffusion")
+    results = []
+    for count in (1, 4):
+        training = dataclasses.replace(config.training, microbatches=count)
+        cut = dataclasses.replace(config, training=training)
+        results.append(jax.jit(lambda p, c=cut: step.gradients(p, c, tokens, drawn, 6, mesh))(params))
+    (whole, whole_sums), (summed, sums) = results
+    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(whole), jax.tree.leaves(summed), strict=True):
+        assert np.linalg.norm(a - b) <= 1e-6 * np.linalg.norm(a) + 1e-9, jax.tree_util.keystr(path)
+    for a, b in zip(jax.tree.leaves(whole_sums), jax.tree.leaves(sums), strict=True):
+        assert float(a) == pytest.approx(float(b), rel=1e-6)
+
+
+def test_learning_rate_schedules():
+    """Linear warm-up from the first step, then constant, cosine to its final fraction, or flat with a linear end."""
+
+    def rates(**fields):
+        config = OptimizerConfig(learning_rate=1.0, warmup_steps=4, **fields)
+        schedule = optimizer.learning_rate(config, 24)
+        return np.array([float(schedule(at)) for at in range(25)])
+
+    for fields in ({}, {"schedule": "cosine"}, {"schedule": "wsd"}):
+        np.testing.assert_allclose(rates(**fields)[:4], [0.25, 0.5, 0.75, 1.0], rtol=1e-6)
+    np.testing.assert_allclose(rates()[4:], 1.0)
+    cosine = 0.1 + 0.9 * (1 + np.cos(np.pi * np.arange(21) / 20)) / 2
+    np.testing.assert_allclose(rates(schedule="cosine", final_fraction=0.1)[4:], cosine, rtol=1e-5)
+    wsd = rates(schedule="wsd", decay_fraction=0.25, final_fraction=0.0)
+    np.testing.assert_allclose(wsd[4:19], 1.0)
+    np.testing.assert_allclose(wsd[18:], 1 - np.arange(7) / 6, atol=1e-6)
+
+
+def test_average_forgets_the_start():
+    """The decay at step t is min(ema_decay, (1 + t) / (10 + t))."""
+    for at, decay in ((0, 0.1), (10, 11 / 20), (10_000, 0.95)):
+        config = OptimizerConfig(ema_decay=0.95)
+        average = optimizer.update_ema(config, {"a": jnp.ones(2)}, {"a": jnp.zeros(2)}, jnp.int32(at))
+        np.testing.assert_allclose(average["a"], decay, rtol=1e-6)
+
+
+def test_weight_decay_is_for_matrices_only():
+    """With zero gradients only the matrices that multiply activations shrink, by rate times weight decay."""
+    model = configs.ModelConfig(vocab_size=5, max_length=4, num_layers=3, two_stream_layers=2, width=8, num_heads=2)
+    model = dataclasses.replace(model, mlp="swiglu", tie_embeddings=False, positional_width=4)
+    params = jax.tree.map(
+        lambda leaf: jnp.ones(leaf.shape), jax.eval_shape(lambda: network.init(jax.random.key(0), model))
+    )
+    tx = optimizer.make(OptimizerConfig(learning_rate=0.5, warmup_steps=0, weight_decay=0.25), 10)
+    updates = jax.jit(lambda p: tx.update(jax.tree.map(jnp.zeros_like, p), tx.init(p), p)[0])(params)
+    shrunk = set()
+    for path, update in jax.tree_util.tree_leaves_with_path(updates):
+        assert np.ptp(update) == 0 and float(update.ravel()[0]) in (0.0, -0.125)
+        if update.ravel()[0]:
+            shrunk.add(path[-1].key)
+    assert shrunk == {"query", "key_value", "attention_out", "mlp_in", "mlp_gate", "mlp_out", "head"}
+
+
+def test_fine_tuning_starts_from_the_weights_of_another_run(tmp_path, smoke_run, smoke_config, corpus):
+    """The first loss of a run with `training.init_from` and another order is that of the weights it came from."""
+    workdir = tmp_path / "run"
+    command = ["train", f"--config={smoke_config}", f"--workdir={workdir}", f"--config.data.path={corpus}"]
+    command += [f"--config.training.init_from={smoke_run}", "--config.order.kind=uniform", "--config.order.sbp_steps=0"]
+    command += ["--config.training.num_steps=2", "--config.optimizer.learning_rate=1e-9"]
+    assert cli.main(command) == 0
+    lm, config = load(smoke_run), checkpoints.read_config(workdir)
+    data, _ = train.prepare_data(config, workdir, progress=False)
+    with loader.train_batches(data, config.training.batch_size, config.training.seed) as batches:
+        _, tokens = next(batches)
+    expected = -float(np.mean(lm.log_prob(tokens, step.draw_order(config, 0, tokens.shape[1]))))
+    first = _rows(workdir)[0]
+    assert first["step"] == 1 and first["train/nll"] == pytest.approx(expected, rel=1e-4)
+    untrained = float(np.log(lm.config.vocab_size))
+    assert -float(np.mean(lm.log_prob(tokens, order.left_to_right(*tokens.shape)))) < untrained - 1
+
+
+@pytest.mark.parametrize(("field", "value"), [("width", 16), ("two_stream_layers", 0), ("aggregator", "mean")])
+def test_fine_tuning_needs_the_same_model(tmp_path, capsys, smoke_run, smoke_config, corpus, field, value):
+    """Weights of another model are refused by the name of the field that differs."""
+    command = ["train", f"--config={smoke_config}", f"--workdir={tmp_path / 'run'}", f"--config.data.path={corpus}"]
+    assert cli.main([*command, f"--config.training.init_from={smoke_run}", f"--config.model.{field}={value}"]) == 2
+    assert f"model.{field}" in capsys.readouterr().err.splitlines()[-1]
