@@ -44,7 +44,8 @@ def _scores(q_BQHK: jax.Array, k_BTHK: jax.Array, len_BQ: jax.Array, first_key: 
 
 def _dense(q_BQHK: jax.Array, k_BTHK: jax.Array, v_BTHK: jax.Array, len_BQ: jax.Array) -> jax.Array:
     p_BHQT = jax.nn.softmax(_scores(q_BQHK, k_BTHK, len_BQ, 0), axis=-1)
-    return jnp.einsum("BHQT,BTHK->BQHK", p_BHQT.astype(v_BTHK.dtype), v_BTHK).astype(q_BQHK.dtype)
+    out_BHQK = jnp.einsum("BHQT,BTHK->BHQK", p_BHQT.astype(v_BTHK.dtype), v_BTHK)
+    return jnp.swapaxes(out_BHQK, 1, 2).astype(q_BQHK.dtype)
 
 
 def _split(a_BTHK: jax.Array, chunk: int) -> jax.Array:
@@ -116,3 +117,14 @@ def _chunked_backward(chunk, saved, d_out_BQHK):
 
 
 _chunked.defvjp(_chunked_forward, _chunked_backward)
+
+
+def cached_attention(q_BQHK: jax.Array, k_ZKT: jax.Array, v_ZTK: jax.Array, len_BQ: jax.Array) -> jax.Array:
+    """The same over caches whose first axis is batch and heads together."""
+    batch, queries, heads, head_width = q_BQHK.shape
+    q_ZQK = jnp.swapaxes(q_BQHK * head_width**-0.5, 1, 2).reshape(-1, queries, head_width)
+    s_ZQT = jnp.einsum("ZQK,ZKT->ZQT", q_ZQK, k_ZKT, preferred_element_type=jnp.float32)
+    len_ZQ = jnp.repeat(len_BQ, heads, axis=0)
+    p_ZQT = jax.nn.softmax(jnp.where(jnp.arange(k_ZKT.shape[2]) < len_ZQ[..., None], s_ZQT, _MASKED), axis=-1)
+    out_ZQK = jnp.einsum("ZQT,ZTK->ZQK", p_ZQT.astype(v_ZTK.dtype), v_ZTK)
+    return jnp.swapaxes(out_ZQK.reshape(batch, heads, queries, head_width), 1, 2).astype(q_BQHK.dtype)

@@ -27,7 +27,7 @@ import jax.numpy as jnp
 
 from armd_jax.config import ModelConfig
 from armd_jax.core.aggregation import Aggregator
-from armd_jax.core.attention import attention
+from armd_jax.core.attention import attention, cached_attention
 from armd_jax.core.rows import START, Rows, single_row
 
 Params = dict[str, Any]
@@ -41,8 +41,9 @@ ROW_AXES = ("batch", "length", "embed")
 class Cache:
     """Decoding state of the network. One buffer a layer: separate buffers are updated in place.
 
-    x_kv: for every two-stream layer (k, v), each [B, N, H, K].
-    g_kv: for every causal layer (k, v), each [B, N, H, K].
+    x_kv: for every two-stream layer (k [B H, K, N], v [B H, N, K]), batch and heads on one axis: the layout that the
+        matrix products of decoding read as it lies.
+    g_kv: the same for every causal layer.
     aggregate: state of the aggregation: positional [B, P, D], mean [B, D], shift none; float32.
     """
 
@@ -102,14 +103,20 @@ def _rotate(a_BRHK: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
 
 
 def _write(
-    buffer_BTHK: jax.Array, rows_BRHK: jax.Array, start: jax.Array | int, valid_BR: jax.Array | None
+    buffer: jax.Array, rows_BRHK: jax.Array, start: jax.Array | int, valid_BR: jax.Array | None, axes: str
 ) -> jax.Array:
-    """Writes rows at key index `start`; padding rows leave what is there."""
-    rows_BRHK = rows_BRHK.astype(buffer_BTHK.dtype)
+    """Writes rows at key index `start` of a buffer [B H, ...] with these axes; padding rows leave what is there."""
+    axis = axes.index("T") - 1
+
+    def as_buffer(a_BTHK):
+        a = jnp.einsum(f"BTHK->{axes}", a_BTHK)
+        return a.reshape(-1, *a.shape[2:])
+
+    rows = as_buffer(rows_BRHK).astype(buffer.dtype)
     if valid_BR is not None:
-        old = jax.lax.dynamic_slice_in_dim(buffer_BTHK, start, rows_BRHK.shape[1], axis=1)
-        rows_BRHK = jnp.where(valid_BR[..., None, None], rows_BRHK, old)
-    return jax.lax.dynamic_update_slice_in_dim(buffer_BTHK, rows_BRHK, start, axis=1)
+        old = jax.lax.dynamic_slice_in_dim(buffer, start, rows.shape[axis], axis)
+        rows = jnp.where(as_buffer(jnp.broadcast_to(valid_BR[..., None, None], rows_BRHK.shape)), rows, old)
+    return jax.lax.dynamic_update_slice_in_dim(buffer, rows, start, axis)
 
 
 class Layer(nn.Module):
@@ -147,13 +154,16 @@ class Layer(nn.Module):
         w_o = self.param("attention_out", _normal(width, residual_gain), (heads, head_width, width))
         cos, sin = rotary
         q_BQHK = jnp.einsum("BQD,DHK->BQHK", normed_BRD[:, queries], w_q.astype(dtype))
-        kv = jnp.einsum("BTD,DcHK->cBTHK", normed_BRD[:, keys], w_kv.astype(dtype))
+        kv_BTcHK = jnp.einsum("BTD,DcHK->BTcHK", normed_BRD[:, keys], w_kv.astype(dtype))
         q_BQHK = _rotate(q_BQHK, cos[:, queries], sin[:, queries])
-        k_BTHK, v_BTHK = _rotate(kv[0], cos[:, keys], sin[:, keys]), kv[1]
-        if cache is not None:
-            k_BTHK, v_BTHK = _write(cache[0], k_BTHK, start, valid_BX), _write(cache[1], v_BTHK, start, valid_BX)
-            cache = (k_BTHK, v_BTHK)
-        mixed_BQHK = attention(q_BQHK, k_BTHK, v_BTHK, len_BQ, config.attention, config.attention_chunk)
+        k_BTHK, v_BTHK = _rotate(kv_BTcHK[:, :, 0], cos[:, keys], sin[:, keys]), kv_BTcHK[:, :, 1]
+        if cache is None:
+            mixed_BQHK = attention(q_BQHK, k_BTHK, v_BTHK, len_BQ, config.attention, config.attention_chunk)
+        else:
+            k_ZKT = _write(cache[0], k_BTHK, start, valid_BX, "BHKT")
+            v_ZTK = _write(cache[1], v_BTHK, start, valid_BX, "BHTK")
+            cache = (k_ZKT, v_ZTK)
+            mixed_BQHK = cached_attention(q_BQHK, k_ZKT, v_ZTK, len_BQ)
         out_BQD = jnp.einsum("BQHK,HKD->BQD", mixed_BQHK, w_o.astype(dtype))
         rows_BQD = rows_BRD[:, queries] + dropout(config.dropout, out_BQD, dropout_key, 0)
 
@@ -237,8 +247,10 @@ def unstack(params: Params) -> Params:
 def init_cache(config: ModelConfig, batch: int, length: int) -> Cache:
     """An empty cache for `length` tokens."""
     dtype = activation_dtype(config)
-    shape = (batch, length, config.num_heads, config.width // config.num_heads)
-    pairs = lambda count: tuple((jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(count))  # noqa: E731
+    heads, head_width = config.num_heads, config.width // config.num_heads
+    k_BHKT = jnp.zeros((batch * heads, head_width, length), dtype)
+    v_BHTK = jnp.zeros((batch * heads, length, head_width), dtype)
+    pairs = lambda count: tuple((k_BHKT, v_BHTK) for _ in range(count))  # noqa: E731
     state = {
         "positional": (batch, config.positional_width, config.width),
         "mean": (batch, config.width),

@@ -54,7 +54,7 @@ def has_hugging_face() -> bool:
 
 
 def gpt2(args: argparse.Namespace, attention: str) -> Any:
-    """A Hugging Face GPT-2 of the flags' size with random weights and no dropout, on the accelerator if there is one."""
+    """A Hugging Face GPT-2 of the flags' size with random weights and no dropout, on the accelerator if any."""
     import torch
     import transformers
 

@@ -125,9 +125,7 @@ def print_table(result: dict[str, Any], flop_ratio: float) -> None:
         ratios = (row.get(f"speed_over_{other}") for other in ("s1", "ar", "hf"))
         cells = " ".join(f"{'-' if ratio is None else format(ratio, '.2f'):>6}" for ratio in ratios)
         print(f"{name:10} {row['tokens_per_second']:>9.0f} {row['network_calls']:>6} {cells}")
-    print(
-        f"analytic FLOPs a token, ARMD/AR: {flop_ratio:.3f} (by FLOPs alone ARMD would run at {1 / flop_ratio:.2f} x AR)"
-    )
+    print(f"analytic FLOPs a token, ARMD/AR: {flop_ratio:.3f} (by FLOPs alone {1 / flop_ratio:.2f} x AR's rate)")
 
 
 def main() -> None:

@@ -1,6 +1,5 @@
 """Toy models, orders and jaxpr walks shared by the tests of the mathematics."""
 
-import functools
 import itertools
 import types
 from collections.abc import Iterator
@@ -83,20 +82,15 @@ def _shapes(jaxpr: Any) -> set[tuple[int, ...]]:
     }
 
 
-# Toy shapes take far longer to compile than to run. Left out where a test is about the bits of the ordinary compiler.
-_quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-
-
 @pytest.fixture(scope="session")
 def toy() -> types.SimpleNamespace:
-    """config, params, blocks, stack, sequences, jit, equations, shapes."""
+    """config, params, blocks, stack, sequences, equations, shapes."""
     return types.SimpleNamespace(
         config=_config,
         params=_params,
         blocks=_blocks,
         stack=_stack,
         sequences=_sequences,
-        jit=_quick_jit,
         equations=_equations,
         shapes=_shapes,
     )

@@ -10,6 +10,8 @@ from armd_jax.core import block_mask, order
 from armd_jax.core.aggregation import Aggregator, sinusoidal
 from armd_jax.core.rows import rows_for_training
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 LENGTH = 8
 
 

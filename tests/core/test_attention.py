@@ -8,6 +8,8 @@ import pytest
 from armd_jax.core import block_mask, network, objective, order
 from armd_jax.core.attention import attention
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 B, Q, T, H, K = 2, 7, 11, 2, 4
 
 

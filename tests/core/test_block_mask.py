@@ -3,11 +3,14 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from armd_jax.core import block_mask, order
 from armd_jax.core.rows import START, rows_for_training
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 @st.composite

@@ -9,7 +9,8 @@ import pytest
 
 from armd_jax.config import AGGREGATORS, REMATS
 from armd_jax.core import block_mask, network, objective, order
-from armd_jax.core.rows import rows_for_training
+from armd_jax.core.aggregation import Aggregator
+from armd_jax.core.rows import rows_for_training, single_row
 
 LENGTH, VOCAB = 8, 7
 # Every pair of aggregator, remat, scan and attention appears; every aggregator meets all four of scan x attention.
@@ -114,7 +115,7 @@ def test_gradient_of_earlier_logits_is_zero(toy):
     drawn = order.from_blocks([[3, 1], [0], [5, 2, 4], [6]])
     tokens = jnp.arange(7, dtype=jnp.int32)[None]  # every token once, so that its embedding row is its own
 
-    @toy.jit
+    @jax.jit
     @jax.grad
     def gradient(embedding, weight):
         log_probs, _ = objective.generation_log_probs(params | {"embedding": embedding}, config, tokens, drawn)
@@ -131,13 +132,16 @@ def test_gradient_of_earlier_logits_is_zero(toy):
 @pytest.mark.parametrize("two_stream_layers", [0, 1, 3])
 @pytest.mark.parametrize("aggregator", ["positional", "mean"])
 def test_positions_of_a_first_block_differ(toy, aggregator, two_stream_layers):
-    """With only the start token visible, two positions still get different distributions."""
+    """With only the start token visible, two positions get different distributions, also before training."""
     config = toy.config(num_layers=3, two_stream_layers=two_stream_layers, aggregator=aggregator)
     params = toy.params(config, scale=1.0, noise=0.0)
+    initial = Aggregator(config).init(jax.random.key(0), single_row(), jnp.zeros((1, 1, 8)), None, False)["params"]
     drawn = order.from_blocks([[0, 1, 2, 3]])
-    logits = np.asarray(_logits(params, config, jnp.zeros((1, 4), jnp.int32), drawn))[0]
-    for a, b in itertools.combinations(range(4), 2):
-        assert np.abs(logits[a] - logits[b]).max() > 1e-2
+    for aggregator_params, least in ((params["aggregator"], 1e-2), (initial, 1e-4)):
+        params["aggregator"] = aggregator_params
+        logits = np.asarray(_logits(params, config, jnp.zeros((1, 4), jnp.int32), drawn))[0]
+        for a, b in itertools.combinations(range(4), 2):
+            assert np.abs(logits[a] - logits[b]).max() > least
 
 
 DEPTHS = [
@@ -167,7 +171,7 @@ def test_listing_order_inside_a_block_does_not_matter(toy, aggregator, num_layer
     tokens = jnp.asarray(rng.integers(0, VOCAB, (6, LENGTH)), jnp.int32)
     a, b = toy.stack(*first), toy.stack(*second)
     assert np.any(np.asarray(a.positions_BN) != np.asarray(b.positions_BN))
-    run = toy.jit(lambda d: objective.to_natural(d, _logits(params, config, tokens, d)))
+    run = jax.jit(lambda d: objective.to_natural(d, _logits(params, config, tokens, d)))
     found = [np.asarray(run(d)) for d in (a, b)]
     np.testing.assert_allclose(found[0], found[1], rtol=2e-4, atol=2e-4)
     assert np.abs(found[0]).max() > 0.5

@@ -10,6 +10,8 @@ import pytest
 from armd_jax.config import AGGREGATORS
 from armd_jax.core import network, objective, order
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 PARTS = [
     {"norm": "layernorm", "mlp": "gelu", "tie_embeddings": True},
     {"norm": "rmsnorm", "mlp": "swiglu", "tie_embeddings": False},

@@ -11,6 +11,8 @@ import pytest
 from armd_jax.core import block_mask, network, objective, order
 from armd_jax.core.rows import rows_for_training
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 LENGTH = 6
 
 
@@ -30,7 +32,7 @@ def loss_and_gradient(toy):
         def loss(params):
             return objective.loss_sums(params, config, tokens, drawn, jax.random.key(2)).weighted_nll
 
-        return toy.jit(jax.value_and_grad(loss))(params)
+        return jax.jit(jax.value_and_grad(loss))(params)
 
     return run
 
@@ -38,7 +40,6 @@ def loss_and_gradient(toy):
 @pytest.mark.parametrize(
     ("scan", "remat", "attention"),
     [
-        ("off", "none", "chunked"),
         ("off", "dots", "dense"),
         ("off", "full", "chunked"),
         ("on", "none", "dense"),
@@ -64,14 +65,13 @@ def test_every_parameter_gets_a_gradient(toy, loss_and_gradient):
         assert np.any(np.asarray(leaf) != 0), jax.tree_util.keystr(path)
 
 
-def test_parameter_tree_does_not_depend_on_how_it_is_computed(toy):
-    """Scan, remat, attention and chunks leave names, shapes and initial values of the parameters alone."""
+def test_parameters_do_not_depend_on_how_the_network_is_computed(toy):
+    """Scan, remat, attention, chunks and dropout leave names, shapes and draws of the initial parameters alone."""
     config = _five_layers(toy)
-    expected = network.init(jax.random.key(0), config)
     changed = dataclasses.replace(
         config, scan_layers="on", remat="full", attention="chunked", attention_chunk=2, loss_chunk=2, dropout=0.1
     )
-    found = network.init(jax.random.key(0), changed)
+    expected, found = jax.jit(lambda key: [network.init(key, c) for c in (config, changed)])(jax.random.key(0))
     assert jax.tree.structure(found) == jax.tree.structure(expected)
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         assert a.dtype == jnp.float32
@@ -94,14 +94,20 @@ def test_parameter_names_parameters(toy, num_layers, two_stream_layers):
             assert leaf.shape[0] == count
 
 
-def test_nothing_but_biases_starts_at_zero(toy):
-    """Head and residual projections included, and each layer has its own draw."""
-    params = network.init(jax.random.key(0), _five_layers(toy, tie_embeddings=False))
-    for path, leaf in jax.tree_util.tree_leaves_with_path(network.unstack(params)):
-        assert path[-1].key == "bias" or np.any(np.asarray(leaf) != 0), jax.tree_util.keystr(path)
+def test_initial_values(toy):
+    """Nothing but biases starts at zero, heads and residual projections included; each layer has its own draw."""
+    config = _five_layers(toy, tie_embeddings=False)
+    params = jax.jit(network.init, static_argnums=1)(jax.random.key(0), config)
     per_layer = network.unstack(params)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(per_layer):
+        assert path[-1].key == "bias" or np.any(np.asarray(leaf) != 0), jax.tree_util.keystr(path)
     queries = [p["query"] for p in (*per_layer["two_stream"], per_layer["last_two_stream"], *per_layer["causal"])]
     assert len(queries) == 5 and len({np.asarray(query).tobytes() for query in queries}) == 5
+    # An untrained model's loss is about log V a token: no scale is off.
+    tokens = jax.random.randint(jax.random.key(1), (8, LENGTH), 0, 7)
+    drawn = order.left_to_right(8, LENGTH)
+    sums = jax.jit(lambda params: objective.loss_sums(params, config, tokens, drawn))(params)
+    assert float(sums.nll / sums.tokens) == pytest.approx(np.log(7), abs=0.1)
 
 
 def test_unstacked_parameters_give_the_same_network(toy):
@@ -113,9 +119,16 @@ def test_unstacked_parameters_give_the_same_network(toy):
     rows = rows_for_training(tokens, drawn, block_mask.build(drawn))
     unstacked = network.unstack(params)
     assert len(unstacked["two_stream"]) == 2 and len(unstacked["causal"]) == 2
-    expected, _ = network.forward(params, dataclasses.replace(config, scan_layers="on"), rows)
-    for tree in (params, unstacked):
-        np.testing.assert_allclose(network.forward(tree, config, rows)[0], expected, rtol=1e-5, atol=1e-5)
+    scanned = dataclasses.replace(config, scan_layers="on")
+
+    @jax.jit
+    def run(params, unstacked):
+        cases = ((params, scanned), (params, config), (unstacked, config))
+        return [network.forward(tree, c, rows)[0] for tree, c in cases]
+
+    expected, *others = run(params, unstacked)
+    for found in others:
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
 
 
 # --- dropout --------------------------------------------------------------------------------------------------------
@@ -149,13 +162,19 @@ def test_every_layer_and_stream_draws_its_own_dropout(toy):
         params[name] = params[name] | {"attention_out": jnp.zeros_like(params[name]["attention_out"])}
     drawn = order.left_to_right(1, LENGTH)
     rows = rows_for_training(jnp.zeros((1, LENGTH), jnp.int32), drawn, block_mask.build(drawn))
-    states = []
 
-    def constrain(array, axes):
-        states.append(np.asarray(array))
-        return array
+    @jax.jit
+    def activations(params):
+        seen = []
 
-    network.forward(params, config, rows, dropout_key=jax.random.key(0), constrain=constrain)
+        def constrain(array, axes):
+            seen.append(array)
+            return array
+
+        network.forward(params, config, rows, dropout_key=jax.random.key(0), constrain=constrain)
+        return seen
+
+    states = [np.asarray(state) for state in activations(params)]
     _, g, both_1, both_2, *rest = states  # X, G, then every layer's rows: X over G, from the last two-stream one on G
     x_2, g_2 = np.split(both_2 - both_1, 2, axis=1)
     g_stream = [g, both_1[:, LENGTH:], both_2[:, LENGTH:], *rest]
@@ -226,10 +245,12 @@ def test_activation_dtype(toy):
     tokens = jax.random.randint(jax.random.key(0), (2, LENGTH), 0, 7)
     low = dataclasses.replace(config, dtype="bfloat16")
     rows = rows_for_training(tokens, drawn, block_mask.build(drawn))
-    h_BND, _ = network.forward(params, low, rows)
-    assert h_BND.dtype == jnp.bfloat16 and network.head_logits(params, low, h_BND).dtype == jnp.float32
-    exact, _ = objective.generation_log_probs(params, config, tokens, drawn)
-    rounded, _ = objective.generation_log_probs(params, low, tokens, drawn)
+    h_BND, _ = jax.eval_shape(lambda: network.forward(params, low, rows))
+    logits = jax.eval_shape(lambda h: network.head_logits(params, low, h), h_BND)
+    assert h_BND.dtype == jnp.bfloat16 and logits.dtype == jnp.float32
+    run = jax.jit(lambda params: [objective.generation_log_probs(params, c, tokens, drawn)[0] for c in (config, low)])
+    exact, rounded = run(params)
+    assert rounded.dtype == jnp.float32
     np.testing.assert_allclose(rounded, exact, atol=0.2)
 
 

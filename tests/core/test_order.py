@@ -13,6 +13,8 @@ from armd_jax.config import OrderConfig, UserError
 from armd_jax.core import order
 from armd_jax.core.block_mask import build
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 EVIDENCE = np.asarray([False, True, True, False, False, True, False, False])
 
 

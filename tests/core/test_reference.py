@@ -11,10 +11,10 @@ from armd_jax.config import AGGREGATORS
 from armd_jax.core import block_mask, network, objective, order
 from armd_jax.core.rows import rows_for_training
 
-QUICK = {"xla_backend_optimization_level": 0}
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
-@functools.partial(jax.jit, static_argnames="config", compiler_options=QUICK)
+@functools.partial(jax.jit, static_argnames="config")
 def _natural_logits(params, config, tokens, drawn):
     rows = rows_for_training(tokens, drawn, block_mask.build(drawn))
     h_BND, _ = network.forward(params, config, rows)
@@ -25,7 +25,7 @@ def _natural_logits(params, config, tokens, drawn):
 # --- a plain causal transformer -------------------------------------------------------------------------------------
 
 
-@functools.partial(jax.jit, static_argnames=("num_heads", "vocab"), compiler_options=QUICK)
+@functools.partial(jax.jit, static_argnames=("num_heads", "vocab"))
 def _plain_transformer(params, tokens, num_heads: int, vocab: int):
     """Pre-norm decoder: start token at position 0, RoPE, causal softmax, GELU, tied head; row j predicts token j."""
     batch, length = tokens.shape

@@ -98,7 +98,8 @@ SPOILED = ["nothing", "x key", "x value", "last x key", "last x value", "g key",
 def _spoil(cache: network.Cache, kind: str) -> network.Cache:
     def zeroed(pairs, layer, part):
         pairs = [list(pair) for pair in pairs]
-        pairs[layer][part] = pairs[layer][part].at[:, 1, 0, 0].set(0.0)
+        place = (slice(None), 1, 0) if part else (slice(None), 0, 1)  # values are [B H, N, K], keys [B H, K, N]
+        pairs[layer][part] = pairs[layer][part].at[place].set(0.0)
         return tuple(map(tuple, pairs))
 
     layer, part = (-1 if kind.startswith("last") else 0), int(kind.endswith("value"))
