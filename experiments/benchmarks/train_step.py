@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from common import add_size_flags, gpt2, has_hugging_face, machine, median_ratio, model_configs, print_json
@@ -22,36 +23,42 @@ from common import print_machine as print_header
 from armd_jax.config import ModelConfig
 from armd_jax.core import network, objective, order
 from armd_jax.core.flops import training_flops_per_token
+from armd_jax.core.network import Params
+from armd_jax.core.order import Order
 
+State = tuple[Params, optax.OptState]
 Case = Callable[[], Any]  # one step, finished when it returns
 
 
 def jax_cases(config: ModelConfig, batch: int) -> tuple[Case, Case]:
-    """A whole training step, and loss with gradients alone, on random tokens in the natural order."""
-    tokens = np.random.default_rng(0).integers(0, config.vocab_size, (batch, config.max_length)).astype(np.int32)
+    """A whole training step, and loss with gradients alone, on random tokens in the natural order.
+
+    Tokens and order are arguments as in training, so that nothing about them is folded into the program.
+    """
+    shape = (batch, config.max_length)
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, config.vocab_size, shape), jnp.int32)
+    drawn = order.left_to_right(*shape)
     tx = optax.adamw(3e-4)
 
-    def loss(params: network.Params) -> jax.Array:
-        sums = objective.loss_sums(params, config, jax.numpy.asarray(tokens), order.left_to_right(*tokens.shape))
+    def loss(params: Params, tokens: jax.Array, drawn: Order) -> jax.Array:
+        sums = objective.loss_sums(params, config, tokens, drawn)
         return sums.weighted_nll / sums.weight
 
-    @jax.jit
-    def gradients(params: network.Params) -> tuple[jax.Array, network.Params]:
-        return jax.value_and_grad(loss)(params)
-
-    def update(params: network.Params, opt_state: optax.OptState) -> tuple[network.Params, optax.OptState]:
-        updates, opt_state = tx.update(jax.grad(loss)(params), opt_state, params)
+    def update(state: State, tokens: jax.Array, drawn: Order) -> State:
+        params, opt_state = state
+        updates, opt_state = tx.update(jax.grad(loss)(params, tokens, drawn), opt_state, params)
         return optax.apply_updates(params, updates), opt_state
 
-    step = jax.jit(update, donate_argnums=(0, 1))
-    params = network.init(jax.random.key(0), config)
-    state = (jax.tree.map(jax.numpy.copy, params), tx.init(params))
+    gradients = jax.jit(jax.value_and_grad(loss))
+    step = jax.jit(update, donate_argnums=0)
+    params = jax.jit(network.init, static_argnums=1)(jax.random.key(0), config)
+    state = (jax.tree.map(jnp.copy, params), tx.init(params))
 
     def train() -> None:
         nonlocal state
-        state = jax.block_until_ready(step(*state))
+        state = jax.block_until_ready(step(state, tokens, drawn))
 
-    return train, lambda: jax.block_until_ready(gradients(params))
+    return train, lambda: jax.block_until_ready(gradients(params, tokens, drawn))
 
 
 def hf_case(args: argparse.Namespace, attention: str) -> Case:
