@@ -52,7 +52,7 @@ def build(order: Order) -> BlockMask:
     length = block_BN.shape[1]
     index_BN = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), block_BN.shape)
     changes = block_BN[:, 1:] != block_BN[:, :-1]
-    edge = jnp.ones_like(changes[:, :1])
+    edge = jnp.ones_like(block_BN[:, :1], bool)
     starts_BN = jnp.concatenate([edge, changes], axis=1)
     ends_BN = jnp.concatenate([changes, edge], axis=1)
     first_BN = jax.lax.cummax(jnp.where(starts_BN, index_BN, 0), axis=1)  # a

@@ -247,7 +247,7 @@ def test_a_failing_write_leaves_no_half_file(run, monkeypatch):
         raise OSError(28, "No space left on device")
 
     before = {path.name for path in run.iterdir()}
-    monkeypatch.setattr(report.os, "replace", full)
+    monkeypatch.setattr("os.replace", full)
     with pytest.raises(UserError, match="cannot be written there: No space left"):
         report.write(run)
     assert {path.name for path in run.iterdir()} == before
