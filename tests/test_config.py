@@ -182,13 +182,12 @@ def test_impossible_values(fields, words):
 
 def test_possible_values_at_the_edge():
     """Values at the edges of what is allowed are allowed."""
-    _with(model__two_stream_layers=0, model__aggregator="shift")
-    _with(model__two_stream_layers=12)
+    assert {_with(model__two_stream_layers=m).model.two_stream_layers for m in (0, 12)} == {0, 12}
     _with(order__kind="strided", order__streams=(1, 2, 1024))
     _with(order__streams=(3,))  # unused: no strided phase
     _with(order__kind="uniform", order__max_permuted=4096)
-    _with(order__sbp_steps=400_000, order__permute_steps=9_000)
-    _with(optimizer__clip_norm=0, optimizer__ema_decay=0.0, optimizer__warmup_steps=0)
+    _with(order__sbp_steps=400_000, order__permute_steps=9_000, optimizer__clip_norm=0)
+    _with(optimizer__ema_decay=0.0, optimizer__warmup_steps=0)
     _with(mesh__data=2, mesh__fsdp=-1)
 
 

@@ -270,8 +270,7 @@ def test_for_step_draws_the_kind(kind):
     for a, b in zip(jax.tree.leaves(drawn), jax.tree.leaves([run(step) for step in range(20)]), strict=True):
         np.testing.assert_array_equal(a, b)
     for one in drawn:
-        positions = one.positions_BN
-        np.testing.assert_array_equal(np.sort(positions, axis=1), np.tile(np.arange(8), (4, 1)))
+        np.testing.assert_array_equal(np.sort(one.positions_BN, axis=1), np.tile(np.arange(8), (4, 1)))
     different = len({one.positions_BN.tobytes() + one.block_BN.tobytes() for one in drawn})
     natural = np.tile(np.arange(8), (4, 1))
     if kind == "left_to_right":
