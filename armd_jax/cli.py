@@ -12,7 +12,8 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from armd_jax.config import UserError, apply_overrides, from_config_dict, load_config_file
+from armd_jax.config import UserError, from_config_dict
+from armd_jax.experiment_file import apply_overrides, load_config_file
 
 if TYPE_CHECKING:
     from armd_jax.config import Config, DataConfig

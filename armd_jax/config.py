@@ -5,14 +5,10 @@ changes more (`--config.model.width=512`); `from_config_dict` turns the result i
 rest of the package reads. Unknown names, wrong types and impossible values are `UserError`s of one line each.
 """
 
-import ast
 import dataclasses
 import difflib
-import importlib.util
 import json
 import math
-import pathlib
-import types
 import typing
 from collections.abc import Sequence
 from typing import Any
@@ -357,93 +353,3 @@ def validate(config: Config) -> None:
     for name, size in axes.items():
         if size != -1 and size < 1:
             raise UserError(f"mesh.{name}={size}: must be at least 1, or -1 for all devices that are left")
-
-
-def load_config_file(spec: str) -> ml_collections.ConfigDict:
-    """The ConfigDict that `get_config(arg)` of an experiment file returns; `spec` is `file.py` or `file.py:arg`."""
-    path, colon, arg = spec.partition(":")
-    file = pathlib.Path(path)
-    if not file.is_file():
-        raise UserError(f"--config={spec}: there is no file {path!r}")
-    module = types.ModuleType(file.stem)
-    loader_spec = importlib.util.spec_from_file_location(file.stem, file)
-    if loader_spec is None or loader_spec.loader is None:
-        raise UserError(f"--config={spec}: {path!r} is not a Python file")
-    module = importlib.util.module_from_spec(loader_spec)
-    try:
-        loader_spec.loader.exec_module(module)
-    except UserError:
-        raise
-    except Exception as error:  # whatever a user's file raises is the user's to mend: one line, not our traceback
-        raise UserError(f"--config={spec}: the file fails with {type(error).__name__}: {error}") from error
-    if not hasattr(module, "get_config"):
-        raise UserError(f"--config={spec}: the file defines no get_config(arg)")
-    try:
-        config = module.get_config(arg) if colon else module.get_config()
-    except UserError:
-        raise
-    except Exception as error:
-        raise UserError(f"--config={spec}: get_config fails with {type(error).__name__}: {error}") from error
-    if not isinstance(config, ml_collections.ConfigDict):
-        raise UserError(f"--config={spec}: get_config must return an ml_collections.ConfigDict")
-    return config
-
-
-def apply_overrides(config: ml_collections.ConfigDict, overrides: Sequence[str]) -> None:
-    """Applies command-line words `--config.a.b=v` (or `--config.a.b v`) in place; UserError on any other word."""
-    words = list(overrides)
-    while words:
-        word = words.pop(0)
-        if not word.startswith("--config."):
-            raise UserError(f"unknown argument {word!r}; fields are set with --config.section.field=value")
-        name, equals, value = word.removeprefix("--config.").partition("=")
-        if not equals:
-            if not words:
-                raise UserError(f"{word!r} has no value; write --config.{name}=value")
-            value = words.pop(0)
-        set_field(config, name, value)
-
-
-def set_field(config: ml_collections.ConfigDict, name: str, text: str) -> None:
-    """Sets the field with the dotted `name` from its text form, checked against the field's present type."""
-    node: Any = config
-    parts = name.split(".")
-    for depth, part in enumerate(parts):
-        known = list(node.keys()) if isinstance(node, ml_collections.ConfigDict) else []
-        if part not in known:
-            prefix = ".".join(parts[:depth] + [""]) if depth else ""
-            raise UserError(
-                f"unknown field {name!r}{nearest(prefix + part, [prefix + other for other in known])}"
-                if known
-                else f"unknown field {name!r}: {'.'.join(parts[:depth])!r} is a single value"
-            )
-        if depth < len(parts) - 1:
-            node = node[part]
-    old = node[parts[-1]]
-    if isinstance(old, ml_collections.ConfigDict):
-        raise UserError(f"{name}={text!r}: a section; set one of its fields: {', '.join(old.keys())}")
-    with node.unlocked(), node.ignore_type():
-        node[parts[-1]] = _parse(name, text, old)
-
-
-def _parse(name: str, text: str, old: Any) -> Any:
-    if isinstance(old, str):
-        return text
-    if isinstance(old, bool):
-        if text.lower() not in ("true", "false", "1", "0"):
-            raise UserError(f"{name}={text!r}: expected true or false (default {old})")
-        return text.lower() in ("true", "1")
-    try:
-        value = ast.literal_eval(text)
-    except (ValueError, SyntaxError, MemoryError, RecursionError):
-        value = None
-    if isinstance(old, tuple | list):
-        value = (value,) if isinstance(value, int) else value
-        if isinstance(value, tuple | list) and all(type(item) is int for item in value):
-            return tuple(value)
-        raise UserError(f"{name}={text!r}: expected whole numbers such as 1,2,4 (default {tuple(old)})")
-    if isinstance(old, float) and type(value) is int:
-        value = float(value)
-    if type(value) is not type(old):
-        raise UserError(f"{name}={text!r}: expected {type(old).__name__} (default {old!r})")
-    return value

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 from armd_jax import config as configs
+from armd_jax import experiment_file
 from armd_jax.config import UserError
 from armd_jax.training import sharding, state, step
 
@@ -19,7 +20,7 @@ CASES += [(file, "cpu") for file in FILES if file.stem == "wikitext2"]
 @pytest.mark.parametrize(("file", "arg"), CASES, ids=lambda value: getattr(value, "stem", value))
 def test_one_training_step_can_be_traced(file, arg):
     """The config validates, and one whole update of it has consistent shapes; nothing is allocated."""
-    config = configs.from_config_dict(configs.load_config_file(f"{file}:{arg}" if arg else str(file)))
+    config = configs.from_config_dict(experiment_file.load_config_file(f"{file}:{arg}" if arg else str(file)))
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=50257))
     mesh = sharding.make_mesh(config.mesh)
     tokens = jax.ShapeDtypeStruct((config.training.batch_size, config.model.max_length), jnp.int32)
@@ -36,4 +37,4 @@ def test_docstring_is_documentation(file):
     text = file.read_text()
     assert "Command:" in text and "Hardware:" in text and f"experiments/{file.name}" in text
     with pytest.raises(UserError, match="smokee"):
-        configs.load_config_file(f"{file}:smokee")
+        experiment_file.load_config_file(f"{file}:smokee")
