@@ -18,7 +18,7 @@ from armd_jax.config import Config, UserError
 from armd_jax.core.network import Params
 from armd_jax.data import loader, packing
 from armd_jax.data.packing import PreparedData
-from armd_jax.training import checkpoints, sharding, step
+from armd_jax.training import checkpoints, host_memory, sharding, step
 from armd_jax.training import state as states
 from armd_jax.training.metrics import MetricWriter, write_atomically
 from armd_jax.training.state import TrainState
@@ -100,6 +100,8 @@ def train(
     old = checkpoints.read_config(workdir) if (workdir / "config.json").exists() else None
     _check_writable(workdir)
     mesh = sharding.make_mesh(config.mesh)
+    if mesh.devices.flat[0].platform == "cpu":
+        host_memory.keep_freed_memory()
     if old is not None:
         check_continuation(old, config, workdir)
     data, config = prepare_data(config, workdir, progress)
