@@ -33,6 +33,7 @@ setup(
             "pytest-xdist>=3.5",
             "hypothesis>=6.100",
             "ruff>=0.14",
+            "pyyaml>=6",
             "tensorflow-datasets>=4.9.7",
         ],
     },

@@ -1,0 +1,53 @@
+# Sourced by the launchers for other machines: one-line errors, and commands that run or, with --dry-run, are printed.
+# COMMAND is the command that every worker starts; set_command fills it from what follows `--`.
+
+DRY_RUN=""
+COMMAND=()
+
+fail() {
+    echo "error: $* (see bash $0 --help)" >&2
+    exit 2
+}
+
+# need OPTION VALUE WHAT: ends with an error where VALUE is empty.
+need() {
+    [ -n "$2" ] || fail "$1 is missing: $3"
+}
+
+# need_number OPTION VALUE: ends with an error where VALUE is no whole number of at least one.
+need_number() {
+    case $2 in
+        "" | 0* | *[!0-9]*) fail "$1=$2 must be a whole number of at least 1" ;;
+    esac
+}
+
+# Whatever follows `--`. `armd train` is told that it is one of several processes; any other command stays as it is.
+set_command() {
+    [ $# -gt 0 ] || fail "the command is missing: end with -- armd train --config=FILE --workdir=FOLDER"
+    if [ "$1" = armd ] && [ "${2:-}" = train ]; then
+        COMMAND=(armd train --distributed=on "${@:3}")
+    else
+        COMMAND=("$@")
+    fi
+}
+
+# The words as one line that a shell reads back as the same words.
+shell_words() {
+    local word line=""
+    for word in "$@"; do
+        case $word in
+            "" | *[!A-Za-z0-9_./:=,@%+-]*) word="'$(printf '%s' "$word" | sed "s/'/'\\\\''/g")'" ;;
+        esac
+        line="$line${line:+ }$word"
+    done
+    printf '%s\n' "$line"
+}
+
+run() {
+    if [ -n "$DRY_RUN" ]; then
+        shell_words "$@"
+    else
+        command -v "$1" >/dev/null || fail "$1 is not installed on this machine"
+        "$@"
+    fi
+}

@@ -1,0 +1,90 @@
+#!/usr/bin/env bash
+# Runs a command until it is done: again after a crash, not after a mistake (code 2) and not once SIGTERM or SIGINT
+# came. The signal goes on to the command, which saves and ends; its code is this script's code.
+set -euo pipefail
+usage() {
+    sed -n '2,3s/^# //p' "$0"
+    cat <<TEXT
+usage: bash launch/keep_running.sh [--max-restarts=10] [--pause=5] [--status-file=FILE] [--dry-run] -- COMMAND...
+  --max-restarts=N    give up after N restarts, with the code of the last try
+  --pause=SECONDS     between two tries, so that the other workers' processes have ended too
+  --status-file=FILE  holds \`running PID\` while this runs and \`ended CODE\` after it; a second start is refused
+  --dry-run           print the command and end
+TEXT
+}
+. "$(dirname "$0")/common.sh"
+
+MAX_RESTARTS=10 PAUSE=5 STATUS_FILE=""
+while [ $# -gt 0 ]; do
+    case $1 in
+        --help) usage; exit 0 ;;
+        --dry-run) DRY_RUN=1 ;;
+        --max-restarts=*) MAX_RESTARTS=${1#*=} ;;
+        --pause=*) PAUSE=${1#*=} ;;
+        --status-file=*) STATUS_FILE=${1#*=} ;;
+        --) shift; break ;;
+        *) fail "unknown option $1" ;;
+    esac
+    shift
+done
+case $MAX_RESTARTS in "" | *[!0-9]*) fail "--max-restarts=$MAX_RESTARTS must be a whole number" ;; esac
+[ $# -gt 0 ] || fail "the command is missing: end with -- COMMAND..."
+if [ -n "$DRY_RUN" ]; then
+    shell_words "$@"
+    exit 0
+fi
+
+note() {
+    echo "keep_running: $*" >&2
+}
+
+set_status() {
+    if [ -n "$STATUS_FILE" ]; then
+        echo "$*" >"$STATUS_FILE.new"
+        mv "$STATUS_FILE.new" "$STATUS_FILE"
+    fi
+}
+
+if [ -n "$STATUS_FILE" ] && [ -f "$STATUS_FILE" ]; then
+    read -r state pid <"$STATUS_FILE" || true
+    if [ "$state" = running ] && kill -0 "$pid" 2>/dev/null; then
+        fail "already running here as process $pid ($STATUS_FILE); stop that one first"
+    fi
+fi
+set_status running $$
+
+child="" stopped=""
+# An empty child: the signal came between two tries.
+trap 'stopped=1; if [ -n "$child" ]; then kill -TERM "$child" 2>/dev/null || true; fi' TERM INT
+restarts=0
+while :; do
+    "$@" &
+    child=$!
+    if [ -n "$stopped" ]; then # the signal came while the command was starting
+        kill -TERM "$child" 2>/dev/null || true
+    fi
+    code=0
+    wait "$child" || code=$?
+    # A trapped signal ends `wait` early; the command is still saving.
+    while kill -0 "$child" 2>/dev/null; do
+        code=0
+        wait "$child" || code=$?
+    done
+    child=""
+    if [ "$code" = 0 ] || [ "$code" = 2 ] || [ -n "$stopped" ]; then
+        break
+    fi
+    if [ "$restarts" -ge "$MAX_RESTARTS" ]; then
+        note "code $code after $restarts restarts: giving up"
+        break
+    fi
+    restarts=$((restarts + 1))
+    note "code $code: restart $restarts of $MAX_RESTARTS in $PAUSE s"
+    sleep "$PAUSE" &
+    wait $! || true # a signal ends the wait at once
+    if [ -n "$stopped" ]; then
+        break
+    fi
+done
+set_status ended "$code"
+exit "$code"

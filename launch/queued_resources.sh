@@ -1,0 +1,171 @@
+#!/usr/bin/env bash
+# Asks for one or several TPU slices through a queue, and trains on every worker of all of them. `keep` does everything:
+# it waits, installs and starts, and where a spot slice is taken away it asks for a new one and continues the run.
+set -euo pipefail
+usage() {
+    sed -n '2,3s/^# //p' "$0"
+    cat <<TEXT
+usage: bash launch/queued_resources.sh VERB --name=NAME --project=PROJECT --zone=ZONE [options] [-- armd train ...]
+  create     ask for the slices (--topology)
+  status     the state of the request; ACTIVE: the slices are there
+  install    copy the committed state of this repository to every worker of every slice and install it there
+  train      start the command after -- on every worker, detached; it is started again after a crash
+  logs       follow the output of one worker
+  stop       SIGTERM to every worker; the run saves and the next \`train\` continues it
+  delete     give the slices back
+  keep       all of the above until the run is done; for a small machine that stays up
+options (the environment variables NAME, PROJECT, ZONE and SETUP do the same):
+  --topology=v5e:4x4    generation and chips of one slice; v4, v5e, v5p, v6e
+  --slices=1            slices, connected by the data centre's network
+  --spot                cheaper machines that may be taken away
+  --runtime=VERSION     image of the machines; default: the one of the generation
+  --worker=0            whose output \`logs\` follows
+  --setup=COMMAND       \`install\` runs it on every worker, e.g. to mount the folder that --workdir lies in
+  --max-restarts=10     restarts after a crash
+  --every=60            seconds between two looks of \`keep\`
+  --gcloud-flag=FLAG    one more option for gcloud's ssh and scp, e.g. --internal-ip; may be repeated
+  --create-flag=FLAG    one more option for gcloud's create, e.g. --reserved; may be repeated
+  --dry-run             print the commands instead of running them
+Every worker has to see --workdir and the data under the same name (README.md beside this script).
+TEXT
+}
+if [ "${1:-}" = --help ]; then
+    usage
+    exit 0
+fi
+cd "$(dirname "$0")/.."
+. launch/common.sh
+. launch/tpu_workers.sh
+
+NAME=${NAME:-} PROJECT=${PROJECT:-} ZONE=${ZONE:-} SETUP=${SETUP:-} WORKER=0 MAX_RESTARTS=10 EVERY=60
+TOPOLOGY="" SLICES=1 SPOT="" RUNTIME="" FLAGS=() CREATE_FLAGS=()
+VERB=${1:-}
+case $VERB in
+    create | status | install | train | logs | stop | delete | keep) shift ;;
+    *) fail "the first word must be create, status, install, train, logs, stop, delete or keep, not \`$VERB\`" ;;
+esac
+while [ $# -gt 0 ]; do
+    case $1 in
+        --help) usage; exit 0 ;;
+        --dry-run) DRY_RUN=1 ;;
+        --name=*) NAME=${1#*=} ;;
+        --project=*) PROJECT=${1#*=} ;;
+        --zone=*) ZONE=${1#*=} ;;
+        --topology=*) TOPOLOGY=${1#*=} ;;
+        --slices=*) SLICES=${1#*=} ;;
+        --spot) SPOT=1 ;;
+        --runtime=*) RUNTIME=${1#*=} ;;
+        --worker=*) WORKER=${1#*=} ;;
+        --setup=*) SETUP=${1#*=} ;;
+        --max-restarts=*) MAX_RESTARTS=${1#*=} ;;
+        --every=*) EVERY=${1#*=} ;;
+        --gcloud-flag=*) FLAGS+=("${1#*=}") ;;
+        --create-flag=*) CREATE_FLAGS+=("${1#*=}") ;;
+        --) shift; break ;;
+        *) fail "unknown option $1" ;;
+    esac
+    shift
+done
+need --name "$NAME" "the name of the request and of its slices"
+need --project "$PROJECT" "the Google Cloud project"
+need --zone "$ZONE" "the zone, such as us-west4-a"
+need_number --slices "$SLICES"
+need_number --every "$EVERY"
+
+GROUP=queued-resources
+PLACE=("--project=$PROJECT" "--zone=$ZONE")
+WHERE=("${PLACE[@]}" ${FLAGS[@]+"${FLAGS[@]}"})
+EVERY_WORKER=(--node=all --worker=all)
+
+# Sets CREATE, gcloud's options for the slices.
+read_topology() {
+    need --topology "$TOPOLOGY" "generation and chips of one slice, such as v5e:4x4"
+    local type image
+    case $TOPOLOGY in
+        v4:*) type=v4 image=tpu-ubuntu2204-base ;;
+        v5e:*) type=v5litepod image=v2-alpha-tpuv5-lite ;;
+        v5p:*) type=v5p image=v2-alpha-tpuv5 ;;
+        v6e:*) type=v6e image=v2-alpha-tpuv6e ;;
+        *) fail "--topology=$TOPOLOGY must begin with v4:, v5e:, v5p: or v6e:" ;;
+    esac
+    CREATE=("--type=$type" "--topology=${TOPOLOGY#*:}" "--runtime-version=${RUNTIME:-$image}")
+    if [ "$SLICES" = 1 ]; then
+        CREATE+=("--node-id=$NAME")
+    else
+        CREATE+=("--node-count=$SLICES" "--node-prefix=$NAME")
+    fi
+    if [ -n "$SPOT" ]; then
+        CREATE+=(--spot)
+    fi
+    CREATE+=(${CREATE_FLAGS[@]+"${CREATE_FLAGS[@]}"})
+}
+
+create() {
+    run gcloud compute tpus queued-resources create "$NAME" "${PLACE[@]}" "${CREATE[@]}"
+}
+
+state() {
+    run gcloud compute tpus queued-resources describe "$NAME" "${PLACE[@]}" --format="value(state.state)"
+}
+
+# --force: the slices too, not only the request.
+delete() {
+    run gcloud compute tpus queued-resources delete "$NAME" "${PLACE[@]}" --force --quiet
+}
+
+# `running`, `ended CODE`, `lost` (its machine started anew), or `new` where the run was never started.
+run_status() {
+    run gcloud compute tpus queued-resources ssh "$NAME" "${WHERE[@]}" --node=0 --worker=0 \
+        --command="if ! read -r state value 2>/dev/null <armd-jax/train.status; then echo new; elif [ \$state = ended ]; then echo ended \$value; elif kill -0 \$value 2>/dev/null; then echo running; else echo lost; fi"
+}
+
+# One look at the request and, where the slices are there, at the run. Failures of gcloud itself are looked at again.
+look() {
+    local now run_now
+    now=$(state) || now=ABSENT
+    echo "queued_resources: $NAME is $now" >&2
+    case $now in
+        ABSENT) create || true ;;
+        FAILED | SUSPENDED) delete || true ;;
+        ACTIVE)
+            run_now=$(run_status) || return 0
+            case $run_now in
+                ended*) exit "${run_now#ended }" ;;
+                lost) start_workers || true ;;
+                new) install_workers && start_workers || true ;;
+            esac
+            ;;
+    esac
+}
+
+keep() {
+    if [ -n "$DRY_RUN" ]; then
+        echo "# every $EVERY seconds:"
+        state
+        echo "# where there is no such request:"
+        create
+        echo "# where it is FAILED or SUSPENDED:"
+        delete
+        echo "# where it is ACTIVE, with the end of keep where this prints \`ended CODE\`:"
+        run_status
+        echo "# and where that prints \`new\`, the last of them where it prints \`lost\`:"
+        install_workers
+        start_workers
+        return
+    fi
+    while :; do
+        look
+        sleep "$EVERY"
+    done
+}
+
+case $VERB in
+    create) read_topology; create ;;
+    status) state ;;
+    install) install_workers ;;
+    train) set_command "$@"; start_workers ;;
+    logs) follow_log ;;
+    stop) stop_workers ;;
+    delete) delete ;;
+    keep) read_topology; set_command "$@"; keep ;;
+esac

@@ -1,0 +1,34 @@
+# Sourced by tpu_vm.sh and queued_resources.sh: what both do on every worker of a slice, or of several, over ssh.
+#   GROUP         tpu-vm or queued-resources, the gcloud command group
+#   WHERE         project and zone, as gcloud options, and options for ssh and scp
+#   EVERY_WORKER  gcloud options that name every machine: a TPU program starts on all of them or hangs
+
+remote() {
+    run gcloud compute tpus "$GROUP" ssh "$NAME" "${WHERE[@]}" "${EVERY_WORKER[@]}" --command="$1"
+}
+
+# The committed state of this repository, with Python and the tpu extra, in ~/armd-jax of every worker. The images of
+# TPU VMs bring Python 3.10, so uv brings a newer one.
+install_workers() {
+    run mkdir -p build
+    run git archive --format=tar.gz --output=build/armd-jax.tar.gz HEAD
+    run gcloud compute tpus "$GROUP" scp build/armd-jax.tar.gz "$NAME:armd-jax.tar.gz" "${WHERE[@]}" "${EVERY_WORKER[@]}"
+    remote "mkdir -p armd-jax && tar -xzf armd-jax.tar.gz -C armd-jax && cd armd-jax && python3 -m pip install --quiet --user uv && python3 -m uv venv --quiet --allow-existing --python 3.12 .venv && python3 -m uv pip install --quiet --python .venv/bin/python --editable '.[tpu]'"
+    if [ -n "$SETUP" ]; then
+        remote "$SETUP"
+    fi
+}
+
+# Detached, so that the run outlives this connection; keep_running.sh starts it again after a crash.
+start_workers() {
+    remote "cd armd-jax && { PATH=\"\$PWD/.venv/bin:\$PATH\" setsid nohup bash launch/keep_running.sh --status-file=train.status --max-restarts=$MAX_RESTARTS -- $(shell_words "${COMMAND[@]}") >>train.log 2>&1 </dev/null & } && sleep 3 && tail -n 3 train.log"
+}
+
+# SIGTERM to every worker: armd saves and ends with code 75, and the next start continues there.
+stop_workers() {
+    remote "cd armd-jax && read -r state pid <train.status && if [ \$state = running ]; then kill -TERM \$pid; while kill -0 \$pid 2>/dev/null; do sleep 1; done; fi; tail -n 3 train.log; cat train.status"
+}
+
+follow_log() {
+    run gcloud compute tpus "$GROUP" ssh "$NAME" "${WHERE[@]}" "--worker=$WORKER" --command="tail -n 100 -F armd-jax/train.log"
+}

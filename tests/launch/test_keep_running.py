@@ -1,0 +1,77 @@
+"""launch/keep_running.sh with real, small commands."""
+
+import pathlib
+import signal
+import subprocess
+import time
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+SCRIPT = ROOT / "launch" / "keep_running.sh"
+# Counts its starts in ./starts, and ends with the code on the line of that number in ./codes.
+NEXT_CODE = 'echo x >>starts; exit "$(sed -n "$(wc -l <starts)p" codes)"'
+
+
+@pytest.mark.parametrize(
+    ("codes", "restarts", "code", "starts"),
+    [
+        ("0", 5, 0, 1),
+        ("2 0", 5, 2, 1),
+        ("1 134 75 0", 5, 0, 4),
+        ("1 1 1 1", 2, 1, 3),
+        ("9 0", 0, 9, 1),
+    ],
+)
+def test_runs_again_until_done(tmp_path, codes, restarts, code, starts):
+    """Again after a crash or a stop that was not ours, never after a mistake, and not for ever."""
+    (tmp_path / "codes").write_text(codes.replace(" ", "\n") + "\n")
+    command = ["bash", SCRIPT, f"--max-restarts={restarts}", "--pause=0", "--status-file=status"]
+    result = subprocess.run([*command, "--", "bash", "-c", NEXT_CODE], cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == code, result.stderr
+    assert len((tmp_path / "starts").read_text().splitlines()) == starts
+    assert (tmp_path / "status").read_text() == f"ended {code}\n"
+
+
+def wait_for(path: pathlib.Path) -> None:
+    """Until the file is there."""
+    end = time.monotonic() + 30
+    while not path.exists():
+        assert time.monotonic() < end, path
+        time.sleep(0.02)
+
+
+def test_a_stop_is_passed_on_and_final(tmp_path):
+    """SIGTERM comes to the command, which takes its time to save; its code 75 is then the end. A second start beside a
+    running one is refused."""
+    saves = "trap 'sleep 0.3; echo saved >saved; exit 75' TERM; echo >ready; while :; do sleep 0.05; done"
+    command = ["bash", SCRIPT, "--pause=0", "--status-file=status", "--", "bash", "-c", saves]
+    running = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.DEVNULL)
+    wait_for(tmp_path / "ready")
+    assert (tmp_path / "status").read_text() == f"running {running.pid}\n"
+    second = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert second.returncode == 2
+    assert f"already running here as process {running.pid}" in second.stderr
+    running.send_signal(signal.SIGTERM)
+    assert running.wait(timeout=30) == 75
+    assert (tmp_path / "saved").exists()
+    assert (tmp_path / "status").read_text() == "ended 75\n"
+
+
+def test_a_stop_between_two_tries(tmp_path):
+    """The pause does not delay the end, and the command does not start again."""
+    command = ["bash", SCRIPT, "--pause=60", "--", "bash", "-c", "echo x >>starts; exit 1"]
+    running = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    assert "restart 1 of 10" in running.stderr.readline()
+    running.send_signal(signal.SIGTERM)
+    assert running.wait(timeout=30) == 1
+    running.stderr.close()
+    assert (tmp_path / "starts").read_text() == "x\n"
+
+
+def test_a_left_over_status_does_not_refuse(tmp_path):
+    """A machine that went down leaves `running PID` of a process that is no more."""
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    (tmp_path / "status").write_text(f"running {ended.pid}\n")
+    subprocess.run(["bash", SCRIPT, "--status-file=status", "--", "true"], cwd=tmp_path, check=True)
