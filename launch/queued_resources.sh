@@ -15,7 +15,8 @@ usage: bash launch/queued_resources.sh VERB --name=NAME --project=PROJECT --zone
   delete     give the slices back
   keep       all of the above until the run is done; for a small machine that stays up
 options (the environment variables NAME, PROJECT, ZONE and SETUP do the same):
-  --topology=v5e:4x4    generation and chips of one slice; v4, v5e, v5p, v6e
+  --topology=v5e:4x4    generation and chips of one slice; v4, v5e, v5p, v6e. Google's own choice among shapes of as
+                        many chips
   --slices=1            slices, connected by the data centre's network
   --spot                cheaper machines that may be taken away
   --runtime=VERSION     image of the machines; default: the one of the generation
@@ -80,15 +81,22 @@ EVERY_WORKER=(--node=all --worker=all)
 # Sets CREATE, gcloud's options for the slices.
 read_topology() {
     need --topology "$TOPOLOGY" "generation and chips of one slice, such as v5e:4x4"
-    local type image
+    local type cores image size chips=1
     case $TOPOLOGY in
-        v4:*) type=v4 image=tpu-ubuntu2204-base ;;
-        v5e:*) type=v5litepod image=v2-alpha-tpuv5-lite ;;
-        v5p:*) type=v5p image=v2-alpha-tpuv5 ;;
-        v6e:*) type=v6e image=v2-alpha-tpuv6e ;;
+        v4:*) type=v4 cores=2 image=tpu-ubuntu2204-base ;;
+        v5e:*) type=v5litepod cores=1 image=v2-alpha-tpuv5-lite ;;
+        v5p:*) type=v5p cores=2 image=v2-alpha-tpuv5 ;;
+        v6e:*) type=v6e cores=1 image=v2-alpha-tpuv6e ;;
         *) fail "--topology=$TOPOLOGY must begin with v4:, v5e:, v5p: or v6e:" ;;
     esac
-    CREATE=("--type=$type" "--topology=${TOPOLOGY#*:}" "--runtime-version=${RUNTIME:-$image}")
+    for size in $(printf '%s' "${TOPOLOGY#*:}" | tr x ' '); do
+        case $size in
+            0* | *[!0-9]*) fail "--topology=$TOPOLOGY must give its chips as in v5e:4x4 or v5p:8x8x8" ;;
+        esac
+        chips=$((chips * size))
+    done
+    # The names of v4 and v5p count cores, two on a chip, the others chips.
+    CREATE=("--accelerator-type=$type-$((chips * cores))" "--runtime-version=${RUNTIME:-$image}")
     if [ "$SLICES" = 1 ]; then
         CREATE+=("--node-id=$NAME")
     else

@@ -266,6 +266,7 @@ def test_keep_asks_for_the_runs_status(tmp_path, state, answer):
         (["tpu_vm.sh", "train", *PLACE, "--config=a.py"], "unknown option --config=a.py"),
         (["queued_resources.sh", "start"], "the first word must be create,"),
         (["queued_resources.sh", "create", *PLACE], "--topology is missing"),
+        (["queued_resources.sh", "create", *PLACE, "--topology=v5e:4xa"], "must give its chips as in v5e:4x4"),
         (["queued_resources.sh", "create", *PLACE, "--topology=4x4"], "must begin with v4:, v5e:, v5p: or v6e:"),
         (
             ["queued_resources.sh", "create", *PLACE, "--topology=v5e:4x4", "--slices=two"],
@@ -293,6 +294,24 @@ def test_mistakes_are_one_line(command, message):
     assert (result.returncode, result.stdout) == (2, "")
     assert result.stderr.startswith("error: ") and message in result.stderr
     assert len(result.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("topology", "accelerator"),
+    [
+        ("v4:2x2x2", "v4-16"),
+        ("v5e:4x4", "v5litepod-16"),
+        ("v5e:16x16", "v5litepod-256"),
+        ("v5p:8x8x8", "v5p-1024"),
+        ("v6e:16x16", "v6e-256"),
+    ],
+)
+def test_accelerator_types(topology, accelerator):
+    """gcloud's names: v4 and v5p count cores, the others chips; the page's table says the same."""
+    printed = start("queued_resources.sh", "create", "--dry-run", *PLACE, f"--topology={topology}").stdout
+    assert f" --accelerator-type={accelerator} " in printed
+    row = re.search(rf"^\| `{topology}` \|.*", (ROOT / "launch" / "README.md").read_text(), re.M)
+    assert row is None or f"`{accelerator}`" in row[0]
 
 
 def test_settings_from_the_environment():
