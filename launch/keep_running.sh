@@ -28,6 +28,7 @@ while [ $# -gt 0 ]; do
     shift
 done
 case $MAX_RESTARTS in "" | *[!0-9]*) fail "--max-restarts=$MAX_RESTARTS must be a whole number" ;; esac
+case $PAUSE in "" | *[!0-9]*) fail "--pause=$PAUSE must be a whole number of seconds" ;; esac
 [ $# -gt 0 ] || fail "the command is missing: end with -- COMMAND..."
 if [ -n "$DRY_RUN" ]; then
     shell_words "$@"
@@ -80,8 +81,14 @@ while :; do
     fi
     restarts=$((restarts + 1))
     note "code $code: restart $restarts of $MAX_RESTARTS in $PAUSE s"
-    sleep "$PAUSE" &
-    wait $! || true # a signal ends the wait at once
+    # In steps: a signal that comes just before a wait does not end it.
+    for ((waited = 0; waited < PAUSE; waited++)); do
+        if [ -n "$stopped" ]; then
+            break
+        fi
+        sleep 1 &
+        wait $! || true
+    done
     if [ -n "$stopped" ]; then
         break
     fi
