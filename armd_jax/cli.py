@@ -1,10 +1,12 @@
-"""`armd <verb>`: prepare, train, eval, sample, export, report.
+"""`armd <verb>`: prepare, train, eval, sample, export, report, checkpoints.
 
-Every verb prints progress on stderr and results on stdout (`--json`: one JSON object). Exit code 0 only where the verb
-did its job; 2 with one line `error: …` on stderr for a mistake in what the user gave.
+Every verb prints progress on stderr and results on stdout (`--json`: one JSON object). Exit codes: 0 only where it did
+its job; 2 with one line `error: …` on stderr for a mistake in what the user gave; 75 where a signal stopped training
+and everything was saved (the same command continues); 1 where something else failed.
 """
 
 import argparse
+import errno
 import json
 import pathlib
 import shutil
@@ -34,6 +36,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        print(
+            f"error: {error.filename or 'a file'}: {error.strerror}; free some space and run it again", file=sys.stderr
+        )
+        return 1
     except BrokenPipeError:  # the reader of our output went away, as `| head` does
         sys.stderr.close()
         return 1
@@ -64,6 +73,11 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--config", required=True, help="experiment file, file.py or file.py:arg")
     sub.add_argument("--workdir", required=True, type=pathlib.Path, help="folder of the run")
     sub.epilog = "Fields of the config are set with --config.section.field=value."
+    sub.add_argument("--debug-nans", action="store_true", help="stop at the operation that first gives NaN; slow")
+    sub.add_argument("--distributed", default="auto", choices=("auto", "on", "off"), help="join other processes")
+    sub.add_argument("--coordinator", default=None, metavar="HOST:PORT", help="of process 0, where nothing tells it")
+    sub.add_argument("--num-processes", type=int, default=None)
+    sub.add_argument("--process-id", type=int, default=None)
 
     def run_argument(sub: argparse.ArgumentParser) -> None:
         sub.add_argument("--run", required=True, type=pathlib.Path, help="a training run or an export")
@@ -93,6 +107,9 @@ def _parser() -> argparse.ArgumentParser:
     sub = verb("export", _export, "Write safetensors, config.json and tokenizer files.")
     run_argument(sub)
     sub.add_argument("--out", required=True, type=pathlib.Path, help="folder to write; must not exist")
+
+    sub = verb("checkpoints", _checkpoints, "List a run's checkpoints, each read whole and verified.")
+    sub.add_argument("--run", required=True, type=pathlib.Path, help="a training run")
 
     sub = verb("report", _report, "Write report.html and its pictures into the run.")
     sub.add_argument("--run", required=True, type=pathlib.Path, help="a training run or an export")
@@ -131,21 +148,52 @@ def _train(args: argparse.Namespace, rest: Sequence[str]) -> int:
     apply_overrides(values, rest)
     config = from_config_dict(values)
 
-    from armd_jax.training import train
+    from armd_jax.training import host_memory
 
-    print(f"resolved config:\n{values}", file=sys.stderr)
+    if host_memory.trains_on_cpu():
+        host_memory.keep_freed_memory()
+
+    from armd_jax.training import distributed
+
+    several = distributed.initialize(args.distributed, args.coordinator, args.num_processes, args.process_id)
+    run = lambda: _train_here(args, config, str(values))  # noqa: E731
+    return distributed.run_together(run) if several else run()
+
+
+def _train_here(args: argparse.Namespace, config: "Config", shown: str) -> int:
+    import jax
+
+    from armd_jax.training import train
+    from armd_jax.training.faults import RunFailed
+    from armd_jax.training.preemption import STOPPED
+
+    jax.config.update("jax_debug_nans", args.debug_nans)
+    primary = jax.process_index() == 0
+    if primary:
+        print(f"resolved config:\n{shown}", file=sys.stderr)
     existed, fresh = args.workdir.exists(), not (args.workdir / "config.json").exists()
     try:
         params = _initial_params(config, args.workdir) if config.training.init_from and fresh else None
         result = train.train(config, args.workdir, params)
     except UserError:
-        if not existed and not (args.workdir / "config.json").exists():  # no run yet, only data prepared just now
+        if primary and not existed and not (args.workdir / "config.json").exists():  # only data prepared just now
             shutil.rmtree(args.workdir, ignore_errors=True)
         raise
-    done = {"workdir": str(args.workdir), "step": config.training.num_steps, "steps_done": result.steps_done}
-    if not result.steps_done:
-        return _print(args, done, f"{args.workdir}: all {config.training.num_steps} steps are done, nothing left to do")
-    return _print(args, done, f"{args.workdir}: trained {result.steps_done} steps, now at {config.training.num_steps}")
+    except (RunFailed, FloatingPointError) as error:  # FloatingPointError: what --debug-nans looks for
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
+    last = config.training.num_steps
+    at = int(result.state.step)
+    done = {"workdir": str(args.workdir), "step": at, "steps_done": result.steps_done, "stopped": result.stopped}
+    if result.stopped:
+        text = f"stopped by a signal after step {at}, which is saved; the same command continues"
+    elif not result.steps_done:
+        text = f"all {last} steps are done, nothing left to do"
+    else:
+        text = f"trained {result.steps_done} steps, now at {at}"
+    if primary:
+        _print(args, done, f"{args.workdir}: {text}")
+    return STOPPED if result.stopped else 0
 
 
 def _initial_params(config: "Config", workdir: pathlib.Path) -> Any:
@@ -252,6 +300,24 @@ def _export(args: argparse.Namespace, _: Sequence[str]) -> int:
     config = read_config(args.run)
     safetensors_format.write(load(args.run, ema=not args.no_ema), config, args.out)
     return _print(args, {"out": str(args.out)}, f"{args.out}: {safetensors_format.WEIGHTS}, config.json, tokenizer/")
+
+
+def _checkpoints(args: argparse.Namespace, _: Sequence[str]) -> int:
+    import dataclasses
+
+    from armd_jax.training import checkpoints
+
+    found = checkpoints.inspect(args.run)
+    lines = [f"{'step':>10} {'bytes':>15} {'parameters':>15}  holds"]
+    for one in found:
+        holds = f"DAMAGED: {one.fault}" if one.fault else "whole: parameters, optimizer" + ", average" * one.average
+        lines.append(f"{one.step:>10,} {one.bytes:>15,} {one.parameters:>15,}  {holds}")
+    result = {
+        "run": str(args.run),
+        "checkpoints": [{**dataclasses.asdict(one), "whole": not one.fault} for one in found],
+    }
+    _print(args, result, "\n".join(lines))
+    return 0 if found and not any(one.fault for one in found) else 1
 
 
 def _report(args: argparse.Namespace, _: Sequence[str]) -> int:

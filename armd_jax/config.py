@@ -31,6 +31,7 @@ ORDER_KINDS = ("left_to_right", "progressive", "uniform", "strided", "masked_dif
 PERMUTES = ("scatter", "window", "reinsert")
 NOISE_SCHEDULES = ("linear", "cosine", "geometric")
 ORDER_WEIGHTS = ("elbo", "simple")
+AFTER_SKIPPED = ("rollback", "stop")
 LEARNING_RATE_SCHEDULES = ("constant", "cosine", "wsd")
 
 
@@ -123,6 +124,9 @@ class TrainingConfig:
     checkpoint_every: int = 1000
     keep_checkpoints: int = 2  # the newest so many
     keep_every: int = 0  # and one every so many steps for ever; 0: none
+    max_skipped: int = 10  # updates skipped in a row (loss or gradient not finite, or a spike) before after_skipped
+    after_skipped: str = "rollback"  # to the last checkpoint and past the batches that failed; or stop
+    spike_nats: float = 0.0  # an update whose loss is so far above its running average is skipped too; 0: never
     init_from: str = ""  # a run or an export whose weights training starts from (fine-tuning)
     tensorboard: bool = True  # where tensorboardX is installed
     wandb_project: str = ""
@@ -338,7 +342,9 @@ def validate(config: Config) -> None:
 
     for name in ("num_steps", "batch_size", "microbatches", "log_every", "keep_checkpoints", "checkpoint_every"):
         _at_least(f"training.{name}", getattr(training, name), 1)
-    for name in ("eval_every", "eval_batches", "keep_every", "z_loss"):
+    _choice("training.after_skipped", training.after_skipped, AFTER_SKIPPED)
+    _at_least("training.max_skipped", training.max_skipped, 1)
+    for name in ("eval_every", "eval_batches", "keep_every", "z_loss", "spike_nats"):
         _at_least(f"training.{name}", getattr(training, name), 0)
     if not 0 <= training.seed < 2**31:
         raise UserError(f"training.seed={training.seed}: must be in [0, 2**31)")

@@ -1,14 +1,25 @@
-"""Orbax checkpoints of a run: saving while training goes on, restoring the newest one that is whole."""
+"""Orbax checkpoints of a run: saving while training goes on, restoring the newest one that is whole.
 
+A checkpoint holds the training state and a digest of every array in it. Orbax notices a truncated file, but gives back
+flipped bytes without a word and lists an emptied folder as the newest step; so a checkpoint counts only where it can be
+read, has the arrays that the config asks for, and every digest is that of what was saved.
+"""
+
+import dataclasses
 import json
 import logging
+import os
 import pathlib
 import shutil
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from orbax.checkpoint import checkpoint_managers
 
@@ -17,12 +28,19 @@ from armd_jax.training import sharding
 from armd_jax.training import state as states
 from armd_jax.training.state import TrainState
 
+OnFault = Callable[[int, str], None]  # (step, reason)
+
 
 class Checkpointer:
     """The checkpoints of one workdir. Use as a context manager: leaving it waits for a save that was begun."""
 
-    def __init__(self, workdir: pathlib.Path, config: Config, read_only: bool = False) -> None:
+    def __init__(
+        self, workdir: pathlib.Path, config: Config, read_only: bool = False, on_failed_save: OnFault | None = None
+    ) -> None:
         self._workdir, self._read_only = workdir, read_only
+        self._on_failed_save = on_failed_save
+        self._begun: int | None = None  # the step of a save that may still be under way
+        self._last_failed = False
         training = config.training
         keep = [checkpoint_managers.LatestN(training.keep_checkpoints)]
         if training.keep_every:
@@ -35,57 +53,174 @@ class Checkpointer:
                 cleanup_tmp_directories=not read_only,
                 read_only=read_only,
             ),
+            handler_registry=_handlers(),
         )
 
     def __enter__(self) -> "Checkpointer":
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._manager.wait_until_finished()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None and jax.process_count() > 1:
+            return  # the other processes may be gone: waiting for them would hang, and the job is ending anyway
+        self.wait()
         self._manager.close()
 
-    def save(self, state: TrainState, step: int) -> bool:
-        """Saves in the background, where `step` is due by the config's interval; True where a save was begun."""
-        return self._manager.save(step, args=ocp.args.Composite(state=ocp.args.StandardSave(state)))
+    def save(self, state: TrainState, step: int, force: bool = False) -> bool:
+        """Saves in the background where `step` is due by the config's interval, or with `force` whatever it says.
 
-    def save_last(self, state: TrainState, step: int) -> bool:
-        """Saves whatever the interval says, unless this step is saved already."""
-        if step in self._manager.all_steps():
+        True where a save was begun. A save that fails, as on a full disk, is told to on_failed_save, at the latest by
+        the next call; earlier checkpoints stay.
+        """
+        if step in self._manager.all_steps() or not (force or self._manager.should_save(step)):
             return False
-        return self._manager.save(step, args=ocp.args.Composite(state=ocp.args.StandardSave(state)), force=True)
+        self.wait()
+        meta = {"step": step, "digests": _numbers(digests(state))}
+        items = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta))
+        self._begun = step
+        try:
+            return self._manager.save(step, args=items, force=True)
+        except Exception as error:
+            self._failed(error)
+            return False
+
+    def wait(self) -> bool:
+        """Waits until the save that was begun is on disk; False where the last one failed."""
+        if self._begun is not None:
+            try:
+                self._manager.wait_until_finished()
+            except Exception as error:
+                self._failed(error)
+            else:
+                self._begun, self._last_failed = None, False
+        return not self._last_failed
+
+    def _failed(self, error: Exception) -> None:
+        step, self._begun, self._last_failed = self._begun, None, True
+        if self._on_failed_save is None or jax.process_count() > 1:  # a process of several must not go on alone
+            raise error
+        self._on_failed_save(step, _line(error))
+        self._manager.reload()
 
     def steps(self) -> list[int]:
-        """The saved steps, oldest first."""
+        """The saved steps, oldest first, whole or not."""
         return sorted(self._manager.all_steps())
 
-    def restore_newest(self, target: TrainState, on_skip: Callable[[int, str], None]) -> TrainState | None:
-        """The newest checkpoint that can be read, into the shapes and shardings of `target`; None where there is none.
+    def restore(self, step: int, target: TrainState) -> TrainState:
+        """The state of one step, into the shapes and shardings of `target`; UserError where it is not whole."""
+        reason, state = "", None
+        try:
+            self._check_shapes(step, target)
+            items = ocp.args.Composite(state=ocp.args.StandardRestore(target), meta=ocp.args.JsonRestore())
+            restored = self._manager.restore(step, args=items)
+            state, wanted = restored.state, restored.meta["digests"]
+            wrong = [name for name, number in _numbers(digests(state)).items() if wanted.get(name) != number]
+            reason = f"{wrong[0]} is not what was saved (its digest differs)" if wrong else ""
+        except Exception as error:  # Orbax raises anything from KeyError to a bare Exception for damaged files
+            reason = _line(error)
+        if jax.process_count() > 1 and multihost_utils.process_allgather(np.asarray(bool(reason))).any():
+            reason = reason or "damaged for another process"  # all take the same checkpoint
+        if reason:
+            raise UserError(f"{self._manager.directory / str(step)}: {reason}")
+        return state
+
+    def _check_shapes(self, step: int, target: TrainState) -> None:
+        """Raises ValueError where the stored arrays are not those of `target` (Orbax's own errors fill screens)."""
+        metadata = self._manager.item_metadata(step)
+        if metadata.state is None:
+            raise ValueError("holds no training state")
+        stored = {name: leaf.shape for name, leaf in _named(metadata.state.tree)}
+        wanted = {name: leaf.shape for name, leaf in _named(target)}
+        for name in sorted(stored.keys() | wanted.keys()):
+            if stored.get(name) != wanted.get(name):
+                raise ValueError(f"{name} has shape {stored.get(name)}, the config asks for {wanted.get(name)}")
+
+    def restore_newest(
+        self, target: TrainState, on_skip: OnFault, among: Callable[[int], bool] = lambda step: True
+    ) -> TrainState | None:
+        """The newest whole checkpoint among those that qualify; None where none does.
 
         A damaged one is reported through on_skip(step, reason) and passed over; unless reading only, it is moved to
         `damaged/<step>` beside the checkpoints, so that the step can be saved again and retention counts good ones.
-        Raises UserError where there are checkpoints but none can be read.
+        Raises UserError where there are checkpoints but none is whole.
         """
-        found = self.steps()
+        found = [step for step in self.steps() if among(step)]
         state, damaged = None, []
         for step in reversed(found):
             try:
-                args = ocp.args.Composite(state=ocp.args.StandardRestore(target))
-                state = self._manager.restore(step, args=args).state
+                state = self.restore(step, target)
                 break
-            except Exception as error:  # Orbax raises anything from KeyError to a bare Exception for damaged files
-                on_skip(step, f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
+            except UserError as error:
+                on_skip(step, str(error))
                 damaged.append(step)
         if found and state is None:
             raise UserError(f"{self._manager.directory}: none of the checkpoints {found} can be read")
-        if damaged and not self._read_only and jax.process_index() == 0:
+        if damaged and not self._read_only:
+            self._move_aside(damaged)
+        return state
+
+    def _move_aside(self, damaged: list[int]) -> None:
+        if jax.process_index() == 0:
             aside = self._workdir / "damaged"
             aside.mkdir(exist_ok=True)
             for step in damaged:
                 shutil.rmtree(aside / str(step), ignore_errors=True)
                 shutil.move(self._workdir / "checkpoints" / str(step), aside / str(step))
-        if damaged:
-            self._manager.reload()
-        return state
+        multihost_utils.sync_global_devices("damaged checkpoints moved")
+        self._manager.reload()
+
+
+def _handlers() -> ocp.handlers.CheckpointHandlerRegistry:
+    """What reads and writes each item, named beforehand: so a fresh manager can tell the shapes that are stored."""
+    registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
+    state, meta = ocp.StandardCheckpointHandler(), ocp.JsonCheckpointHandler()
+    for item, handler, kinds in (
+        ("state", state, (ocp.args.StandardSave, ocp.args.StandardRestore)),
+        ("meta", meta, (ocp.args.JsonSave, ocp.args.JsonRestore)),
+    ):
+        for kind in kinds:
+            registry.add(item, kind, handler)
+    return registry
+
+
+def _line(error: Exception) -> str:
+    lines = str(error).splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"
+
+
+# --- digests --------------------------------------------------------------------------------------------------------
+
+
+def _named(tree: Any) -> Iterator[tuple[str, Any]]:
+    """Leaves with their path; the names agree between a state and what Orbax stored of it."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        yield ".".join(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path), leaf
+
+
+@jax.jit
+def digests(state: TrainState) -> TrainState:
+    """A uint32 for every array, the same on every mesh: the sum of its words, each times its own odd number, mod 2^32.
+
+    Sums of integers that wrap around do not depend on their order, and an odd factor is invertible: no change of a
+    single word goes unseen.
+    """
+
+    def digest(array: jax.Array) -> jax.Array:
+        word = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[array.dtype.itemsize]
+        words = jax.lax.bitcast_convert_type(array, word).astype(jnp.uint32)
+        index, stride = jnp.uint32(0), 1
+        for axis in reversed(range(array.ndim)):
+            index += jax.lax.broadcasted_iota(jnp.uint32, array.shape, axis) * jnp.uint32(stride % 2**32)
+            stride *= array.shape[axis]
+        return jnp.sum(words * (2 * index + 1), dtype=jnp.uint32)
+
+    return jax.tree.map(digest, state)
+
+
+def _numbers(tree: TrainState) -> dict[str, int]:
+    return {name: int(number) for name, number in _named(tree)}
+
+
+# --- reading a run --------------------------------------------------------------------------------------------------
 
 
 def read_config(run: pathlib.Path) -> Config:
@@ -97,17 +232,53 @@ def read_config(run: pathlib.Path) -> Config:
     return from_config_dict(values)
 
 
+def _one_device() -> Mesh:
+    return Mesh([[[jax.local_devices()[0]]]], sharding.AXES, axis_types=(jax.sharding.AxisType.Auto,) * 3)
+
+
 def restore_for_inference(run: pathlib.Path, config: Config, mesh: Mesh | None = None) -> TrainState:
     """The newest whole state of a run, on this machine's devices."""
     logging.getLogger("absl").setLevel(logging.ERROR)
-    mesh = mesh or jax.sharding.Mesh(
-        [[[jax.local_devices()[0]]]], sharding.AXES, axis_types=(jax.sharding.AxisType.Auto,) * 3
-    )
     if not (run / "checkpoints").is_dir():
         raise UserError(f"{run}: has no checkpoints yet")
-    skipped: list[Any] = []
     with Checkpointer(run, config, read_only=True) as checkpointer:
-        state = checkpointer.restore_newest(states.abstract(config, mesh), lambda *what: skipped.append(what))
+        target = states.abstract(config, mesh or _one_device())
+        state = checkpointer.restore_newest(
+            target, lambda _, why: print(f"damaged checkpoint passed over: {why}", file=sys.stderr)
+        )
     if state is None:
         raise UserError(f"{run}: has no checkpoints yet")
     return state
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """One checkpoint as `armd checkpoints` lists it; `fault` is empty where it is whole."""
+
+    step: int
+    bytes: int
+    parameters: int
+    average: bool  # it holds averaged parameters
+    skipped: int  # updates skipped in a row when it was made
+    fault: str
+
+
+def inspect(run: pathlib.Path) -> list[Found]:
+    """Every checkpoint of a run, oldest first, each read whole and verified. Raises UserError where there is no run."""
+    logging.getLogger("absl").setLevel(logging.ERROR)
+    config = read_config(run)
+    if not (run / "checkpoints").is_dir():
+        raise UserError(f"{run}: has no checkpoints yet")
+    found = []
+    with Checkpointer(run, config, read_only=True) as checkpointer:
+        target = states.abstract(config, _one_device())
+        parameters = sum(leaf.size for leaf in jax.tree.leaves(target.params))
+        for step in checkpointer.steps():
+            folder = run / "checkpoints" / str(step)
+            size = sum(os.path.getsize(file) for file in folder.rglob("*") if file.is_file())
+            try:
+                state = checkpointer.restore(step, target)
+                found.append(Found(step, size, parameters, state.ema is not None, int(state.skipped), ""))
+            except UserError as error:
+                found.append(Found(step, size, 0, False, 0, str(error)))
+    return found

@@ -1,16 +1,28 @@
 """How glibc's allocator treats the large buffers of a training step on a CPU."""
 
 import ctypes
+import importlib.util
+import os
 import sys
 
 # Parameters of mallopt(3), from glibc's malloc.h.
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX, _ARENA_MAX = -1, -2, -4, -8
 
 
+_ACCELERATORS = ("libtpu", "jax_plugins")
+
+
+def trains_on_cpu() -> bool:
+    """Whether JAX will compute on the CPU, told without starting it: asked to, or nothing else is installed."""
+    platforms = os.environ.get("JAX_PLATFORMS", "")
+    return platforms == "cpu" or (not platforms and not any(map(importlib.util.find_spec, _ACCELERATORS)))
+
+
 def keep_freed_memory() -> bool:
     """Lets freed blocks stay with the process for the next step to use; True where that could be set (glibc).
 
-    By default every large buffer of a step is mapped, filled with zeros page by page, and given back to the kernel,
+    To be called before there are threads, which means before JAX is imported: each would get an arena of its own. By
+    default every large buffer of a step is mapped, filled with zeros page by page, and given back to the kernel,
     at every step anew: about a third of the CPU time of the quickstart's training on two cores.
     """
     if not sys.platform.startswith("linux"):

@@ -1,6 +1,7 @@
 """What a run writes down: metrics.jsonl and events.jsonl always, TensorBoard and W&B where installed and wanted."""
 
 import json
+import math
 import os
 import pathlib
 import tempfile
@@ -37,11 +38,18 @@ def read_rows(path: pathlib.Path) -> list[dict[str, Any]]:
     return rows
 
 
+def _end_with_a_whole_line(path: pathlib.Path) -> None:
+    """Takes a last line that a kill cut short out of a .jsonl file."""
+    if path.exists() and (content := path.read_bytes()) and not content.endswith(b"\n"):
+        write_atomically(path, content[: content.rfind(b"\n") + 1])
+
+
 class MetricWriter:
     """Writes rows as they come. Open it after a restore: rows after `step` belong to work that was lost and go."""
 
     def __init__(self, workdir: pathlib.Path, config: Config, step: int) -> None:
         self._path = workdir / "metrics.jsonl"
+        _end_with_a_whole_line(workdir / "events.jsonl")
         self._events_path = workdir / "events.jsonl"
         kept = [row for row in read_rows(self._path) if row["step"] <= step]
         write_atomically(self._path, "".join(json.dumps(row) + "\n" for row in kept))
@@ -62,8 +70,9 @@ class MetricWriter:
             self._wandb = wandb.init(project=config.training.wandb_project, dir=str(workdir), resume="allow")
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        """One row of scalars at a step."""
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        """One row of scalars at a step; what is not finite is null, since JSON has no other word for it."""
+        row = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        self._file.write(json.dumps({"step": step, **row}) + "\n")
         self._file.flush()
         if self._tensorboard is not None:
             for name, value in values.items():
@@ -72,9 +81,13 @@ class MetricWriter:
             self._wandb.log(values, step=step)
 
     def event(self, name: str, step: int, **details: Any) -> None:
-        """A row in events.jsonl: start, resume, save, skip, end."""
+        """A row in events.jsonl: start, resume, save, save_failed, skip, skip_update, rollback, stop, end."""
         with open(self._events_path, "a", encoding="utf-8") as file:
             file.write(json.dumps({"event": name, "step": step, **details}) + "\n")
+
+    def sync(self) -> None:
+        """Puts the rows on disk, so that no checkpoint is ever newer than the metrics that led to it."""
+        os.fsync(self._file.fileno())
 
     def close(self) -> None:
         self._file.close()

@@ -44,6 +44,15 @@ def make(config: OptimizerConfig, num_steps: int) -> optax.GradientTransformatio
     return optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw) if config.clip_norm else adamw
 
 
+def updates_done(opt_state: optax.OptState) -> jax.Array:
+    """int32: the updates that the schedule has counted; skipped ones are not among them."""
+    return optax.tree_utils.tree_get(opt_state, "count", filtering=lambda path, _: _is_schedule(path))
+
+
+def _is_schedule(path: tuple) -> bool:
+    return any(getattr(key, "tuple_name", None) == "ScaleByScheduleState" for key in path)
+
+
 def update_ema(config: OptimizerConfig, ema: Params, params: Params, step: jax.Array) -> Params:
     """The average after `step` (from 0); decay min(ema_decay, (1 + t) / (10 + t)): short runs forget the start."""
     decay = jnp.minimum(config.ema_decay, (1.0 + step) / (10.0 + step))

@@ -14,12 +14,18 @@ from armd_jax.training import optimizer, sharding
 
 @flax.struct.dataclass
 class TrainState:
-    """step: int32, optimizer updates done. ema: averaged parameters, None where no average is kept."""
+    """Arrays of a run.
+
+    step: int32, batches consumed. ema: averaged parameters, None where no average is kept. skipped: int32, updates
+    skipped in a row up to now. loss_average: float32, running average of the loss of applied updates, inf before any.
+    """
 
     step: jax.Array
     params: Params
     ema: Params | None
     opt_state: optax.OptState
+    skipped: jax.Array
+    loss_average: jax.Array
 
     @property
     def eval_params(self) -> Params:
@@ -33,7 +39,14 @@ def init(config: Config, key: jax.Array, params: Params | None = None) -> TrainS
     tx = optimizer.make(config.optimizer, config.training.num_steps)
     # A copy: parameters and average are donated to the step together and must not share buffers.
     ema = jax.tree.map(jnp.copy, params) if config.optimizer.ema_decay else None
-    return TrainState(step=jnp.int32(0), params=params, ema=ema, opt_state=tx.init(params))
+    return TrainState(
+        step=jnp.int32(0),
+        params=params,
+        ema=ema,
+        opt_state=tx.init(params),
+        skipped=jnp.int32(0),
+        loss_average=jnp.float32(jnp.inf),
+    )
 
 
 def shardings(config: Config, mesh: Mesh) -> TrainState:
@@ -45,7 +58,14 @@ def shardings(config: Config, mesh: Mesh) -> TrainState:
     opt_state = optax.tree_map_params(
         tx, lambda _, s: s, abstract.opt_state, params, transform_non_params=lambda _: everywhere
     )
-    return TrainState(step=everywhere, params=params, ema=abstract.ema and params, opt_state=opt_state)
+    return TrainState(
+        step=everywhere,
+        params=params,
+        ema=abstract.ema and params,
+        opt_state=opt_state,
+        skipped=everywhere,
+        loss_average=everywhere,
+    )
 
 
 def create(config: Config, mesh: Mesh, params: Params | None = None) -> TrainState:

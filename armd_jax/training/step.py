@@ -75,13 +75,31 @@ def make_train_step(config: Config, mesh: Mesh) -> Callable[[TrainState, jax.Arr
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         ema = None if state.ema is None else optimizer.update_ema(config.optimizer, state.ema, params, state.step)
+        loss, grad_norm = sums.weighted_nll / sums.weight, optax.global_norm(grads)
+
+        # An update that would do harm is not made: parameters, average and moments stay as they are, bit for bit.
+        good = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+        if config.training.spike_nats:
+            good &= loss <= state.loss_average + config.training.spike_nats
+        keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(good, n, o), new, old)  # noqa: E731
+        average = jnp.where(jnp.isinf(state.loss_average), loss, 0.98 * state.loss_average + 0.02 * loss)
+        skipped = jnp.where(good, 0, state.skipped + 1)
         metrics = {
-            "train/loss": sums.weighted_nll / sums.weight,
+            "train/loss": loss,
             "train/nll": sums.nll / sums.tokens,
-            "train/grad_norm": optax.global_norm(grads),
-            "train/learning_rate": jnp.asarray(rate(state.step), jnp.float32),
+            "train/grad_norm": grad_norm,
+            "train/learning_rate": jnp.asarray(rate(optimizer.updates_done(state.opt_state)), jnp.float32),
+            "train/skipped": skipped.astype(jnp.float32),
         }
-        return TrainState(state.step + 1, params, ema, opt_state), metrics
+        new = TrainState(
+            step=state.step + 1,
+            params=keep(params, state.params),
+            ema=keep(ema, state.ema),
+            opt_state=keep(opt_state, state.opt_state),
+            skipped=skipped,
+            loss_average=keep(average, state.loss_average),
+        )
+        return new, metrics
 
     everywhere = sharding.replicated(mesh)
     state_sharding = states.shardings(config, mesh)

@@ -9,46 +9,38 @@ import time
 from collections.abc import Iterator
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
-from tqdm import tqdm
 
 from armd_jax import config as configs
 from armd_jax.config import Config, UserError
 from armd_jax.core.network import Params
 from armd_jax.data import loader, packing
 from armd_jax.data.packing import PreparedData
-from armd_jax.training import checkpoints, host_memory, sharding, step
+from armd_jax.training import checkpoints, faults, sharding, step
 from armd_jax.training import state as states
-from armd_jax.training.metrics import MetricWriter, write_atomically
+from armd_jax.training import workdir as workdirs
+from armd_jax.training.checkpoints import Checkpointer
+from armd_jax.training.faults import RunFailed
+from armd_jax.training.metrics import write_atomically
+from armd_jax.training.preemption import Preemption
+from armd_jax.training.run_log import RunLog
 from armd_jax.training.state import TrainState
-
-# What may differ between a run and its continuation; anything else would make it another run.
-_MAY_CHANGE = {
-    "training": {
-        "num_steps",
-        "log_every",
-        "eval_every",
-        "eval_batches",
-        "checkpoint_every",
-        "keep_checkpoints",
-        "keep_every",
-        "tensorboard",
-        "wandb_project",
-    },
-    "data": {"cache_dir", "tfds_data_dir"},
-    "model": {"scan_layers", "remat", "attention", "attention_chunk", "loss_chunk"},
-    "mesh": {"data", "fsdp", "tensor"},
-}
 
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """What a training call did. `steps_done` is 0 where the run was complete already."""
+    """What a training call did. `steps_done` is 0 where the run was complete already.
+
+    stopped: a signal ended it before its last step, with everything saved.
+    """
 
     state: TrainState
     config: Config
     steps_done: int
+    stopped: bool = False
 
 
 def prepare_data(config: Config, workdir: pathlib.Path, progress: bool = True) -> tuple[PreparedData, Config]:
@@ -68,55 +60,44 @@ def with_vocabulary(config: Config, data: PreparedData) -> Config:
     return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=size))
 
 
-def check_continuation(old: Config, new: Config, workdir: pathlib.Path) -> None:
-    """Raises UserError where `new` cannot continue the run of `old`, naming every field that differs."""
-    if not new.model.vocab_size:  # not resolved yet: it follows from the data, which are compared here
-        new = dataclasses.replace(new, model=dataclasses.replace(new.model, vocab_size=old.model.vocab_size))
-    wrong = []
-    for section in dataclasses.fields(Config):
-        before, after = getattr(old, section.name), getattr(new, section.name)
-        for field in dataclasses.fields(before):
-            was, now = getattr(before, field.name), getattr(after, field.name)
-            if was != now and field.name not in _MAY_CHANGE.get(section.name, ()):
-                wrong.append(f"{section.name}.{field.name} was {was!r}, now {now!r}")
-    if wrong:
-        raise UserError(f"{workdir} holds a run of another config ({'; '.join(wrong)}): use another --workdir")
-
-
 def train(
     config: Config,
     workdir: pathlib.Path,
     initial_params: Params | None = None,
     progress: bool = True,
 ) -> Result:
-    """Trains to `training.num_steps`, continuing what is in `workdir`. Raises UserError where the input cannot work.
+    """Trains to `training.num_steps`, continuing what is in `workdir`.
+
+    Raises UserError where the input cannot work, RunFailed where the run cannot go on by itself.
 
     initial_params: weights to start from where the run is new (fine-tuning).
     """
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax tells every save in several lines
     workdir = workdir.absolute()
-
-    # --- config and data -----------------------------------------------------------------------------------------
-    old = checkpoints.read_config(workdir) if (workdir / "config.json").exists() else None
-    _check_writable(workdir)
-    mesh = sharding.make_mesh(config.mesh)
-    if mesh.devices.flat[0].platform == "cpu":
-        host_memory.keep_freed_memory()
-    if old is not None:
-        check_continuation(old, config, workdir)
-    data, config = prepare_data(config, workdir, progress)
-    sharding.check_divisible(config, mesh)
-
-    # --- state: the newest checkpoint, else given weights, else random ones ----------------------------------------
     primary = jax.process_index() == 0
-    skipped: list[tuple[int, str]] = []
     with contextlib.ExitStack() as stack:
+        # --- config and data -------------------------------------------------------------------------------------
+        old = checkpoints.read_config(workdir) if (workdir / "config.json").exists() else None
+        workdirs.check_writable(workdir)
+        mesh = sharding.make_mesh(config.mesh)
+        if old is not None:
+            workdirs.check_continuation(old, config, workdir)
         if primary:
-            workdir.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(workdirs.locked(workdir))
+            data, config = prepare_data(config, workdir, progress)
+        multihost_utils.sync_global_devices("data prepared")
+        if not primary:
+            data, config = prepare_data(config, workdir, progress=False)
+        sharding.check_divisible(config, mesh)
+
+        # --- state: the newest checkpoint, else given weights, else random ones ------------------------------------
+        if primary:
             data.tokenizer.save(workdir / "tokenizer")
             write_atomically(workdir / "config.json", configs.to_json(config))
-        checkpointer = stack.enter_context(checkpoints.Checkpointer(workdir, config))
-        state = checkpointer.restore_newest(states.abstract(config, mesh), lambda at, why: skipped.append((at, why)))
+        log = RunLog(config, primary and progress)
+        checkpointer = stack.enter_context(checkpoints.Checkpointer(workdir, config, on_failed_save=log.save_failed))
+        target = states.abstract(config, mesh)
+        state = checkpointer.restore_newest(target, log.damaged)
         resumed = state is not None
         if state is None:
             state = states.create(config, mesh, initial_params)
@@ -125,63 +106,37 @@ def train(
             return Result(state, config, 0)
 
         # --- what the run writes -----------------------------------------------------------------------------------
-        writer = None
-        if primary:
-            writer = MetricWriter(workdir, config, first_step)
-            stack.callback(writer.close)
-            for at, why in skipped:
-                print(f"checkpoint {at} is damaged and was skipped: {why}", file=sys.stderr)
-                writer.event("skip", at, reason=why)
-            writer.event("resume" if resumed else "start", first_step, time=time.time())
+        log.open(stack, workdir if primary else None, first_step, int(state.skipped))
+        log.event("resume" if resumed else "start", first_step, time=time.time())
+        if primary and progress and mesh.size > 1:
+            print(sharding.placement(state.params), file=sys.stderr)
 
         # --- steps -----------------------------------------------------------------------------------------------
         train_step = step.make_train_step(config, mesh)
         evaluate = _Evaluation(config, mesh, data)
-        tokens_a_step = config.training.batch_size * config.model.max_length
-        bar = stack.enter_context(
-            tqdm(
-                total=last_step,
-                initial=first_step,
-                unit="step",
-                disable=not (progress and primary),
-                dynamic_ncols=True,
-                mininterval=0.5 if sys.stderr.isatty() else 10.0,
-            )
-        )
-        log = _Log(config, writer, bar, tokens_a_step)
+        recovery = _Recovery(config, mesh, data, workdir, checkpointer, target, log)
+        preemption = stack.enter_context(Preemption())
+        stopped = False
         batches = stack.enter_context(_global_batches(config, data, mesh, first_step))
         for number, tokens_BN in batches:
             done = number + 1
             state, metrics = train_step(state, tokens_BN)
-            log.read(done, metrics)
+            if log.read(done, metrics) > config.training.max_skipped:
+                state = recovery(state, done)
             if config.training.eval_every and (done % config.training.eval_every == 0 or done == last_step):
                 values = evaluate(state.eval_params)
                 log.flush()
                 log.evaluated(done, values)
-            if checkpointer.save(state, done) or (done == last_step and checkpointer.save_last(state, done)):
-                log.flush()
-                if writer:
-                    writer.event("save", done)
-            bar.update()
-            if done == last_step:
+            stopped = done < last_step and preemption.requested(done)
+            log.save(checkpointer, state, done, force=stopped or done == last_step)
+            log.bar.update()
+            if stopped or done == last_step:
                 break
         log.flush()
-        if writer:
-            writer.event("end", last_step, time=time.time())
-    return Result(state, config, last_step - first_step)
-
-
-def _check_writable(workdir: pathlib.Path) -> None:
-    """Raises UserError where the workdir could not be written, without creating anything."""
-    if workdir.exists() and not workdir.is_dir():
-        raise UserError(f"--workdir={workdir}: is a file, not a folder")
-    existing = next(parent for parent in (workdir, *workdir.parents) if parent.exists())
-    probe = existing / f".armd-probe-{time.time_ns()}"
-    try:
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise UserError(f"--workdir={workdir}: cannot be written ({error.strerror})") from error
+        if not checkpointer.wait():
+            raise RunFailed(f"{workdir}: the checkpoint of step {done} could not be saved; earlier ones are kept")
+        log.event("stop" if stopped else "end", done, time=time.time())
+    return Result(state, config, done - first_step, stopped)
 
 
 @contextlib.contextmanager
@@ -200,45 +155,69 @@ def _global_batches(config: Config, data: PreparedData, mesh: Mesh, first: int) 
         yield ((n, jax.make_array_from_process_local_data(rows, tokens, shape)) for n, tokens in batches)
 
 
-class _Log:
-    """Reads the metrics of a step after the next one was dispatched, so that the device never waits for the host."""
+class _Recovery:
+    """What happens after more than `max_skipped` skipped updates in a row: report, then roll back or stop."""
 
-    def __init__(self, config: Config, writer: MetricWriter | None, bar: tqdm, tokens_a_step: int) -> None:
-        self._every, self._last = config.training.log_every, config.training.num_steps
-        self._writer, self._bar, self._tokens = writer, bar, tokens_a_step
-        self._pending: tuple[int, step.Metrics] | None = None
-        self._clock: tuple[int, float] | None = None
-        self._shown: dict[str, str] = {}
+    def __init__(
+        self,
+        config: Config,
+        mesh: Mesh,
+        data: PreparedData,
+        workdir: pathlib.Path,
+        checkpointer: Checkpointer,
+        target: TrainState,
+        log: RunLog,
+    ) -> None:
+        self._config, self._mesh, self._data, self._workdir = config, mesh, data, workdir
+        self._checkpointer, self._target, self._log = checkpointer, target, log
+        self._rolled_back_at = -1
 
-    def read(self, done: int, metrics: step.Metrics) -> None:
-        self.flush()
-        self._pending = (done, metrics)
+    def __call__(self, state: TrainState, done: int) -> TrainState:
+        """The parameters of the last good checkpoint, at step `done`: past the batches that failed.
 
-    def flush(self) -> None:
-        """Writes the row that is due, if any."""
-        if self._pending is None:
-            return
-        (done, metrics), self._pending = self._pending, None
-        if done % self._every and done not in (1, self._last):
-            return
-        values = {name: float(value) for name, value in metrics.items()}  # waits until the device is done
-        now = time.perf_counter()
-        if self._clock is not None and done > self._clock[0]:  # the first row holds the compilation: no rate
-            values["train/tokens_per_second"] = (done - self._clock[0]) * self._tokens / (now - self._clock[1])
-            self._shown["tokens/s"] = f"{values['train/tokens_per_second']:,.0f}"
-        self._clock = (done, now)
-        self._shown["loss"] = f"{values['train/loss']:.4f}"
-        self._bar.set_postfix(self._shown, refresh=False)
-        if self._writer:
-            self._writer.write(done, values)
+        Raises RunFailed where there is no such checkpoint, where nothing went well since the last rollback, and where
+        the config says stop.
+        """
+        failed = done - 1 - self._config.training.max_skipped - 1  # the first skipped update took this step's batch
+        report = self._report(state, failed, done - 1)
+        if self._config.training.after_skipped == "stop":
+            raise RunFailed(f"updates {failed + 1} to {done - 1} were all skipped; see {report}")
+        if self._rolled_back_at >= failed:
+            raise RunFailed(f"every update since the rollback at step {self._rolled_back_at} was skipped; see {report}")
+        self._checkpointer.wait()
+        every = self._config.training.checkpoint_every
+        restored = self._checkpointer.restore_newest(
+            self._target, self._log.damaged, among=lambda at: at <= failed and at % every == 0
+        )
+        if restored is None:
+            raise RunFailed(
+                f"updates {failed + 1} to {done - 1} were skipped, and no checkpoint is older than they; see {report}"
+            )
+        self._rolled_back_at = done
+        self._log.restored(done)
+        back = int(restored.step)
+        self._log.event("rollback", done, to=back, report=str(report))
+        self._log.tell(f"step {done}: back to the parameters of step {back}, past the batches; see {report}")
+        zero = jnp.zeros_like(state.skipped)
+        return dataclasses.replace(restored, step=state.step, skipped=zero)
 
-    def evaluated(self, done: int, values: dict[str, float]) -> None:
-        self._clock = None  # the rate is of training alone
-        if values:
-            self._shown["eval"] = f"{values['eval/nll']:.4f}"
-            self._bar.set_postfix(self._shown, refresh=False)
-            if self._writer:
-                self._writer.write(done, values)
+    def _report(self, state: TrainState, first: int, end: int) -> pathlib.Path:
+        """Writes which steps failed, their rows of the training data, and the first tensor that was not finite."""
+        training = self._config.training
+        num_rows = self._data.counts("train").tokens // self._data.length
+        size, seed = training.batch_size, training.seed
+        rows = {str(at + 1): loader.batch_indices(at, size, seed, num_rows).tolist() for at in range(first, end)}
+        with _global_batches(self._config, self._data, self._mesh, first) as batches:
+            _, tokens_BN = next(batches)
+        at_first = dataclasses.replace(state, step=jnp.full_like(state.step, first))
+        found = faults.first_non_finite(self._config, self._mesh, at_first, tokens_BN)
+        report = {
+            "first_step": first + 1,
+            "last_step": end,
+            "first_non_finite": found,
+            "batch_rows": rows,
+        }
+        return faults.write_report(self._workdir, first + 1, report)
 
 
 class _Evaluation:

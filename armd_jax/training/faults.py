@@ -1,0 +1,62 @@
+"""What went wrong numerically: the first tensor of a step that is not finite, and the report about it."""
+
+import json
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from armd_jax.config import Config
+from armd_jax.core import network, objective
+from armd_jax.training import sharding, step
+from armd_jax.training.metrics import write_atomically
+from armd_jax.training.state import TrainState
+
+
+class RunFailed(RuntimeError):
+    """The run cannot go on by itself, and nobody's input was wrong: too many skipped updates, a full disk."""
+
+
+def first_non_finite(config: Config, mesh: Mesh, state: TrainState, tokens_BN: jax.Array) -> dict[str, Any]:
+    """Name and place of the first tensor of a step that is not finite, in the order of the computation.
+
+    Looks at the parameters, the log-probabilities of the batch (with its rows and positions), and the gradients.
+    `tensor` is "none" where the numbers of this step are finite (a spike, or a fault that did not come again).
+    """
+    order = step.draw_order(config, state.step, tokens_BN.shape[1])
+
+    @jax.jit
+    def tensors(params: network.Params, tokens_BN: jax.Array) -> tuple[Any, jax.Array, Any, Any]:
+        constrain = sharding.constrain(mesh)
+        log_probs_BN, _ = objective.generation_log_probs(params, config.model, tokens_BN, order, constrain=constrain)
+        nll_BN = objective.to_natural(order, log_probs_BN)
+        grads, sums = step.gradients(params, config, tokens_BN, order, state.step, mesh)
+        whole = lambda tree: jax.tree.map(lambda leaf: jnp.isfinite(leaf).all(), tree)  # noqa: E731
+        return whole(params), jnp.isfinite(nll_BN), whole(sums.weighted_nll), whole(grads)
+
+    params, nll_BN, loss, grads = jax.tree.map(np.asarray, jax.device_get(tensors(state.params, tokens_BN)))
+    for kind, tree in (("parameter", params), ("nll", nll_BN), ("loss", loss), ("gradient", grads)):
+        if kind == "nll":
+            rows, positions = np.nonzero(~nll_BN)
+            if len(rows):
+                return {
+                    "tensor": "nll",
+                    "rows": sorted({int(row) for row in rows}),
+                    "positions": sorted({int(position) for position in positions})[:32],
+                }
+            continue
+        for path, finite in jax.tree_util.tree_leaves_with_path(tree):
+            if not finite:
+                return {"tensor": " ".join([kind, ".".join(key.key for key in path)]).strip()}
+    return {"tensor": "none"}
+
+
+def write_report(workdir: pathlib.Path, at: int, report: dict[str, Any]) -> pathlib.Path:
+    """Writes faults/step-<at>.json and returns its path."""
+    path = workdir / "faults" / f"step-{at}.json"
+    path.parent.mkdir(exist_ok=True)
+    write_atomically(path, json.dumps(report, indent=2) + "\n")
+    return path

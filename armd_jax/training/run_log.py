@@ -1,0 +1,129 @@
+"""What a run tells while it goes on: the progress bar, metrics.jsonl, events.jsonl, lines on stderr."""
+
+import contextlib
+import pathlib
+import sys
+import time
+from typing import Any
+
+import jax
+from tqdm import tqdm
+
+from armd_jax.config import Config
+from armd_jax.training import step
+from armd_jax.training.checkpoints import Checkpointer
+from armd_jax.training.metrics import MetricWriter
+from armd_jax.training.state import TrainState
+
+
+class RunLog:
+    """What the run tells: the progress bar, metrics.jsonl, events.jsonl.
+
+    Reads the metrics of a step after the next one was dispatched, so that the device never waits for the host.
+    """
+
+    def __init__(self, config: Config, progress: bool) -> None:
+        self._config, self._progress = config, progress
+        self._every, self._last = config.training.log_every, config.training.num_steps
+        self._tokens = config.training.batch_size * config.model.max_length
+        self._writer: MetricWriter | None = None
+        self._pending: tuple[int, step.Metrics] | None = None
+        self._skipped = 0  # updates skipped in a row, as of the last step that was read
+        self._clock: tuple[int, float] | None = None
+        self._shown: dict[str, str] = {}
+        self._early: list[tuple[str, int, dict[str, Any]]] = []  # events from before the writer could be opened
+
+    def open(self, stack: contextlib.ExitStack, workdir: pathlib.Path | None, first_step: int, skipped: int) -> None:
+        """Opens the files in `workdir` (None: this process writes none) and the bar; the stack closes them."""
+        self._skipped = skipped
+        if workdir is not None:
+            self._writer = MetricWriter(workdir, self._config, first_step)
+            stack.callback(self._writer.close)
+        for name, at, details in self._early:
+            self.event(name, at, **details)
+        self.bar = stack.enter_context(
+            tqdm(
+                total=self._last,
+                initial=first_step,
+                unit="step",
+                disable=not self._progress,
+                dynamic_ncols=True,
+                mininterval=0.5 if sys.stderr.isatty() else 10.0,
+            )
+        )
+
+    def event(self, name: str, at: int, **details: Any) -> None:
+        if self._writer:
+            self._writer.event(name, at, **details)
+
+    def tell(self, text: str) -> None:
+        """A line on stderr that leaves the bar whole."""
+        if jax.process_index() == 0:
+            tqdm.write(text, file=sys.stderr)
+
+    def damaged(self, at: int, reason: str) -> None:
+        self.tell(f"checkpoint {at} is damaged and was skipped: {reason}")
+        if self._writer:
+            self.event("skip", at, reason=reason)
+        else:
+            self._early.append(("skip", at, {"reason": reason}))
+
+    def save_failed(self, at: int, reason: str) -> None:
+        self.tell(f"the checkpoint of step {at} could not be saved ({reason}); earlier ones are kept, training goes on")
+        self.event("save_failed", at, reason=reason)
+
+    def save(self, checkpointer: Checkpointer, state: TrainState, done: int, force: bool) -> None:
+        if not (force or done % self._config.training.checkpoint_every == 0):
+            return
+        self.flush()
+        if self._writer:
+            self._writer.sync()
+        if checkpointer.save(state, done, force):
+            self.event("save", done)
+
+    def read(self, done: int, metrics: step.Metrics) -> int:
+        """Takes a step's metrics and returns how many updates in a row were skipped as of the step before it."""
+        self.flush()
+        self._pending = (done, metrics)
+        return self._skipped
+
+    def restored(self, done: int) -> None:
+        """Forgets the skipped updates and the metrics of the step that a rollback replaced."""
+        self.flush()
+        self._skipped = 0
+
+    def flush(self) -> None:
+        """Takes note of the step that is pending, if any, and writes its row where one is due."""
+        if self._pending is None:
+            return
+        (done, metrics), self._pending = self._pending, None
+        self._skipped = int(metrics["train/skipped"])  # waits until the device is done with that step
+        due = done % self._every == 0 or done in (1, self._last)
+        if not (due or self._skipped):
+            return
+        values = {name: float(value) for name, value in metrics.items()}
+        if self._skipped:
+            self.event("skip_update", done, in_a_row=self._skipped)
+            self.tell(
+                f"step {done}: the update was skipped (loss {values['train/loss']}, gradient norm"
+                f" {values['train/grad_norm']}), {self._skipped} in a row"
+            )
+        if not due:
+            return
+        now = time.perf_counter()
+        if self._clock is not None and done > self._clock[0]:  # the first row holds the compilation: no rate
+            values["train/tokens_per_second"] = (done - self._clock[0]) * self._tokens / (now - self._clock[1])
+            self._shown["tokens/s"] = f"{values['train/tokens_per_second']:,.0f}"
+        self._clock = (done, now)
+        self._shown["loss"] = f"{values['train/loss']:.4f}"
+        self.bar.set_postfix(self._shown, refresh=False)
+        if self._writer:
+            self._writer.write(done, values)
+
+    def evaluated(self, done: int, values: dict[str, float]) -> None:
+        self._clock = None  # the rate is of training alone
+        if values:
+            self._shown["eval"] = f"{values['eval/nll']:.4f}"
+            self.bar.set_postfix(self._shown, refresh=False)
+            if self._writer:
+                self._writer.write(done, values)
