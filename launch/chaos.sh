@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# Trains a tiny model while killing it at random moments and damaging its files, and compares the end with an unbroken run.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+if [ "${1:-}" = "--help" ]; then
+    sed -n '2s/^# //p' "$0"
+    echo "usage: bash launch/chaos.sh [--kills=50] [--seed=0] [--folder=runs/chaos]"
+    exit 0
+fi
+. launch/environment.sh
+
+use_environment .venv/run ""
+python launch/chaos.py "$@"

@@ -1,0 +1,170 @@
+"""Checkpoints: what is damaged is named and passed over, what is full or foreign costs nothing that was good."""
+
+import dataclasses
+import errno
+import json
+import pathlib
+import resource
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from armd_jax import cli
+from armd_jax.config import Config, UserError
+from armd_jax.training import checkpoints, metrics, sharding, state
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+
+@pytest.fixture(scope="module")
+def config(smoke_run) -> Config:
+    return checkpoints.read_config(smoke_run)
+
+
+@pytest.fixture
+def run(tmp_path, smoke_run) -> pathlib.Path:
+    """A copy of the smoke run, with checkpoints 30 and 40."""
+    shutil.copytree(smoke_run, tmp_path / "run")
+    assert _steps(tmp_path / "run") == [30, 40]
+    return tmp_path / "run"
+
+
+def _steps(run: pathlib.Path) -> list[int]:
+    return sorted(int(path.name) for path in (run / "checkpoints").iterdir())
+
+
+def _largest(step: pathlib.Path) -> pathlib.Path:
+    return max((path for path in (step / "state").rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+
+
+def _flip(step: pathlib.Path) -> None:
+    file = _largest(step)
+    content = bytearray(file.read_bytes())
+    middle = len(content) // 2
+    content[middle : middle + 64] = bytes(byte ^ 0xFF for byte in content[middle : middle + 64])
+    file.write_bytes(content)
+
+
+def _truncate(step: pathlib.Path) -> None:
+    _largest(step).write_bytes(_largest(step).read_bytes()[:100])
+
+
+def _empty(step: pathlib.Path) -> None:
+    shutil.rmtree(step)
+    step.mkdir()
+
+
+def _without_state(step: pathlib.Path) -> None:
+    shutil.rmtree(step / "state")
+
+
+def _without_manifest(step: pathlib.Path) -> None:
+    for file in step.rglob("manifest.ocdbt"):
+        file.unlink()
+
+
+def _without_digests(step: pathlib.Path) -> None:
+    shutil.rmtree(step / "meta")
+
+
+def _broken_digests(step: pathlib.Path) -> None:
+    for file in (step / "meta").iterdir():
+        if file.is_file():
+            file.write_bytes(b"{")
+
+
+DAMAGES = [_flip, _truncate, _empty, _without_state, _without_manifest, _without_digests, _broken_digests]
+
+
+@pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__.strip("_"))
+def test_every_damage_is_found(run, config, capsys, damage):
+    """Reading takes the checkpoint before, `armd checkpoints` names the damaged one and ends with exit code 1."""
+    damage(run / "checkpoints" / "40")
+    assert int(checkpoints.restore_for_inference(run, config).step) == 30
+    capsys.readouterr()
+    assert cli.main(["checkpoints", f"--run={run}", "--json"]) == 1
+    good, bad = json.loads(capsys.readouterr().out)["checkpoints"]
+    assert (good["step"], good["whole"], bad["step"], bad["whole"]) == (30, True, 40, False)
+    assert "40: " in bad["fault"] and "\n" not in bad["fault"]
+    assert _steps(run) == [30, 40]  # reading moves nothing
+
+
+def test_checkpoints_are_listed(run, capsys):
+    """Step, size, parameters and what each holds; exit code 0 where all are whole."""
+    assert cli.main(["checkpoints", f"--run={run}"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3 and lines[1].split()[0] == "30" and lines[2].split()[0] == "40"
+    assert all("whole: parameters, optimizer, average" in line for line in lines[1:])
+
+
+def test_a_checkpoint_of_another_model_is_foreign(run, config, tmp_path):
+    """Arrays of other shapes are named with both shapes, and nothing is read."""
+    other = dataclasses.replace(config, model=dataclasses.replace(config.model, width=64))
+    target = state.abstract(other, sharding.make_mesh(other.mesh))
+    message = r"40: ValueError: .* has shape \(.*32.*\), the config asks for \(.*64"
+    with (
+        checkpoints.Checkpointer(run, other, read_only=True) as checkpointer,
+        pytest.raises(UserError, match=message),
+    ):
+        checkpointer.restore(40, target)
+
+
+def test_digest_sees_every_element():
+    """One changed bit of any element changes the digest, and so does exchanging two elements."""
+    array = jnp.asarray(np.random.default_rng(0).normal(size=(3, 5)), jnp.float32)
+    digest = lambda a: int(checkpoints.digests({"a": a})["a"])  # noqa: E731
+    whole = digest(array)
+    for place in np.ndindex(3, 5):
+        bits = np.asarray(array).view(np.uint32).copy()
+        bits[place] ^= 1
+        assert digest(jnp.asarray(bits.view(np.float32))) != whole, place
+    assert digest(array[::-1]) != whole and digest(array[:, ::-1]) != whole
+    words = np.asarray(array).view(np.uint32).ravel().astype(object)
+    assert whole == sum(word * (2 * i + 1) for i, word in enumerate(words)) % 2**32
+    for dtype in (jnp.int32, jnp.bfloat16):
+        assert digest(jnp.ones(4, dtype)) != digest(jnp.ones(4, dtype).at[3].set(2))
+
+
+def test_a_full_disk_costs_no_checkpoint(run, config, tmp_path):
+    """A save that cannot be written is told; what was saved before stays, and the next save works again.
+
+    A limit on the size of files stands for the full disk: the writes fail in the same places.
+    """
+    told = []
+    now = checkpoints.restore_for_inference(run, config)
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with checkpoints.Checkpointer(run, config, on_failed_save=lambda at, why: told.append((at, why))) as checkpointer:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limit[1]))
+        try:
+            checkpointer.save(now, 50)
+            assert not checkpointer.wait()
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        assert [at for at, _ in told] == [50] and 40 in checkpointer.steps() and 50 not in checkpointer.steps()
+        assert checkpointer.save(now, 60) and checkpointer.wait()
+    assert [found.step for found in checkpoints.inspect(run) if not found.fault][-2:] == [40, 60]
+
+
+def test_a_full_disk_is_told_in_one_line(tmp_path, capsys, corpus, smoke_config, monkeypatch):
+    """Where metrics cannot be written the run ends with `error:` and exit code 1, not with a traceback."""
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device", "metrics.jsonl")
+
+    monkeypatch.setattr(metrics.MetricWriter, "write", full)
+    command = ["train", f"--config={smoke_config}", f"--config.data.path={corpus}", f"--workdir={tmp_path / 'run'}"]
+    assert cli.main(command) == 1
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last == "error: metrics.jsonl: No space left on device; free some space and run it again"
+
+
+def test_state_restores_onto_other_devices_bit_for_bit(run, config):
+    """The digests of what was saved on one device are those of what is restored, leaf by leaf."""
+    now = checkpoints.restore_for_inference(run, config)
+    meta = json.loads(next(path for path in (run / "checkpoints" / "40" / "meta").iterdir()).read_text())
+    found = {name: int(number) for name, number in checkpoints._named(checkpoints.digests(now))}
+    assert found == meta["digests"] and meta["step"] == 40
+    assert len(found) == len(jax.tree.leaves(now))
