@@ -9,6 +9,8 @@ import dataclasses
 import difflib
 import json
 import math
+import re
+import reprlib
 import typing
 from collections.abc import Sequence
 from typing import Any
@@ -33,6 +35,11 @@ NOISE_SCHEDULES = ("linear", "cosine", "geometric")
 ORDER_WEIGHTS = ("elbo", "simple")
 AFTER_SKIPPED = ("rollback", "stop")
 LEARNING_RATE_SCHEDULES = ("constant", "cosine", "wsd")
+DAMAGED = ("error", "skip")
+
+_LARGEST = 2**31 - 1  # steps, sizes and seeds are int32 on devices
+_shorten = reprlib.Repr()
+_shorten.maxstring = _shorten.maxother = 200
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +81,7 @@ class DataConfig:
     test_fraction: float = 0.05
     shard_rows: int = 8192  # rows a file
     cache_dir: str = ""  # of prepared data; empty: <workdir>/data
+    damaged: str = "error"  # what a document that is not text is: an error, or skipped and counted
 
 
 @dataclasses.dataclass(frozen=True)
@@ -202,22 +210,28 @@ def to_json(config: Config) -> str:
     return json.dumps(dataclasses.asdict(config), indent=2) + "\n"
 
 
+def shown(value: Any) -> str:
+    """`repr(value)` for a message: cut where it is long or deep, so that an error stays one readable line."""
+    return _shorten.repr(value)
+
+
 def nearest(name: str, known: Sequence[str]) -> str:
     """`; did you mean 'x'?`, or the list of what is known where nothing is near."""
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    close = difflib.get_close_matches(name[:200], known, n=1, cutoff=0.5)
     return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"
 
 
 def _build(cls: type, values: Any, where: str) -> Any:
     if not isinstance(values, dict):
-        raise UserError(f"{where}={values!r}: expected a section with fields, got {type(values).__name__}")
+        got = type(values).__name__
+        raise UserError(f"{where or 'config'}={shown(values)}: expected a section with fields, got {got}")
     hints = typing.get_type_hints(cls)
     for name in values:
         if name not in hints:
             prefix = f"{where}." if where else ""
-            close = difflib.get_close_matches(str(name), list(hints), n=1, cutoff=0.5)
+            close = difflib.get_close_matches(str(name)[:200], list(hints), n=1, cutoff=0.5)
             hint = f"; did you mean {prefix + close[0]!r}?" if close else f"; known: {', '.join(hints)}"
-            raise UserError(f"unknown field {prefix + str(name)!r}{hint}")
+            raise UserError(f"unknown field {shown(prefix + str(name))}{hint}")
     built = {}
     for name, value in values.items():
         path = f"{where}.{name}" if where else name
@@ -232,18 +246,23 @@ def _coerce(hint: Any, value: Any, where: str) -> Any:
         items = value if isinstance(value, list | tuple) else (value,)
         return tuple(_coerce(typing.get_args(hint)[0], item, where) for item in items)
     fits = isinstance(value, hint) and not (isinstance(value, bool) and hint is not bool)
+    if hint in (int, float) and isinstance(value, int) and abs(value) > _LARGEST:
+        size = f"={value}" if value.bit_length() <= 256 else f": a number of {value.bit_length()} bits"
+        raise UserError(f"{where}{size}: must be in -2**31 + 1 .. 2**31 - 1")
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         fits, value = True, float(value)
     if not fits:
-        raise UserError(f"{where}={value!r}: expected {hint.__name__}, got {type(value).__name__}")
+        raise UserError(f"{where}={shown(value)}: expected {hint.__name__}, got {type(value).__name__}")
     if hint is float and not math.isfinite(value):
         raise UserError(f"{where}={value!r}: must be a finite number")
+    if hint is str and re.search("[\0\ud800-\udfff]", value):
+        raise UserError(f"{where}={shown(value)}: holds a NUL or half a surrogate pair, which no name or path does")
     return value
 
 
 def _choice(where: str, value: str, known: Sequence[str]) -> None:
     if value not in known:
-        raise UserError(f"{where}={value!r} is not known{nearest(value, known)}")
+        raise UserError(f"{where}={shown(value)} is not known{nearest(value, known)}")
 
 
 def _at_least(where: str, value: float, low: float) -> None:
@@ -300,6 +319,7 @@ def validate(config: Config) -> None:
     _fraction("data.test_fraction", data.test_fraction)
     if data.valid_fraction + data.test_fraction >= 1:
         raise UserError("data.valid_fraction + data.test_fraction: must leave something to train on")
+    _choice("data.damaged", data.damaged, DAMAGED)
     _at_least("data.vocab_size", data.vocab_size, 1)
     _at_least("data.shard_rows", data.shard_rows, 1)
 

@@ -1,14 +1,25 @@
 """The edge of the configuration: experiment files, and `--config.section.field=value` words of the command line."""
 
 import ast
+import importlib.machinery
 import importlib.util
+import os
 import pathlib
 from collections.abc import Sequence
 from typing import Any
 
 import ml_collections
 
-from armd_jax.config import UserError, nearest
+from armd_jax.config import UserError, nearest, shown
+
+_LONGEST_VALUE = 1000  # characters of a number or a tuple
+
+
+class _SourceOnly(importlib.machinery.SourceFileLoader):
+    """Runs the source itself: leaves no __pycache__ beside the user's file and takes nothing from one."""
+
+    def path_stats(self, path: str | bytes | os.PathLike[str]) -> Any:
+        raise OSError(f"bytecode of {path!r} is neither read nor written")
 
 
 def load_config_file(spec: str) -> ml_collections.ConfigDict:
@@ -17,15 +28,17 @@ def load_config_file(spec: str) -> ml_collections.ConfigDict:
     file = pathlib.Path(path)
     if not file.is_file():
         raise UserError(f"--config={spec}: there is no file {path!r}")
-    loader_spec = importlib.util.spec_from_file_location(file.stem, file)
-    if loader_spec is None or loader_spec.loader is None:
+    if file.suffix != ".py":
         raise UserError(f"--config={spec}: {path!r} is not a Python file")
+    loader = _SourceOnly(file.stem, str(file))
+    loader_spec = importlib.util.spec_from_file_location(file.stem, file, loader=loader)
+    assert loader_spec is not None
     module = importlib.util.module_from_spec(loader_spec)
     try:
-        loader_spec.loader.exec_module(module)
+        loader.exec_module(module)
     except UserError:
         raise
-    except Exception as error:  # whatever a user's file raises is the user's to mend: one line, not our traceback
+    except (Exception, SystemExit) as error:  # whatever it raises is the user's to mend
         raise UserError(f"--config={spec}: the file fails with {type(error).__name__}: {error}") from error
     if not hasattr(module, "get_config"):
         raise UserError(f"--config={spec}: the file defines no get_config(arg)")
@@ -33,7 +46,7 @@ def load_config_file(spec: str) -> ml_collections.ConfigDict:
         config = module.get_config(arg) if colon else module.get_config()
     except UserError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UserError(f"--config={spec}: get_config fails with {type(error).__name__}: {error}") from error
     if not isinstance(config, ml_collections.ConfigDict):
         raise UserError(f"--config={spec}: get_config must return an ml_collections.ConfigDict")
@@ -64,15 +77,15 @@ def set_field(config: ml_collections.ConfigDict, name: str, text: str) -> None:
         if part not in known:
             prefix = ".".join(parts[:depth] + [""]) if depth else ""
             raise UserError(
-                f"unknown field {name!r}{nearest(prefix + part, [prefix + other for other in known])}"
+                f"unknown field {shown(name)}{nearest(prefix + part, [prefix + other for other in known])}"
                 if known
-                else f"unknown field {name!r}: {'.'.join(parts[:depth])!r} is a single value"
+                else f"unknown field {shown(name)}: {'.'.join(parts[:depth])!r} is a single value"
             )
         if depth < len(parts) - 1:
             node = node[part]
     old = node[parts[-1]]
     if isinstance(old, ml_collections.ConfigDict):
-        raise UserError(f"{name}={text!r}: a section; set one of its fields: {', '.join(old.keys())}")
+        raise UserError(f"{name}={shown(text)}: a section; set one of its fields: {', '.join(old.keys())}")
     with node.unlocked(), node.ignore_type():
         node[parts[-1]] = _parse(name, text, old)
 
@@ -82,19 +95,19 @@ def _parse(name: str, text: str, old: Any) -> Any:
         return text
     if isinstance(old, bool):
         if text.lower() not in ("true", "false", "1", "0"):
-            raise UserError(f"{name}={text!r}: expected true or false (default {old})")
+            raise UserError(f"{name}={shown(text)}: expected true or false (default {old})")
         return text.lower() in ("true", "1")
     try:
-        value = ast.literal_eval(text)
-    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        value = ast.literal_eval(text) if len(text) <= _LONGEST_VALUE else None
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
         value = None
     if isinstance(old, tuple | list):
         value = (value,) if isinstance(value, int) else value
         if isinstance(value, tuple | list) and all(type(item) is int for item in value):
             return tuple(value)
-        raise UserError(f"{name}={text!r}: expected whole numbers such as 1,2,4 (default {tuple(old)})")
-    if isinstance(old, float) and type(value) is int:
+        raise UserError(f"{name}={shown(text)}: expected whole numbers such as 1,2,4 (default {tuple(old)})")
+    if isinstance(old, float) and type(value) is int and value.bit_length() < 64:
         value = float(value)
     if type(value) is not type(old):
-        raise UserError(f"{name}={text!r}: expected {type(old).__name__} (default {old!r})")
+        raise UserError(f"{name}={shown(text)}: expected {type(old).__name__} (default {old!r})")
     return value

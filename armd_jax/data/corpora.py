@@ -1,32 +1,31 @@
 """Where text comes from: the embedded corpus, text files, JSON lines, TFDS datasets; and which documents are held out.
 
 A corpus streams its documents split by split and never holds more than one file or one document of them, the embedded
-one (2 MB) aside. Documents without a visible character are skipped.
+one (2 MB) aside.
 """
 
 import dataclasses
 import functools
 import glob
-import gzip
 import hashlib
-import json
 import platform
 import re
-import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 
 from armd_jax.config import DataConfig, UserError
 from armd_jax.data.embedded import embedded_documents
+from armd_jax.data.reading import LeftOut, Source, hash_file, read_files, read_tfds
 
 SPLITS = ("train", "valid", "test")
 SUFFIXES = (".txt", ".md", ".txt.gz", ".jsonl", ".jsonl.gz")
 SPLIT_NAMES = {"train": "train", "training": "train", "valid": "valid", "validation": "valid", "val": "valid"}
 SPLIT_NAMES |= {"dev": "valid", "test": "test"}
 
-Stream = Callable[[], Iterable[str]]  # every call starts at the first document again
+_SPACE = re.compile(r"\s")
+_WORDS_AT_ONCE = 1 << 20  # characters whose words exist at once: a document may be one line of many MB
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,13 +43,22 @@ class Corpus:
     fingerprint: str
     split_rule: str
     splits: tuple[str, ...]
+    sources: dict[str, Source] = dataclasses.field(repr=False)
     open_split: Callable[[str], Iterator[str]] = dataclasses.field(repr=False)
 
     def documents(self, split: str) -> Iterator[str]:
         """The documents of `split`, in the order of the source. Raises UserError on text that cannot be read."""
+        self.check_split(split)
+        return self.open_split(split)
+
+    def check_split(self, split: str) -> None:
+        """Raises UserError where there is no such split."""
         if split not in self.splits:
             raise UserError(f"{self.description} has no {split!r} split; it has {', '.join(self.splits)}")
-        return self.open_split(split)
+
+    def left_out(self) -> dict[str, LeftOut]:
+        """What the last whole pass over each source left out, by the split that the source names."""
+        return {split: source.left_out for split, source in self.sources.items()}
 
 
 def open_corpus(config: DataConfig) -> Corpus:
@@ -68,68 +76,74 @@ def open_corpus(config: DataConfig) -> Corpus:
 
 def count_words(text: str) -> int:
     """Words plus line ends, the count that WikiText perplexities are given by."""
-    return len(text.split()) + text.count("\n")
+    words = start = 0
+    while start < len(text):
+        cut = _SPACE.search(text, start + _WORDS_AT_ONCE)
+        end = cut.start() if cut else len(text)
+        words += len(text[start:end].split())
+        start = end
+    return words + text.count("\n")
 
 
 # Splits
 
 
 def _in_splits(
-    config: DataConfig, description: str, fingerprint: str, streams: dict[str, Stream], source_rule: str
+    config: DataConfig, description: str, fingerprint: str, sources: dict[str, Source], source_rule: str
 ) -> Corpus:
-    """A corpus whose `streams` are taken as they are; a validation split that is missing is taken from train.
+    """A corpus whose `sources` are taken as they are; a validation split that is missing is taken from train.
 
     A source that brings nothing but train has its test split taken from train as well.
     """
     fractions = {}
-    if "valid" not in streams and config.valid_fraction:
+    if "valid" not in sources and config.valid_fraction:
         fractions["valid"] = config.valid_fraction
-    if len(streams) == 1 and config.test_fraction:
+    if len(sources) == 1 and config.test_fraction:
         fractions["test"] = config.test_fraction
-    rule = source_rule
+    rule = source_rule + ("; damaged documents left out" if config.damaged == "skip" else "")
     if fractions:
         shares = ", ".join(f"{split} {fraction:g}" for split, fraction in fractions.items())
-        rule = f"{source_rule}; taken from train, by document hash or, of one document, from its end: {shares}"
-    dealt = _Shares(streams["train"], fractions, description)
+        rule = f"{rule}; taken from train, by document hash or, of one document, from its end: {shares}"
+    dealt = _Shares(sources["train"], fractions, description)
 
     def open_split(split: str) -> Iterator[str]:
         if split == "train" or split in fractions:
             return dealt.documents(split)
-        return iter(streams[split]())
+        return sources[split]()
 
-    splits = tuple(split for split in SPLITS if split in streams or split in fractions)
-    return Corpus(description, fingerprint, rule, splits, open_split)
+    splits = tuple(split for split in SPLITS if split in sources or split in fractions)
+    return Corpus(description, fingerprint, rule, splits, sources, open_split)
 
 
 class _Shares:
-    """Deals one stream's documents to train and the splits in `fractions`, by share of bytes.
+    """Deals one source's documents to train and the splits in `fractions`, by share of bytes.
 
     Documents are walked in the order of the sha256 of their text, so that the choice looks random, is the same on every
     machine, and equal documents never stand on both sides. One that would overshoot a share is passed over. A source
     of one document is cut instead, at line ends where it has them: train first, then valid, then test.
     """
 
-    def __init__(self, stream: Stream, fractions: dict[str, float], name: str) -> None:
-        self._stream, self._fractions, self._name = stream, fractions, name
+    def __init__(self, source: Source, fractions: dict[str, float], name: str) -> None:
+        self._source, self._fractions, self._name = source, fractions, name
 
     def documents(self, split: str) -> Iterator[str]:
         if not self._fractions:
-            yield from self._stream()
+            yield from self._source()
             return
         parts = self._parts
         if len(parts) == 1:
             yield from self._cut(split)
             return
         part = ("train", *self._fractions).index(split)
-        for index, text in enumerate(self._stream()):
+        for index, text in enumerate(self._source()):
             if parts[index] == part:
                 yield text
 
     @functools.cached_property
     def _parts(self) -> np.ndarray:
-        """For every document 0 (train) or 1 + the place of its split in the fractions; one pass over the stream."""
+        """For every document 0 (train) or 1 + the place of its split in the fractions; one pass over the source."""
         hashes, sizes = [], []
-        for text in self._stream():
+        for text in self._source():
             content = text.encode()
             hashes.append(int.from_bytes(hashlib.sha256(content).digest()[:8]))
             sizes.append(len(content))
@@ -151,7 +165,7 @@ class _Shares:
         return part_of_kind[kind]
 
     def _cut(self, split: str) -> Iterator[str]:
-        (text,) = self._stream()
+        (text,) = self._source()
         left = 1.0
         edges = [len(text)]
         for fraction in reversed(self._fractions.values()):
@@ -185,7 +199,7 @@ def _embedded_corpus(config: DataConfig) -> Corpus:
     for text in documents:
         digest.update(hashlib.sha256(text.encode()).digest())
     description = f"documentation embedded in Python {version}"
-    return _in_splits(config, description, digest.hexdigest(), {"train": lambda: documents}, "embedded corpus")
+    return _in_splits(config, description, digest.hexdigest(), {"train": Source(lambda: documents)}, "embedded corpus")
 
 
 # Files
@@ -207,14 +221,15 @@ def _file_corpus(config: DataConfig) -> Corpus:
                 f"data.path={config.path!r}: {strays[0]!r} names no split, but other files do (train, valid, test);"
                 " rename it or give a glob that leaves it out"
             )
-    streams: dict[str, Stream] = {}
+    sources = {}
     for split in SPLITS:
         chosen = [file for name, file in files.items() if named[name] == split]
         if chosen:
-            streams[split] = functools.partial(_read_files, chosen, config.text_field)
+            read = functools.partial(read_files, chosen, config.text_field)
+            sources[split] = Source(read, config.damaged == "skip")
     size = sum(file.stat().st_size for file in files.values())
     description = f"{config.path} ({len(files)} file{'s' * (len(files) > 1)}, {size:,} bytes)"
-    return _in_splits(config, description, digest.hexdigest(), streams, rule)
+    return _in_splits(config, description, digest.hexdigest(), sources, rule)
 
 
 def _find_files(path: str) -> dict[str, Path]:
@@ -254,69 +269,6 @@ def _split_of(name: str) -> str | None:
     return next((SPLIT_NAMES[word] for word in (*words[:1], *words[-1:]) if word in SPLIT_NAMES), None)
 
 
-def hash_file(file: Path) -> str:
-    """sha256 of the file's content. Raises UserError where it cannot be read."""
-    try:
-        with file.open("rb") as stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest()
-    except OSError as error:
-        raise UserError(f"{file}: cannot be read: {error.strerror}") from error
-
-
-def _read_files(files: list[Path], text_field: str) -> Iterator[str]:
-    for file in files:
-        opener = gzip.open if file.suffix == ".gz" else open
-        try:
-            with opener(file, "rb") as stream:
-                if ".jsonl" in file.suffixes[-2:]:
-                    yield from _read_json_lines(file, stream, text_field)
-                else:
-                    text = _decode(stream.read(), str(file))
-                    if text.strip():
-                        yield text
-        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-            raise UserError(f"{file}: damaged or truncated gzip file: {error}") from error
-        except OSError as error:
-            raise UserError(f"{file}: cannot be read: {error.strerror}") from error
-
-
-def _read_json_lines(file: Path, lines: Iterable[bytes], text_field: str) -> Iterator[str]:
-    for number, line in enumerate(lines, start=1):
-        where = f"{file}, line {number}"
-        if not line.strip():
-            continue
-        try:
-            item = json.loads(_decode(line, where))
-        except ValueError as error:
-            if isinstance(error, UserError):
-                raise
-            raise UserError(f"{where}: not valid JSON: {error}") from error
-        text = item.get(text_field) if isinstance(item, dict) else None
-        if not isinstance(text, str):
-            raise UserError(f"{where}: no text in field {text_field!r} (data.text_field)")
-        _check(text, where)
-        if text.strip():
-            yield text
-
-
-def _decode(content: bytes, where: str) -> str:
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise UserError(f"{where}: not UTF-8 text (byte {error.start}, line {line} of it)") from error
-    _check(text, where)
-    return text
-
-
-def _check(text: str, where: str) -> None:
-    """Refuses what no text holds: NUL, which marks a binary file, and half characters, which JSON can spell."""
-    if "\0" in text:
-        raise UserError(f"{where}: holds a NUL character (line {text.count(chr(10), 0, text.index(chr(0))) + 1} of it)")
-    if re.search("[\ud800-\udfff]", text):
-        raise UserError(f"{where}: holds half a surrogate pair, which is no character")
-
-
 # TFDS
 
 
@@ -331,7 +283,7 @@ def _tfds_corpus(config: DataConfig) -> Corpus:
             builder = tfds.builder_from_directory(name)
         else:
             builder = tfds.builder(name, data_dir=config.tfds_data_dir or None)
-        sources = {
+        parts = {
             SPLIT_NAMES[split]: builder.as_data_source(split=split)
             for split in builder.info.splits
             if split in SPLIT_NAMES
@@ -339,30 +291,17 @@ def _tfds_corpus(config: DataConfig) -> Corpus:
     except Exception as error:  # a missing dataset, version or format: each its own kind of exception in TFDS
         reason = str(error).strip().split("\n")[0][:200] or type(error).__name__
         raise UserError(f"data.path={config.path!r}: no dataset that can be read: {reason}") from error
-    if "train" not in sources:
+    if "train" not in parts:
         raise UserError(f"data.path={config.path!r}: the dataset has no train split")
     if config.text_field not in builder.info.features:
         raise UserError(
             f"data.path={config.path!r}: its examples have no field {config.text_field!r} (data.text_field)"
         )
     identity = [builder.info.full_name, config.text_field]
-    identity += [f"{split} {len(source)}" for split, source in sorted(sources.items())]
+    identity += [f"{split} {len(part)}" for split, part in sorted(parts.items())]
     fingerprint = hashlib.sha256("\0".join(identity).encode()).hexdigest()
-    streams = {
-        split: functools.partial(_read_tfds, source, config.text_field, f"{config.path} {split}")
-        for split, source in sources.items()
-    }
-    return _in_splits(config, f"TFDS dataset {builder.info.full_name}", fingerprint, streams, "splits of the dataset")
-
-
-def _read_tfds(source, text_field: str, where: str) -> Iterator[str]:
-    """Documents of a TFDS data source, many a read: one read costs time in proportion to the records of its file."""
-    for start in range(0, len(source), 256):
-        indices = range(start, min(start + 256, len(source)))
-        for index, example in zip(indices, source.__getitems__(list(indices)), strict=True):
-            text = example[text_field]
-            text = _decode(text, f"{where}, example {index}") if isinstance(text, bytes) else text
-            if not isinstance(text, str):
-                raise UserError(f"{where}, example {index}: field {text_field!r} is not text (data.text_field)")
-            if text.strip():
-                yield text
+    sources = {}
+    for split, part in parts.items():
+        read = functools.partial(read_tfds, part, config.text_field, f"{config.path} {split}")
+        sources[split] = Source(read, config.damaged == "skip")
+    return _in_splits(config, f"TFDS dataset {builder.info.full_name}", fingerprint, sources, "splits of the dataset")

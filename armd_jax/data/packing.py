@@ -13,6 +13,7 @@ import json
 import os
 import secrets
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,35 +24,29 @@ from tqdm import tqdm
 
 from armd_jax.config import DataConfig, UserError
 from armd_jax.data import tokenizers
-from armd_jax.data.corpora import Corpus, count_words, hash_file, open_corpus
+from armd_jax.data.corpora import Corpus, count_words, open_corpus
+from armd_jax.data.manifest import FORMAT, MANIFEST_FILE, Counts, check_shard, damaged, open_reader, read_manifest
+from armd_jax.data.reading import LeftOut, hash_file
 from armd_jax.data.tokenizers import Tokenizer
 
-FORMAT = 1
-KEYS = {"format", "row_length", "dtype", "shard_rows", "tokenizer", "source", "split_rule", "splits"}
-MANIFEST_FILE = "manifest.json"
 TOKENIZER_FOLDER = "tokenizer"
 BATCH_CHARACTERS = 1 << 22  # encoded at a time: enough to keep all cores busy, little enough to hold as Python ints
 OPEN_SHARDS = 256  # readers kept open: a large corpus has more shards than a process may open files
-
-
-@dataclasses.dataclass(frozen=True)
-class Counts:
-    """What one split holds."""
-
-    documents: int
-    bytes: int  # UTF-8 of the original text
-    words: int  # and line ends
-    tokens: int  # end-of-text included, padding not
-    rows: int  # the last, partly filled one included
+HASHED_AT_ONCE = 1 << 30  # bytes of shards, a second or two of sha256; of larger data each shard is hashed at first use
 
 
 @dataclasses.dataclass(frozen=True)
 class PreparedData:
-    """A prepared folder whose files were checked against its manifest."""
+    """A prepared folder whose files fit its manifest.
+
+    Attributes:
+      hashed: whether the shards' sha256 were compared already; where not, `rows` does it at the first use of each.
+    """
 
     folder: Path
     manifest: dict[str, Any]
     tokenizer: Tokenizer
+    hashed: bool = False
 
     @property
     def length(self) -> int:
@@ -69,24 +64,43 @@ class PreparedData:
         entry = self.manifest["splits"][split]
         return Counts(**{field.name: entry[field.name] for field in dataclasses.fields(Counts)})
 
+    @property
+    def left_out(self) -> dict[str, LeftOut]:
+        """Documents of each source that are in no row, by the split that the source names."""
+        return {split: LeftOut(**counts) for split, counts in self.manifest["left_out"].items()}
+
     def num_rows(self, split: str) -> int:
         """Stored rows, the last one included where it is only partly filled."""
         return self.counts(split).rows
 
     def rows(self, split: str) -> "Rows":
         """Random access to the rows of `split`."""
-        num_rows = self.num_rows(split)
-        shards = self.manifest["splits"][split]["shards"]
-        return Rows([self.folder / shard["file"] for shard in shards], num_rows, self.manifest)
+        self.counts(split)
+        return Rows(self.folder, split, self.manifest, self.hashed)
 
 
 class Rows:
-    """`len(rows)` and `rows[i]`: int32[N], the last row padded with end-of-text. Safe to read from several threads."""
+    """`len(rows)` and `rows[i]`: int32[N], the last row padded with end-of-text. Safe to read from several threads.
 
-    def __init__(self, files: list[Path], num_rows: int, manifest: dict[str, Any]) -> None:
-        self._files, self._num_rows = files, num_rows
-        self._shard_rows, self._dtype = manifest["shard_rows"], np.dtype(manifest["dtype"])
-        self._reader = functools.lru_cache(maxsize=OPEN_SHARDS)(_open_reader)
+    Raises UserError with the shard's name where its bytes are not those that were written.
+    """
+
+    def __init__(self, folder: Path, split: str, manifest: dict[str, Any], hashed: bool) -> None:
+        entry = manifest["splits"][split]
+        self._folder, self._shards, self._num_rows = folder, entry["shards"], entry["rows"]
+        self._length, self._dtype = manifest["row_length"], np.dtype(manifest["dtype"])
+        self._shard_rows = manifest["shard_rows"]
+        self._hashed = set(range(len(self._shards))) if hashed else set()
+        self._reader = functools.lru_cache(maxsize=OPEN_SHARDS)(self._open)
+
+    def _open(self, number: int) -> ArrayRecordReader:
+        shard = self._shards[number]
+        file = self._folder / shard["file"]
+        if number not in self._hashed:
+            if hash_file(file) != shard["sha256"]:
+                raise damaged(file)
+            self._hashed.add(number)
+        return open_reader(file)
 
     def __len__(self) -> int:
         return self._num_rows
@@ -94,19 +108,31 @@ class Rows:
     def __getitem__(self, index: int) -> np.ndarray:
         if not 0 <= index < self._num_rows:
             raise IndexError(f"row {index} of {self._num_rows}")
-        shard, row = divmod(int(index), self._shard_rows)
-        # By range: the cost of reading a list of records grows with the number of records in the file.
-        (record,) = self._reader(self._files[shard]).read(row, row + 1)
-        return np.frombuffer(record, self._dtype).astype(np.int32)
+        number, row = divmod(int(index), self._shard_rows)
+        try:
+            # By range: the cost of reading a list of records grows with the number of records in the file.
+            (record,) = self._reader(number).read(row, row + 1)
+            tokens = np.frombuffer(record, self._dtype)
+        except (RuntimeError, ValueError, IndexError, OSError) as error:  # the library's for bytes it cannot read
+            if isinstance(error, UserError):
+                raise
+            raise damaged(self._folder / self._shards[number]["file"]) from error
+        if len(tokens) != self._length:
+            raise damaged(self._folder / self._shards[number]["file"])
+        return tokens.astype(np.int32)
 
 
-def prepare(config: DataConfig, length: int, cache_root: Path, progress: bool = True) -> PreparedData:
+def prepare(
+    config: DataConfig, length: int, cache_root: Path, progress: bool = True, split: str | None = None
+) -> PreparedData:
     """The data that `config` names as rows of `length` tokens, prepared under `cache_root` unless they are there.
 
     The folder's name is a hash of source, tokenizer, length and split rule. Raises UserError on a corpus, tokenizer or
-    folder that cannot be used, and leaves nothing behind then.
+    folder that cannot be used, or a corpus without the `split` that is needed, and leaves nothing behind then.
     """
     corpus, request = open_corpus(config), tokenizers.request(config)
+    if split is not None:
+        corpus.check_split(split)
     identity = "\0".join([str(FORMAT), corpus.fingerprint, corpus.split_rule, request, str(length)])
     folder = Path(cache_root) / hashlib.sha256(identity.encode()).hexdigest()[:16]
     if not os.path.exists(folder):
@@ -135,7 +161,7 @@ def load(folder: Path, config: DataConfig | None = None, length: int | None = No
     `length` the rows must have that many tokens.
     """
     folder = Path(folder)
-    manifest = _read_manifest(folder)
+    manifest = read_manifest(folder)
     _require(folder, "row length", "model.max_length", manifest["row_length"], length)
     if config is not None:
         corpus = open_corpus(config)
@@ -144,34 +170,19 @@ def load(folder: Path, config: DataConfig | None = None, length: int | None = No
     for field in ("kind", "hash", "vocab_size", "end_of_text", "lossless"):
         if getattr(tokenizer, field) != manifest["tokenizer"][field]:
             raise UserError(f"{folder}: its tokenizer's {field} is not that of {MANIFEST_FILE}; prepare the data again")
-    for split in manifest["splits"].values():
-        _check_shards(folder, split, manifest)
-    return PreparedData(folder, manifest, tokenizer)
+    shards = [shard for split in manifest["splits"].values() for shard in split["shards"]]
+    at_once = sum(shard["bytes"] for shard in shards) <= HASHED_AT_ONCE
+    for shard in shards:
+        check_shard(folder, shard, at_once)
+    return PreparedData(folder, manifest, tokenizer, hashed=at_once)
 
 
 # Verifying
 
 
 def _load_fitting(folder: Path, corpus: Corpus, request: str, length: int) -> PreparedData:
-    _check_source(folder, _read_manifest(folder), corpus, request)
+    _check_source(folder, read_manifest(folder), corpus, request)
     return load(folder, length=length)
-
-
-def _read_manifest(folder: Path) -> dict[str, Any]:
-    file = folder / MANIFEST_FILE
-    if not file.is_file():
-        raise UserError(f"{folder}: no prepared data there ({MANIFEST_FILE} is missing)")
-    try:
-        manifest = json.loads(file.read_bytes())
-        known = manifest["format"] == FORMAT
-        complete = manifest.keys() >= KEYS
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{file}: damaged manifest; delete the folder and prepare the data again") from error
-    if not known:
-        raise UserError(f"{file}: format {manifest['format']} is not the {FORMAT} of this version; prepare again")
-    if not complete:
-        raise UserError(f"{file}: has no {', '.join(sorted(KEYS - manifest.keys()))}; prepare the data again")
-    return manifest
 
 
 def _check_source(folder: Path, manifest: dict[str, Any], corpus: Corpus, request: str) -> None:
@@ -190,25 +201,6 @@ def _check_source(folder: Path, manifest: dict[str, Any], corpus: Corpus, reques
 def _require(folder: Path, what: str, fields: str, found: Any, wanted: Any) -> None:
     if wanted is not None and found != wanted:
         raise UserError(f"{folder}: prepared with {what} {found!r}, but the config asks for {wanted!r} ({fields})")
-
-
-def _check_shards(folder: Path, split: dict[str, Any], manifest: dict[str, Any]) -> None:
-    """Existence, content and number of rows of every shard: the library itself opens damaged files without a word."""
-    rows = sum(shard["rows"] for shard in split["shards"])
-    if rows != split["rows"] or rows != -(-split["tokens"] // manifest["row_length"]):
-        raise UserError(f"{folder / MANIFEST_FILE}: its counts contradict one another; prepare the data again")
-    for shard in split["shards"]:
-        file = folder / shard["file"]
-        if not file.is_file():
-            raise UserError(f"{file}: this shard is missing; delete the folder and prepare the data again")
-        if hash_file(file) != shard["sha256"] or _open_reader(file).num_records() != shard["rows"]:
-            raise UserError(
-                f"{file}: this shard is damaged or was changed; delete the folder and prepare the data again"
-            )
-
-
-def _open_reader(file: Path) -> ArrayRecordReader:
-    return ArrayRecordReader(str(file), options="readahead_buffer_size:0", file_reader_buffer_size=1 << 15)
 
 
 # Building
@@ -240,7 +232,9 @@ def _build(config: DataConfig, corpus: Corpus, request: str, length: int, folder
 def _write(config: DataConfig, corpus: Corpus, request: str, length: int, folder: Path, progress: bool) -> None:
     for split in corpus.splits:
         if next(corpus.documents(split), None) is None:
-            raise UserError(f"{corpus.description}: no text for the {split} split")
+            left_out = sum(counts.damaged for counts in corpus.left_out().values())
+            why = f" ({left_out} damaged documents left out)" if left_out else ""
+            raise UserError(f"{corpus.description}: no text for the {split} split{why}")
     tokenizer = tokenizers.create(config, corpus.documents("train"))
     tokenizer.save(folder / TOKENIZER_FOLDER)
     about = {name: getattr(tokenizer, name) for name in ("kind", "hash", "vocab_size", "end_of_text", "lossless")}
@@ -252,6 +246,7 @@ def _write(config: DataConfig, corpus: Corpus, request: str, length: int, folder
         "tokenizer": {"request": request} | about,
         "source": {"description": corpus.description, "fingerprint": corpus.fingerprint},
         "split_rule": corpus.split_rule,
+        "left_out": {},
         "splits": {},
     }
     for split in corpus.splits:
@@ -261,6 +256,10 @@ def _write(config: DataConfig, corpus: Corpus, request: str, length: int, folder
                 f"{corpus.description}: its {manifest['splits'][split]['tokens']} training tokens are fewer than the"
                 f" {length} of one row (model.max_length)"
             )
+    for split, counts in corpus.left_out().items():
+        manifest["left_out"][split] = dataclasses.asdict(counts)
+        if counts.damaged and progress:
+            print(f"{split}: {counts.damaged} damaged documents left out: {counts.first_damaged}", file=sys.stderr)
     (folder / MANIFEST_FILE).write_text(json.dumps(manifest, indent=2) + "\n")
 
 
@@ -342,5 +341,6 @@ class _ShardWriter:
         if self._writer is not None:
             self._writer.close()
             self._writer = None
-            sha256 = hash_file(self._folder / self._file)
-            self.written.append({"file": self._file, "rows": self._rows, "sha256": sha256})
+            file = self._folder / self._file
+            about = {"file": self._file, "rows": self._rows, "bytes": file.stat().st_size, "sha256": hash_file(file)}
+            self.written.append(about)

@@ -17,7 +17,7 @@ from pathlib import Path
 import sentencepiece
 import tokenizers as library
 
-from armd_jax.config import DataConfig, UserError
+from armd_jax.config import DataConfig, UserError, shown
 
 CONFIG_FILE = "tokenizer_config.json"
 MODEL_FILE = "tokenizer.model"
@@ -31,6 +31,7 @@ TRAINING_BYTES = 16 << 20  # more text than this adds time and hardly changes a 
 # apart gives the same ids as encoding the whole.
 CUT = re.compile(r"(?<=\S)[ \n]")
 CHUNK = 1 << 16  # characters
+LONGEST_CHUNK = 1 << 20  # characters; text without a cut for so long, such as encoded binary data, is cut anywhere
 
 # What a normalising tokenizer changes: space runs, line ends, case, accents, compatibility forms, rare characters.
 PROBE = (
@@ -77,24 +78,30 @@ class Tokenizer(abc.ABC):
         return self.encode_batch([text])[0]
 
     def chunks(self, text: str) -> Iterator[str]:
-        """Cuts `text` where the ids of the parts, joined, are the ids of the whole: long texts need no more memory."""
+        """Cuts `text` where the ids of the parts, joined, are the ids of the whole: long texts need no more memory.
+
+        LONGEST_CHUNK characters without such a place are cut all the same: what they decode to does not change.
+        """
         start = 0
         while len(text) - start > CHUNK:
-            cut = CUT.search(text, start + CHUNK)
-            if cut is None:
+            limit = start + LONGEST_CHUNK
+            cut = CUT.search(text, start + CHUNK, limit)
+            if cut is None and limit >= len(text):
                 break
-            yield text[start : cut.start()]
-            start = cut.start()
+            end = cut.start() if cut else limit
+            yield text[start:end]
+            start = end
         yield text[start:]
 
     def save(self, folder: Path) -> None:
         """Writes what `load` needs into `folder`, which is made where it is missing."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        for name, content in self._files().items():
-            (folder / name).write_bytes(content)
         about = {name: getattr(self, name) for name in ("kind", "vocab_size", "end_of_text", "lossless", "hash")}
-        (folder / CONFIG_FILE).write_text(json.dumps(about, indent=2) + "\n")
+        for name, content in (self._files() | {CONFIG_FILE: (json.dumps(about, indent=2) + "\n").encode()}).items():
+            partial = folder / f".{name}.partial"
+            partial.write_bytes(content)
+            partial.replace(folder / name)  # whole or not at all, and never through a link that was there
 
     def _hash(self) -> str:
         return hash_files(self.kind, self._files())
@@ -131,6 +138,8 @@ class SentencePieceTokenizer(Tokenizer):
     def __init__(self, model: bytes, name: str = MODEL_FILE) -> None:
         self._model = model
         try:
+            if not model:  # which the library takes for no model at all
+                raise RuntimeError("empty")
             self._pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
         except RuntimeError as error:
             raise UserError(f"{name} is not a sentencepiece model") from error
@@ -265,7 +274,7 @@ def load(folder: str | Path) -> Tokenizer:
     except OSError as error:
         raise UserError(f"{folder}: cannot read the tokenizer: {error.strerror}") from error
     if kind is not None and kind != tokenizer.kind:
-        raise UserError(f"{folder}: {CONFIG_FILE} says kind {kind!r} but the files are {tokenizer.kind!r}")
+        raise UserError(f"{folder}: {CONFIG_FILE} says kind {shown(kind)} but the files are {tokenizer.kind!r}")
     return tokenizer
 
 
@@ -277,7 +286,7 @@ def _saved_kind(folder: Path) -> str | None:
     """The kind that `save` noted; None for plain vocabulary files, whose own config of that name knows no kind."""
     try:
         about = json.loads((folder / CONFIG_FILE).read_bytes())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     return about.get("kind") if isinstance(about, dict) else None
 

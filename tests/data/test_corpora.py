@@ -180,8 +180,8 @@ GZIPPED = gzip.compress(np.random.default_rng(0).bytes(10_000).hex().encode())
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.txt", b"fine\nbad \xff", r"a\.txt: not UTF-8 text \(byte 9, line 2"),
-        ("a.txt", b"one\ntwo\0", r"a\.txt: holds a NUL character \(line 2"),
+        ("a.txt", b"fine\nbad \xff", r"a\.txt, line 2: not UTF-8 text \(byte 9\)"),
+        ("a.txt", b"one\ntwo\0", r"a\.txt, line 2: holds a NUL character"),
         ("a.txt.gz", GZIPPED[:-100], r"a\.txt\.gz: damaged or truncated gzip"),
         ("a.txt.gz", b"plain text", r"a\.txt\.gz: damaged or truncated gzip"),
         ("a.jsonl.gz", GZIPPED[:50] + b"\xff\xff" + GZIPPED[52:], r"a\.jsonl\.gz"),

@@ -134,7 +134,7 @@ def test_damaged_manifest_or_tokenizer_is_found(config, tmp_path):
 
     with_manifest("{", "damaged manifest")
     with_manifest(json.dumps(manifest | {"format": 99}), "format 99")
-    with_manifest(json.dumps({"format": 1}), "has no dtype")
+    with_manifest(json.dumps({"format": 2}), "has no 'row_length'")
     changed = json.loads(json.dumps(manifest))
     changed["splits"]["train"]["tokens"] += 2 * LENGTH
     with_manifest(json.dumps(changed), "contradict")
