@@ -9,6 +9,7 @@ import argparse
 import errno
 import json
 import pathlib
+import re
 import shutil
 import sys
 from collections.abc import Sequence
@@ -34,21 +35,32 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise UserError(f"unknown argument {rest[0]!r} (see armd {args.verb} --help)")
         return args.run_verb(args, rest)
     except UserError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise
-        print(
-            f"error: {error.filename or 'a file'}: {error.strerror}; free some space and run it again", file=sys.stderr
-        )
-        return 1
+        return _failed(str(error))
     except BrokenPipeError:  # the reader of our output went away, as `| head` does
         sys.stderr.close()
         return 1
+    except OSError as error:  # a name that no file system takes, a folder that may not be written, a full disk
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        reason = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        return _failed(f"{reason}; free some space and run it again", 1) if full else _failed(reason)
+    except MemoryError as error:
+        return _failed(f"not enough memory: {error}; use a smaller batch, length or model")
     except KeyboardInterrupt:
         print("interrupted; run the same command again to continue", file=sys.stderr)
         return 130
+
+
+def _failed(reason: str, code: int = 2) -> int:
+    line = " ".join(reason.split()).encode(errors="backslashreplace").decode()  # of a command line that is not UTF-8
+    print(f"error: {line}", file=sys.stderr)
+    return code
+
+
+def _folder(text: str) -> pathlib.Path:
+    """A folder argument. An empty one, as an unset shell variable gives, would silently be the current folder."""
+    if not text or "\0" in text:
+        raise argparse.ArgumentTypeError("expected the name of a folder")
+    return pathlib.Path(text)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -63,15 +75,16 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = verb("prepare", _prepare, "Tokenize a corpus and pack it into rows, ahead of training.")
     sub.add_argument("--source", default="", help="file, folder, glob or tfds:NAME; empty: the embedded corpus")
-    sub.add_argument("--out", required=True, type=pathlib.Path, help="folder to write")
+    sub.add_argument("--out", required=True, type=_folder, help="folder to write")
     sub.add_argument("--tokenizer", default="sentencepiece", help="sentencepiece, bytes or a vocabulary folder")
     sub.add_argument("--vocab-size", type=int, default=2048, help="of a trained tokenizer")
     sub.add_argument("--length", type=int, default=1024, help="tokens a row")
     sub.add_argument("--text-field", default="text", help="of .jsonl objects and TFDS examples")
+    sub.add_argument("--skip-damaged", action="store_true", help="leave out documents that are not text, counted")
 
     sub = verb("train", _train, "Train a model, or continue the run that is in the workdir.")
     sub.add_argument("--config", required=True, help="experiment file, file.py or file.py:arg")
-    sub.add_argument("--workdir", required=True, type=pathlib.Path, help="folder of the run")
+    sub.add_argument("--workdir", required=True, type=_folder, help="folder of the run")
     sub.epilog = "Fields of the config are set with --config.section.field=value."
     sub.add_argument("--debug-nans", action="store_true", help="stop at the operation that first gives NaN; slow")
     sub.add_argument("--distributed", default="auto", choices=("auto", "on", "off"), help="join other processes")
@@ -80,14 +93,14 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--process-id", type=int, default=None)
 
     def run_argument(sub: argparse.ArgumentParser) -> None:
-        sub.add_argument("--run", required=True, type=pathlib.Path, help="a training run or an export")
+        sub.add_argument("--run", required=True, type=_folder, help="a training run or an export")
         sub.add_argument("--no-ema", action="store_true", help="take the raw weights, not their average")
 
     sub = verb("eval", _eval, "Exact left-to-right likelihood, expected likelihood over random orders, strided orders.")
     run_argument(sub)
     sub.add_argument("--split", default="test", choices=("train", "valid", "test"))
     sub.add_argument("--data", default=None, help="other text: file, folder, glob or tfds:NAME")
-    sub.add_argument("--streams", default="2,4,8", help="strided orders to score")
+    sub.add_argument("--streams", default=None, help="strided orders to score; default: of 2,4,8 those that fit")
     sub.add_argument("--draws", type=int, default=1, help="random orders a row; 0: none")
     sub.add_argument("--batch", type=int, default=16)
     sub.add_argument("--seed", type=int, default=0)
@@ -106,13 +119,13 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = verb("export", _export, "Write safetensors, config.json and tokenizer files.")
     run_argument(sub)
-    sub.add_argument("--out", required=True, type=pathlib.Path, help="folder to write; must not exist")
+    sub.add_argument("--out", required=True, type=_folder, help="folder to write; must not exist")
 
     sub = verb("checkpoints", _checkpoints, "List a run's checkpoints, each read whole and verified.")
-    sub.add_argument("--run", required=True, type=pathlib.Path, help="a training run")
+    sub.add_argument("--run", required=True, type=_folder, help="a training run")
 
     sub = verb("report", _report, "Write report.html and its pictures into the run.")
-    sub.add_argument("--run", required=True, type=pathlib.Path, help="a training run or an export")
+    sub.add_argument("--run", required=True, type=_folder, help="a training run or an export")
     return parser
 
 
@@ -130,8 +143,11 @@ def _prepare(args: argparse.Namespace, _: Sequence[str]) -> int:
     data = DataConfig(
         path=args.source, tokenizer=args.tokenizer, vocab_size=args.vocab_size, text_field=args.text_field
     )
+    if args.skip_damaged:
+        data = dataclasses.replace(data, damaged="skip")
     # The other sections only have to be valid with this row length.
-    validate(dataclasses.replace(Config(), data=data, model=ModelConfig(max_length=args.length)))
+    config = dataclasses.replace(Config(), data=data, model=ModelConfig(max_length=args.length))
+    validate(dataclasses.replace(config, order=dataclasses.replace(config.order, max_permuted=1)))
     prepared = packing.prepare_into(data, args.length, args.out)
     splits = {name: dataclasses.asdict(prepared.counts(name)) for name in prepared.splits}
     lines = [f"{args.out}: rows of {args.length} tokens, vocabulary {prepared.tokenizer.vocab_size}"]
@@ -140,7 +156,12 @@ def _prepare(args: argparse.Namespace, _: Sequence[str]) -> int:
         f" {c['rows']:>9,} rows"
         for name, c in splits.items()
     ]
-    return _print(args, {"out": str(args.out), "splits": splits}, "\n".join(lines))
+    left_out = {name: dataclasses.asdict(counts) for name, counts in prepared.left_out.items()}
+    for name, c in left_out.items():
+        if c["empty"] or c["damaged"]:
+            lines.append(f"  left out of {name}: {c['empty']:,} documents without text, {c['damaged']:,} damaged")
+            lines[-1] += f" (the first: {c['first_damaged']})" if c["damaged"] else ""
+    return _print(args, {"out": str(args.out), "splits": splits, "left_out": left_out}, "\n".join(lines))
 
 
 def _train(args: argparse.Namespace, rest: Sequence[str]) -> int:
@@ -171,17 +192,20 @@ def _train_here(args: argparse.Namespace, config: "Config", shown: str) -> int:
     primary = jax.process_index() == 0
     if primary:
         print(f"resolved config:\n{shown}", file=sys.stderr)
-    existed, fresh = args.workdir.exists(), not (args.workdir / "config.json").exists()
+    fresh = not (args.workdir / "config.json").exists()
+    kept = next((path for path in (args.workdir / "data", args.workdir) if path.exists()), None)
     try:
         params = _initial_params(config, args.workdir) if config.training.init_from and fresh else None
         result = train.train(config, args.workdir, params)
     except UserError:
-        if primary and not existed and not (args.workdir / "config.json").exists():  # only data prepared just now
-            shutil.rmtree(args.workdir, ignore_errors=True)
+        if primary and not (args.workdir / "config.json").exists():  # no run yet, only data prepared just now
+            if kept is None:
+                shutil.rmtree(args.workdir, ignore_errors=True)
+            elif kept == args.workdir:
+                shutil.rmtree(args.workdir / "data", ignore_errors=True)
         raise
     except (RunFailed, FloatingPointError) as error:  # FloatingPointError: what --debug-nans looks for
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 1
+        return _failed(str(error), 1)
     last = config.training.num_steps
     at = int(result.state.step)
     done = {"workdir": str(args.workdir), "step": at, "steps_done": result.steps_done, "stopped": result.stopped}
@@ -233,19 +257,26 @@ def _whole_numbers(text: str, flag: str) -> list[int]:
 
 
 def _eval(args: argparse.Namespace, _: Sequence[str]) -> int:
-    streams = _whole_numbers(args.streams, "--streams")
-    if args.draws < 0 or args.batch < 1 or args.seed < 0:
-        raise UserError("--draws and --seed must be at least 0, --batch at least 1")
+    streams = _whole_numbers(args.streams or "2,4,8", "--streams")
+    if args.draws < 0 or args.batch < 1:
+        raise UserError("--draws must be at least 0, --batch at least 1")
+    if not 0 <= args.seed < 2**31:
+        raise UserError(f"--seed={args.seed}: must be in [0, 2**31)")
+    if args.data == "":
+        raise UserError("--data is empty; name a file, a folder, a glob or tfds:NAME")
 
     from armd_jax.evaluation import perplexity
     from armd_jax.interop.load import load, read_config
     from armd_jax.training.metrics import write_atomically
 
     config = read_config(args.run)
+    wrong = [count for count in streams if config.model.max_length % count]
+    if wrong and args.streams is not None:
+        raise UserError(
+            f"--streams={args.streams}: {wrong[0]} does not divide model.max_length={config.model.max_length}"
+        )
     lm = load(args.run, ema=not args.no_ema)
     data = _held_out(args, config.data, config.model.max_length)
-    if args.split not in data.splits:
-        raise UserError(f"--split={args.split}: the corpus has only {', '.join(data.splits)}")
     elbo = config.order if config.order.kind == "masked_diffusion" else None
     result = perplexity.evaluate(lm, data, args.split, streams, args.draws, elbo, args.batch, args.seed)
     result["seed"] = args.seed
@@ -266,11 +297,16 @@ def _held_out(args: argparse.Namespace, data: "DataConfig", length: int) -> Any:
     own_tokenizer = args.data is not None or not root.is_dir()
     if own_tokenizer:
         data = dataclasses.replace(data, tokenizer=str(args.run / "tokenizer"))
-    return packing.prepare(data, length, root)
+    if data.cache_dir and not packing.place(data, length, root).is_dir():
+        root = args.run / "data"  # a run that came from elsewhere does not choose where to write
+    return packing.prepare(data, length, root, split=args.split)
 
 
 def _sample(args: argparse.Namespace, _: Sequence[str]) -> int:
     streams = _whole_numbers(args.streams, "--streams")
+    for flag, text in (("--prompt", args.prompt), ("--suffix", args.suffix)):
+        if not text.isascii() and re.search("[\ud800-\udfff]", text):
+            raise UserError(f"{flag}={text!r}: is not UTF-8 text")
 
     from armd_jax.evaluation import samples
     from armd_jax.interop.load import load

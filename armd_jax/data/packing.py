@@ -133,11 +133,20 @@ def prepare(
     corpus, request = open_corpus(config), tokenizers.request(config)
     if split is not None:
         corpus.check_split(split)
-    identity = "\0".join([str(FORMAT), corpus.fingerprint, corpus.split_rule, request, str(length)])
-    folder = Path(cache_root) / hashlib.sha256(identity.encode()).hexdigest()[:16]
+    folder = _place(corpus, request, length, cache_root)
     if not os.path.exists(folder):
         _build(config, corpus, request, length, folder, progress)
     return _load_fitting(folder, corpus, request, length)
+
+
+def place(config: DataConfig, length: int, cache_root: Path) -> Path:
+    """The folder under `cache_root` that `prepare` opens, or makes where it is missing."""
+    return _place(open_corpus(config), tokenizers.request(config), length, cache_root)
+
+
+def _place(corpus: Corpus, request: str, length: int, cache_root: Path) -> Path:
+    identity = "\0".join([str(FORMAT), corpus.fingerprint, corpus.split_rule, request, str(length)])
+    return Path(cache_root) / hashlib.sha256(identity.encode()).hexdigest()[:16]
 
 
 def prepare_into(config: DataConfig, length: int, out: Path, progress: bool = True) -> PreparedData:

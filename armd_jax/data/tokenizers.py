@@ -11,6 +11,7 @@ import hashlib
 import io
 import json
 import re
+import secrets
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -99,7 +100,7 @@ class Tokenizer(abc.ABC):
         folder.mkdir(parents=True, exist_ok=True)
         about = {name: getattr(self, name) for name in ("kind", "vocab_size", "end_of_text", "lossless", "hash")}
         for name, content in (self._files() | {CONFIG_FILE: (json.dumps(about, indent=2) + "\n").encode()}).items():
-            partial = folder / f".{name}.partial"
+            partial = folder / f".{name}.{secrets.token_hex(4)}"
             partial.write_bytes(content)
             partial.replace(folder / name)  # whole or not at all, and never through a link that was there
 

@@ -60,16 +60,22 @@ def write(run: pathlib.Path) -> pathlib.Path:
     where = shlex.quote(str(run))
     pictures: dict[str, bytes] = {}
 
-    sections = [
-        _headline(scores, drawn, where),
-        _quality(scores, pictures, where),
-        _speed(drawn, pictures, where),
-        _samples(drawn, pictures, where),
-        _training(rows, config, pictures, where),
-        _curriculum(config, pictures),
-        _masks(pictures),
-    ]
-    page = _page(run, config, rows, events, sections)
+    try:
+        sections = [
+            _headline(scores, drawn, where),
+            _quality(scores, pictures, where),
+            _speed(drawn, pictures, where),
+            _samples(drawn, pictures, where),
+            _training(rows, config, pictures, where),
+            _curriculum(config, pictures),
+            _masks(pictures),
+        ]
+        page = _page(run, config, rows, events, sections)
+    except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
+        raise UserError(
+            f"{run}: metrics.jsonl, events.jsonl, eval.json or samples.json is not what a verb of armd wrote there"
+            f" ({type(error).__name__}: {error}); write it again"
+        ) from error
     try:
         for name, data in pictures.items():
             write_atomically(run / name, data)

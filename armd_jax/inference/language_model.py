@@ -86,7 +86,7 @@ class LanguageModel:
         Raises UserError where the arguments do not fit one another.
         """
         length = self.config.max_length if length is None else length
-        self._check_sampling(batch, length, temperature, top_k, top_p)
+        self._check_sampling(batch, length, temperature, top_k, top_p, seed)
         known_BN = self._evidence(batch, length, prompt, evidence_BN)
         known = known_BN[0] >= 0
         if ((known_BN >= 0) != known).any():
@@ -137,7 +137,7 @@ class LanguageModel:
             raise UserError(f"{name}: id {ids[wrong][0]} is outside the vocabulary of {self.config.vocab_size}")
 
     def _check_sampling(
-        self, batch: int, length: int, temperature: float, top_k: int | None, top_p: float | None
+        self, batch: int, length: int, temperature: float, top_k: int | None, top_p: float | None, seed: int
     ) -> None:
         if batch < 1:
             raise UserError(f"batch={batch}: must be at least 1")
@@ -149,6 +149,8 @@ class LanguageModel:
             raise UserError(f"top_k={top_k}: must be at least 1")
         if top_p is not None and not 0 < top_p <= 1:
             raise UserError(f"top_p={top_p}: must be in (0, 1]")
+        if not 0 <= seed < 2**31:
+            raise UserError(f"seed={seed}: must be in [0, 2**31)")
 
     def _evidence(
         self,

@@ -21,12 +21,18 @@ def load(path: str | os.PathLike[str], ema: bool = True) -> LanguageModel:
     """
     folder = pathlib.Path(path)
     config = read_config(folder)
+    tokenizer = tokenizers.load(folder / "tokenizer")
+    if tokenizer.vocab_size != config.model.vocab_size:
+        raise UserError(
+            f"{folder}: its tokenizer has {tokenizer.vocab_size} tokens, its config.json says"
+            f" model.vocab_size={config.model.vocab_size}"
+        )
     if (folder / safetensors_format.WEIGHTS).is_file():
         params = safetensors_format.read(folder, config.model)
     else:
         state = checkpoints.restore_for_inference(folder, config)
         params = without_padding(state.eval_params if ema else state.params, config)
-    return LanguageModel(config.model, params, tokenizers.load(folder / "tokenizer"))
+    return LanguageModel(config.model, params, tokenizer)
 
 
 def read_config(folder: pathlib.Path) -> Config:
@@ -35,7 +41,11 @@ def read_config(folder: pathlib.Path) -> Config:
         raise UserError(f"{folder}: there is no such folder")
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder}: neither a training run nor an export (it has no config.json)")
-    return checkpoints.read_config(folder)
+    try:
+        return checkpoints.read_config(folder)
+    except (UserError, RecursionError) as error:
+        reason = "is nested too deeply" if isinstance(error, RecursionError) else str(error)
+        raise UserError(f"{folder / 'config.json'}: {reason}") from error
 
 
 def without_padding(params: Params, config: Config) -> Params:

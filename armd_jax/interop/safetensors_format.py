@@ -97,8 +97,14 @@ def read(folder: pathlib.Path, config: ModelConfig) -> Params:
     file = folder / WEIGHTS
     try:
         flat = safetensors.numpy.load_file(file)
-    except (OSError, ValueError, safetensors.SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
         raise UserError(f"{file}: cannot be read ({error})") from error
+    layers = {name.split(".")[1] for name in flat if name.startswith("layers.")}
+    if len(layers) != config.num_layers:  # before shapes are worked out, which takes time in proportion to the layers
+        raise UserError(f"{file}: has {len(layers)} layers, its config.json says model.num_layers={config.num_layers}")
+    other = sorted(name for name, value in flat.items() if value.dtype != np.float32)
+    if other:
+        raise UserError(f"{file}: {other[0]} is {flat[other[0]].dtype}, expected float32")
     expected = jax.eval_shape(lambda key: flatten(network.init(key, config), config), jax.random.key(0))
     wanted = {name: value.shape for name, value in expected.items()}
     found = {name: value.shape for name, value in flat.items()}
