@@ -5,6 +5,7 @@ import importlib.machinery
 import importlib.util
 import os
 import pathlib
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -98,7 +99,9 @@ def _parse(name: str, text: str, old: Any) -> Any:
             raise UserError(f"{name}={shown(text)}: expected true or false (default {old})")
         return text.lower() in ("true", "1")
     try:
-        value = ast.literal_eval(text) if len(text) <= _LONGEST_VALUE else None
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of the compiler, about a text that no program holds
+            value = ast.literal_eval(text) if len(text) <= _LONGEST_VALUE else None
     except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
         value = None
     if isinstance(old, tuple | list):

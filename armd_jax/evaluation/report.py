@@ -103,7 +103,7 @@ def _read_json(path: pathlib.Path) -> dict[str, Any] | None:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read as JSON: {error}") from error
     if not isinstance(values, dict):
         raise UserError(f"{path}: expected a JSON object, got {type(values).__name__}")
@@ -113,7 +113,7 @@ def _read_json(path: pathlib.Path) -> dict[str, Any] | None:
 def _read_lines(path: pathlib.Path) -> list[dict[str, Any]]:
     try:
         return [row for row in read_rows(path) if isinstance(row, dict) and isinstance(row.get("step"), int)]
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, UnicodeDecodeError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read: {error}") from error
 
 
