@@ -317,9 +317,12 @@ def train_sentencepiece(documents: Iterable[str], vocab_size: int) -> SentencePi
     vocabulary is smaller than `vocab_size`. Raises UserError where `vocab_size` does not hold the alphabet.
     """
     model = io.BytesIO()
+    lines = _sample_lines(documents)
+    # Without a piece for it, a space would come back as the mark that stands for it.
+    required = {} if any(" " in line for line in lines) else {"required_chars": SPACE_MARK}
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(_sample_lines(documents)),
+            sentence_iterator=iter(lines),
             model_writer=model,
             model_type="bpe",
             vocab_size=vocab_size,
@@ -337,6 +340,7 @@ def train_sentencepiece(documents: Iterable[str], vocab_size: int) -> SentencePi
             pad_id=-1,
             num_threads=1,
             minloglevel=2,
+            **required,
         )
     except RuntimeError as error:
         too_small = re.search(r"smaller than required_chars\. \d+ vs (\d+)", str(error))

@@ -146,6 +146,11 @@ def test_vocabulary_larger_than_the_text_shrinks_and_one_too_small_is_an_error(c
         tokenizers.train_sentencepiece(corpus.documents("valid"), 270)
 
 
+def test_vocabulary_of_text_without_spaces_can_spell_a_space():
+    tokenizer = tokenizers.train_sentencepiece(["one\ntwo\n\nthree"] * 9, 300)
+    assert tokenizer.lossless and tokenizer.decode(tokenizer.encode("one two \u2581 ")) == "one two \u2581 "
+
+
 def test_sentencepiece_model_that_normalises_is_found_lossy(tmp_path):
     with (tmp_path / "other.model").open("wb") as model:
         sentencepiece.SentencePieceTrainer.train(
