@@ -137,18 +137,13 @@ def _print(args: argparse.Namespace, result: dict[str, Any], text: str) -> int:
 def _prepare(args: argparse.Namespace, _: Sequence[str]) -> int:
     import dataclasses
 
-    from armd_jax.config import Config, DataConfig, ModelConfig, validate
     from armd_jax.data import packing
 
-    data = DataConfig(
-        path=args.source, tokenizer=args.tokenizer, vocab_size=args.vocab_size, text_field=args.text_field
-    )
-    if args.skip_damaged:
-        data = dataclasses.replace(data, damaged="skip")
+    data = {"path": args.source, "tokenizer": args.tokenizer, "vocab_size": args.vocab_size}
+    data |= {"text_field": args.text_field, "damaged": "skip" if args.skip_damaged else "error"}
     # The other sections only have to be valid with this row length.
-    config = dataclasses.replace(Config(), data=data, model=ModelConfig(max_length=args.length))
-    validate(dataclasses.replace(config, order=dataclasses.replace(config.order, max_permuted=1)))
-    prepared = packing.prepare_into(data, args.length, args.out)
+    config = from_config_dict({"data": data, "model": {"max_length": args.length}, "order": {"max_permuted": 1}})
+    prepared = packing.prepare_into(config.data, args.length, args.out)
     splits = {name: dataclasses.asdict(prepared.counts(name)) for name in prepared.splits}
     lines = [f"{args.out}: rows of {args.length} tokens, vocabulary {prepared.tokenizer.vocab_size}"]
     lines += [
