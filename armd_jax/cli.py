@@ -281,20 +281,31 @@ def _eval(args: argparse.Namespace, _: Sequence[str]) -> int:
 
 
 def _held_out(args: argparse.Namespace, data: "DataConfig", length: int) -> Any:
-    """The prepared text to score: the run's own, or `--data` with the run's tokenizer."""
+    """The prepared text to score: the run's own, or `--data` with the run's tokenizer.
+
+    It is looked for where the run's config says and made in the run's folder only: a run that came from elsewhere does
+    not choose where to write.
+    """
     import dataclasses
 
     from armd_jax.data import packing
+    from armd_jax.data.corpora import open_corpus
 
-    root = pathlib.Path(data.cache_dir) if data.cache_dir else args.run / "data"
+    roots = [args.run / "data", *([pathlib.Path(data.cache_dir)] if data.cache_dir else [])]
+    trained_on = data.tokenizer
+    data = dataclasses.replace(data, tokenizer=str(args.run / "tokenizer"))
+    candidates = [data]
     if args.data is not None:
-        data = dataclasses.replace(data, path=args.data)
-    own_tokenizer = args.data is not None or not root.is_dir()
-    if own_tokenizer:
-        data = dataclasses.replace(data, tokenizer=str(args.run / "tokenizer"))
-    if data.cache_dir and not packing.place(data, length, root).is_dir():
-        root = args.run / "data"  # a run that came from elsewhere does not choose where to write
-    return packing.prepare(data, length, root, split=args.split)
+        data = candidates[0] = dataclasses.replace(data, path=args.data)
+    elif trained_on in ("sentencepiece", "bytes"):  # prepared under the name of the kind
+        candidates.insert(0, dataclasses.replace(data, tokenizer=trained_on))
+    corpus = open_corpus(data)
+    corpus.check_split(args.split)
+    for candidate in candidates:
+        for root in roots:
+            if packing.place(candidate, corpus, length, root).is_dir():
+                return packing.prepare(candidate, length, root, corpus=corpus)
+    return packing.prepare(data, length, roots[0], corpus=corpus)
 
 
 def _sample(args: argparse.Namespace, _: Sequence[str]) -> int:

@@ -123,28 +123,23 @@ class Rows:
 
 
 def prepare(
-    config: DataConfig, length: int, cache_root: Path, progress: bool = True, split: str | None = None
+    config: DataConfig, length: int, cache_root: Path, progress: bool = True, corpus: Corpus | None = None
 ) -> PreparedData:
     """The data that `config` names as rows of `length` tokens, prepared under `cache_root` unless they are there.
 
     The folder's name is a hash of source, tokenizer, length and split rule. Raises UserError on a corpus, tokenizer or
-    folder that cannot be used, or a corpus without the `split` that is needed, and leaves nothing behind then.
+    folder that cannot be used, and leaves nothing behind then. `corpus`: that of `config`, where it is open already.
     """
-    corpus, request = open_corpus(config), tokenizers.request(config)
-    if split is not None:
-        corpus.check_split(split)
-    folder = _place(corpus, request, length, cache_root)
+    corpus = corpus or open_corpus(config)
+    request, folder = tokenizers.request(config), place(config, corpus, length, cache_root)
     if not os.path.exists(folder):
         _build(config, corpus, request, length, folder, progress)
     return _load_fitting(folder, corpus, request, length)
 
 
-def place(config: DataConfig, length: int, cache_root: Path) -> Path:
+def place(config: DataConfig, corpus: Corpus, length: int, cache_root: Path) -> Path:
     """The folder under `cache_root` that `prepare` opens, or makes where it is missing."""
-    return _place(open_corpus(config), tokenizers.request(config), length, cache_root)
-
-
-def _place(corpus: Corpus, request: str, length: int, cache_root: Path) -> Path:
+    request = tokenizers.request(config)
     identity = "\0".join([str(FORMAT), corpus.fingerprint, corpus.split_rule, request, str(length)])
     return Path(cache_root) / hashlib.sha256(identity.encode()).hexdigest()[:16]
 
