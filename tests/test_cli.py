@@ -144,7 +144,7 @@ def _json(capsys: pytest.CaptureFixture[str], *argv: str) -> dict:
 def test_train_eval_sample_export(tmp_path, capsys, smoke_run, smoke_config, corpus):
     """Each verb prints its result as one JSON object, and an export scores exactly as the run it came from."""
     again = ["train", f"--config={smoke_config}", f"--workdir={smoke_run}", f"--config.data.path={corpus}"]
-    assert _json(capsys, *again) == {"workdir": str(smoke_run), "step": 40, "steps_done": 0}
+    assert _json(capsys, *again) == {"workdir": str(smoke_run), "step": 40, "steps_done": 0, "stopped": False}
 
     copy = tmp_path / "export"
     assert _json(capsys, "export", f"--run={smoke_run}", f"--out={copy}") == {"out": str(copy)}
