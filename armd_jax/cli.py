@@ -183,7 +183,6 @@ def _train_here(args: argparse.Namespace, config: "Config", shown: str) -> int:
     from armd_jax.training.faults import RunFailed
     from armd_jax.training.preemption import STOPPED
 
-    jax.config.update("jax_debug_nans", args.debug_nans)
     primary = jax.process_index() == 0
     if primary:
         print(f"resolved config:\n{shown}", file=sys.stderr)
@@ -191,7 +190,7 @@ def _train_here(args: argparse.Namespace, config: "Config", shown: str) -> int:
     kept = next((path for path in (args.workdir / "data", args.workdir) if path.exists()), None)
     try:
         params = _initial_params(config, args.workdir) if config.training.init_from and fresh else None
-        result = train.train(config, args.workdir, params)
+        result = train.train(config, args.workdir, params, debug_nans=args.debug_nans)
     except UserError:
         if primary and not (args.workdir / "config.json").exists():  # no run yet, only data prepared just now
             if kept is None:
@@ -199,7 +198,7 @@ def _train_here(args: argparse.Namespace, config: "Config", shown: str) -> int:
             elif kept == args.workdir:
                 shutil.rmtree(args.workdir / "data", ignore_errors=True)
         raise
-    except (RunFailed, FloatingPointError) as error:  # FloatingPointError: what --debug-nans looks for
+    except RunFailed as error:
         return _failed(str(error), 1)
     last = config.training.num_steps
     at = int(result.state.step)

@@ -51,8 +51,13 @@ class Run:
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             "JAX_PLATFORMS": "cpu",
         }
-        self.log = self.workdir.with_suffix(".log").open("ab")
-        return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=self.log, stderr=self.log)
+        with self.log.open("ab") as log:
+            return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
+
+    @property
+    def log(self) -> pathlib.Path:
+        """What all lives printed."""
+        return self.cache / f"{self.workdir.parent.name}-{self.workdir.name}.log"
 
     def rows(self, name: str) -> list[dict]:
         """The whole rows of metrics.jsonl or events.jsonl."""
@@ -162,9 +167,12 @@ def damage(how: Callable[[pathlib.Path, random.Random], None]) -> Callable[[Run,
     """The newest of several checkpoints is damaged between two lives."""
 
     def fault(run: Run, rng: random.Random) -> None:
-        if len(run.checkpoints()) > 1:
-            how(run.workdir / "checkpoints" / str(run.checkpoints()[-1]), rng)
-        kill_in_a_step(run, rng)
+        process = run.start()
+        lives = run.lives()
+        wait_until(process, "second checkpoint", lambda: run.lives() > lives and len(run.checkpoints()) > 1)
+        process.kill()
+        end(process)
+        how(run.workdir / "checkpoints" / str(run.checkpoints()[-1]), rng)
 
     return fault
 
@@ -199,8 +207,8 @@ FAULTS = {
     "SIGKILL in a save": kill_in_a_save,
     "SIGKILL in a restore": kill_in_a_restore,
     "SIGTERM": stop(signal.SIGTERM),
-    "SIGINT": stop(signal.SIGINT),
     "bytes flipped in the newest checkpoint": damage(flip_bytes),
+    "SIGINT": stop(signal.SIGINT),
     "newest checkpoint cut short": damage(cut_short),
     "newest checkpoint emptied": damage(empty),
 }
@@ -235,7 +243,7 @@ def full_disk(run: Run, reference: Run) -> str:
         if end(run.start()):
             raise Broken("training did not go on when there was space again")
         if end(reference.start()):
-            raise Broken(f"the unbroken run failed; see {reference.workdir.with_suffix('.log')}")
+            raise Broken(f"the unbroken run failed; see {reference.log}")
         return compare(Summary.of(reference), Summary.of(run))
     finally:
         subprocess.run(["umount", str(disk)], check=False)
@@ -254,6 +262,7 @@ class Summary:
     @staticmethod
     def of(run: Run) -> "Summary":
         """Reads a complete run."""
+        os.environ["JAX_PLATFORMS"] = "cpu"
         import jax
         import numpy as np
 
@@ -288,14 +297,14 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     rng, folder = random.Random(args.seed), args.folder.absolute()
     shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    (folder / "cache").mkdir(parents=True)
     steps = STEPS_A_KILL * args.kills
     unbroken, broken = (Run(folder / name, folder / "cache", steps) for name in ("unbroken", "broken"))
     began = time.monotonic()
     try:
         print(f"training {steps} steps without a break", flush=True)
         if end(unbroken.start()):
-            raise Broken(f"the unbroken run failed; see {unbroken.workdir.with_suffix('.log')}")
+            raise Broken(f"the unbroken run failed; see {unbroken.log}")
 
         print(f"training {steps} steps under {args.kills} faults, seed {args.seed}", flush=True)
         process = broken.start()  # the first life has nothing to come back to until its first checkpoint is whole
@@ -312,7 +321,7 @@ def main(argv: list[str] | None = None) -> int:
             survived[name] += 1
             print(f"  {number + 1:>3} {name:<40} last step {broken.last_step()}", flush=True)
         if end(broken.start()):
-            raise Broken(f"the last life failed; see {broken.workdir.with_suffix('.log')}")
+            raise Broken(f"the last life failed; see {broken.log}")
 
         result = compare(Summary.of(unbroken), Summary.of(broken))
         events = collections.Counter(row["event"] for row in broken.rows("events.jsonl"))

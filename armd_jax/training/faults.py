@@ -1,7 +1,9 @@
 """What went wrong numerically: the first tensor of a step that is not finite, and the report about it."""
 
+import dataclasses
 import json
 import pathlib
+import traceback
 from typing import Any
 
 import jax
@@ -52,6 +54,27 @@ def first_non_finite(config: Config, mesh: Mesh, state: TrainState, tokens_BN: j
             if not finite:
                 return {"tensor": " ".join([kind, ".".join(key.key for key in path)]).strip()}
     return {"tensor": "none"}
+
+
+def pinpoint(config: Config, mesh: Mesh, state: TrainState, at: int, tokens_BN: jax.Array) -> str:
+    """The operation, and the line of this package, where the numbers of batch `at` first turn into NaN.
+
+    state: after the skipped update, whose parameters are those from before it. The gradient is computed once more with
+    every operation checked by itself.
+    """
+    at_fault = dataclasses.replace(state, step=jnp.full_like(state.step, at))
+    found = first_non_finite(config, mesh, at_fault, tokens_BN)
+    order = step.draw_order(config, at_fault.step, tokens_BN.shape[1])
+    try:
+        with jax.debug_nans(True):
+            jax.jit(lambda p: step.gradients(p, config, tokens_BN, order, at_fault.step, mesh))(state.params)
+    except FloatingPointError as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        package = pathlib.Path(__file__).parent.parent
+        ours = [frame for frame in frames if package in pathlib.Path(frame.filename).parents]
+        line = ours[-1]
+        return f"{error}, {pathlib.Path(line.filename).relative_to(package)}:{line.lineno} ({line.line}); {found}"
+    return f"no operation gives NaN when it is done by itself; {found}"
 
 
 def write_report(workdir: pathlib.Path, at: int, report: dict[str, Any]) -> pathlib.Path:

@@ -65,12 +65,14 @@ def train(
     workdir: pathlib.Path,
     initial_params: Params | None = None,
     progress: bool = True,
+    debug_nans: bool = False,
 ) -> Result:
     """Trains to `training.num_steps`, continuing what is in `workdir`.
 
     Raises UserError where the input cannot work, RunFailed where the run cannot go on by itself.
 
-    initial_params: weights to start from where the run is new (fine-tuning).
+    initial_params: weights to start from where the run is new (fine-tuning). debug_nans: waits for every step, and ends
+    the run at the first update that had to be skipped, with the operation that is to blame.
     """
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax tells every save in several lines
     workdir = workdir.absolute()
@@ -91,13 +93,13 @@ def train(
         sharding.check_divisible(config, mesh)
 
         # --- state: the newest checkpoint, else given weights, else random ones ------------------------------------
-        if primary:
-            data.tokenizer.save(workdir / "tokenizer")
-            write_atomically(workdir / "config.json", configs.to_json(config))
         log = RunLog(config, primary and progress)
         checkpointer = stack.enter_context(checkpoints.Checkpointer(workdir, config, on_failed_save=log.save_failed))
         target = states.abstract(config, mesh)
         state = checkpointer.restore_newest(target, log.damaged)
+        if primary:
+            data.tokenizer.save(workdir / "tokenizer")
+            write_atomically(workdir / "config.json", configs.to_json(config))
         resumed = state is not None
         if state is None:
             state = states.create(config, mesh, initial_params)
@@ -123,6 +125,8 @@ def train(
             state, metrics = train_step(state, tokens_BN)
             if log.read(done, metrics) > config.training.max_skipped:
                 state = recovery(state, done)
+            if debug_nans and int(state.skipped):
+                raise RunFailed(f"step {done}: {faults.pinpoint(config, mesh, state, number, tokens_BN)}")
             if config.training.eval_every and (done % config.training.eval_every == 0 or done == last_step):
                 values = evaluate(state.eval_params)
                 log.flush()

@@ -1,0 +1,27 @@
+"""The chaos run, in its short form with a fixed seed."""
+
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+
+
+def test_a_run_survives_what_is_done_to_it(tmp_path):
+    """Killed in a step, a save and a restore, stopped, its newest checkpoint damaged: the end is the same."""
+    command = [
+        sys.executable,
+        str(ROOT / "launch" / "chaos.py"),
+        "--kills=5",
+        "--seed=1",
+        f"--folder={tmp_path / 'run'}",
+    ]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"5 faults in \d+ s; \d+ arrays and \d+ rows of metrics equal, bit for bit", done.stdout)
+    assert re.search(r"disk full +(SKIPPED: no tmpfs|\d+ arrays and \d+ rows of metrics equal)", done.stdout)
+    events = done.stdout.splitlines()[-1]
+    assert "1 start" in events and "1 end" in events and "1 stop" in events and " skip" in events
