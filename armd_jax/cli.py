@@ -164,16 +164,21 @@ def _train(args: argparse.Namespace, rest: Sequence[str]) -> int:
     apply_overrides(values, rest)
     config = from_config_dict(values)
 
-    from armd_jax.training import host_memory
-
-    if host_memory.trains_on_cpu():
-        host_memory.keep_freed_memory()
+    _settle_host_memory()
 
     from armd_jax.training import distributed
 
     several = distributed.initialize(args.distributed, args.coordinator, args.num_processes, args.process_id)
     run = lambda: _train_here(args, config, str(values))  # noqa: E731
     return distributed.run_together(run) if several else run()
+
+
+def _settle_host_memory() -> None:
+    """To be called before JAX is imported."""
+    from armd_jax.training import host_memory
+
+    if host_memory.trains_on_cpu():
+        host_memory.keep_freed_memory()
 
 
 def _train_here(args: argparse.Namespace, config: "Config", shown: str) -> int:
@@ -258,6 +263,8 @@ def _eval(args: argparse.Namespace, _: Sequence[str]) -> int:
         raise UserError(f"--seed={args.seed}: must be in [0, 2**31)")
     if args.data == "":
         raise UserError("--data is empty; name a file, a folder, a glob or tfds:NAME")
+
+    _settle_host_memory()
 
     from armd_jax.evaluation import perplexity
     from armd_jax.interop.load import load, read_config
