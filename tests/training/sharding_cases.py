@@ -1,52 +1,83 @@
 """Gradients and losses of one toy run on several meshes, written as .npz; a process of its own with 8 devices."""
 
 import dataclasses
+import pathlib
 import sys
+from collections.abc import Sequence
 
 import jax
 import numpy as np
+from jax.sharding import AxisType, Mesh
 
 from armd_jax import config as configs
-from armd_jax.training import sharding, state, step
+from armd_jax.training import checkpoints, sharding, state, step
 
-MESHES = {"one": (1, 1, 1), "data": (8, 1, 1), "fsdp": (1, 8, 1), "mixed": (2, 2, 2)}
+MESHES = {"one": (1, 1, 1), "data": (8, 1, 1), "fsdp": (1, 8, 1), "mixed": (2, 2, 2), "tensor": (1, 2, 4)}
+STEPS, BATCH, LENGTH = 20, 8, 16
 
 
 def main(out: str) -> None:
     assert jax.device_count() == 8
     jax.config.update("jax_disable_most_optimizations", True)
     values = configs.default_config_dict()
-    values.model.update(vocab_size=100, max_length=16, num_layers=2, two_stream_layers=1, width=16, num_heads=2)
-    values.model.update(positional_width=8, dropout=0.1)
+    values.model.update(vocab_size=100, max_length=LENGTH, num_layers=2, two_stream_layers=1, width=64, num_heads=4)
+    values.model.update(positional_width=8, dropout=0.0)
     values.order.update(ar_steps=0, permute_steps=2, max_permuted=8)
-    values.optimizer.update(learning_rate=1e-2, warmup_steps=1, ema_decay=0.9)
-    values.training.update(num_steps=5, batch_size=8)
+    values.optimizer.update(learning_rate=1e-3, warmup_steps=2, ema_decay=0.9)
+    values.training.update(num_steps=STEPS, batch_size=BATCH, checkpoint_every=STEPS)
     config = configs.from_config_dict(values)
-    tokens = np.random.default_rng(0).integers(0, 100, (5, 8, 16)).astype(np.int32)
+    rng = np.random.default_rng(0)
+    tokens = np.minimum(rng.geometric(0.2, (STEPS, BATCH, LENGTH)), 99).astype(np.int32)  # a few common, many rare
     results = {}
     for name, shape in MESHES.items():
-        devices = np.array(jax.devices()[: np.prod(shape)]).reshape(shape)
-        mesh = jax.sharding.Mesh(devices, sharding.AXES, axis_types=(jax.sharding.AxisType.Auto,) * 3)
-        placed = dataclasses.replace(config, mesh=configs.MeshConfig(*shape))
+        placed, mesh = _placed(config, shape)
         sharding.check_divisible(placed, mesh)
         now = state.create(placed, mesh)
-        rows = [jax.device_put(batch, sharding.batch_sharding(mesh)) for batch in tokens]
 
         def gradients(params, batch, placed=placed, mesh=mesh):
-            return step.gradients(params, placed, batch, step.draw_order(placed, 0, 16), 0, mesh)[0]
+            return step.gradients(params, placed, batch, step.draw_order(placed, 0, LENGTH), 0, mesh)[0]
 
-        for path, leaf in jax.tree_util.tree_leaves_with_path(jax.jit(gradients)(now.params, rows[0])):
+        first = jax.device_put(tokens[0], sharding.batch_sharding(mesh))
+        for path, leaf in jax.tree_util.tree_leaves_with_path(jax.jit(gradients)(now.params, first)):
             results[f"{name}/gradient{jax.tree_util.keystr(path)}"] = np.asarray(leaf)
-        results[f"{name}/parts"] = np.asarray(len(now.params["causal"]["mlp_in"].sharding.device_set))
-        results[f"{name}/share"] = np.asarray(
-            now.params["causal"]["mlp_in"].addressable_shards[0].data.size / now.params["causal"]["mlp_in"].size
-        )
-        train_step, losses = step.make_train_step(placed, mesh), []
-        for batch in rows:
-            now, metrics = train_step(now, batch)
-            losses.append(float(metrics["train/loss"]))
+        weight = now.params["causal"]["mlp_in"]
+        results[f"{name}/parts"] = np.asarray(len(weight.sharding.device_set))
+        results[f"{name}/share"] = np.asarray(weight.addressable_shards[0].data.size / weight.size)
+        _, losses = _train(placed, mesh, now, tokens)
         results[f"{name}/losses"] = np.asarray(losses)
+    results["moved/losses"] = np.asarray(_moved(config, pathlib.Path(out).parent, tokens))
     np.savez(out, **results)
+
+
+def _placed(config: configs.Config, shape: tuple[int, int, int]) -> tuple[configs.Config, Mesh]:
+    devices = np.array(jax.devices()[: np.prod(shape)]).reshape(shape)
+    mesh = Mesh(devices, sharding.AXES, axis_types=(AxisType.Auto,) * 3)
+    return dataclasses.replace(config, mesh=configs.MeshConfig(*shape)), mesh
+
+
+def _train(
+    config: configs.Config, mesh: Mesh, now: state.TrainState, batches: Sequence[np.ndarray]
+) -> tuple[state.TrainState, list[float]]:
+    train_step, losses = step.make_train_step(config, mesh), []
+    for batch in batches:
+        now, metrics = train_step(now, jax.device_put(batch, sharding.batch_sharding(mesh)))
+        losses.append(float(metrics["train/loss"]))
+    return now, losses
+
+
+def _moved(config: configs.Config, folder: pathlib.Path, tokens: np.ndarray) -> list[float]:
+    """The losses of a run that is saved and restored on the way: 8 devices, then 4, then 1."""
+    losses = []
+    for shape, part in (((2, 2, 2), slice(0, 7)), ((1, 4, 1), slice(7, 14)), ((1, 1, 1), slice(14, STEPS))):
+        placed, mesh = _placed(config, shape)
+        with checkpoints.Checkpointer(folder, placed) as checkpointer:
+            now = checkpointer.restore_newest(state.abstract(placed, mesh), lambda *fault: sys.exit(str(fault)))
+            now = state.create(placed, mesh) if now is None else now
+            assert int(now.step) == part.start
+            now, some = _train(placed, mesh, now, tokens[part])
+            assert checkpointer.save(now, part.stop, force=True)
+        losses += some
+    return losses
 
 
 if __name__ == "__main__":
