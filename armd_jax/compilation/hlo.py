@@ -1,7 +1,8 @@
 """What a compiled program does, read from its HLO text: collectives, kernels, matrix products, memory traffic.
 
-The text is that of one device. An instruction inside a loop is counted once an iteration where the compiler wrote down
-how many there are (`known_trip_count`), else once; of the branches of a conditional every one is counted.
+The text is that of one device. An instruction inside a loop is counted once an iteration where the text says how many
+there are (`known_trip_count`, or a condition that compares the counter with a constant), else once; of the branches of
+a conditional every one is counted.
 """
 
 import dataclasses
@@ -9,6 +10,8 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Iterator
+
+import numpy as np
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "send")
 # Instructions that move nothing themselves.
@@ -31,6 +34,9 @@ _FREE = {
     "recv-done",
     "send-done",
 }
+# What a fusion passes on without reading: buffers updated in place, collectives under way.
+_IN_PLACE = {"dynamic-update-slice", "tuple", "custom-call", *COLLECTIVES}
+_SLICES = {"dynamic-slice", "slice", "gather"}
 _BYTES = {"pred": 1, "s4": 1, "u4": 1, "c64": 8, "c128": 16, "token": 0}
 _ARRAY = re.compile(r"\b([a-z]+\d*(?:e\d+m\d+\w*)?)\[([\d,]*)\](\{[^{}]*\})?")
 _INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?([\w.\-]+) = (.+?) ([a-z][\w\-]*)\((.*)$")
@@ -108,6 +114,8 @@ class Program:
                 operands, attributes = _split_operands(match[4])
                 root = line.lstrip().startswith("ROOT ")
                 current.append(Instruction(match[1], match[2], match[3], operands, attributes, root))
+            elif current and line.startswith("}}"):  # attributes that hold a line break go on
+                current[-1] = dataclasses.replace(current[-1], attributes=current[-1].attributes + line)
         self.times = self._times()
 
     @property
@@ -121,12 +129,26 @@ class Program:
         def visit(name: str, count: int) -> None:
             times[name] += count
             for instruction in self.computations.get(name, ()):
-                trips = _TRIPS.search(instruction.attributes) if instruction.opcode == "while" else None
+                trips = self._trips(instruction) if instruction.opcode == "while" else 1
                 for callee in called(instruction):
-                    visit(callee, count * int(trips[1]) if trips else count)
+                    visit(callee, count * trips)
 
         visit(self.entry, 1)
         return dict(times)
+
+    def _trips(self, loop: Instruction) -> int:
+        if known := _TRIPS.search(loop.attributes):
+            return int(known[1])
+        condition = re.search(r"condition=%?([\w.\-]+)", loop.attributes)
+        body = self.computations.get(condition[1], []) if condition else []
+        constants = {i.name: int(i.attributes) for i in body if i.opcode == "constant" and i.attributes.isdigit()}
+        compared = [i for i in body if i.is_root and i.opcode == "compare" and "direction=LT" in i.attributes]
+        # Counters of scans start at 0 and rise by one; a loop from 1 is counted once too often.
+        return max(constants.get(compared[0].operands[1], 1), 1) if compared else 1
+
+    def _fused(self) -> set[str]:
+        """Computations inside fusions: what they pass on stays on the core."""
+        return {callee for _, i, _ in self.running() if i.opcode == "fusion" for callee in called(i)}
 
     def running(self) -> Iterator[tuple[str, Instruction, int]]:
         """Every instruction that runs, with its computation and how often."""
@@ -138,18 +160,28 @@ class Program:
 
     def collectives(self, chips_a_slice: int) -> list[Collective]:
         """Every collective; devices are numbered slice by slice."""
-        found = []
+        found, fused, seen = [], self._fused(), set()
         for name, instruction, times in self.running():
             kind = instruction.opcode.removesuffix("-start")
             if kind not in COLLECTIVES or (kind == "send" and "is_host_transfer=true" not in instruction.attributes):
                 continue
+            channel = re.search(r"channel_id=(\d+)", instruction.attributes)
+            if name in fused and channel:
+                # An asynchronous collective is spread over several fusions, each of which names it.
+                if channel[1] in seen:
+                    continue
+                seen.add(channel[1])
+            if kind == "all-reduce" and any(
+                i.opcode == "dynamic-slice" for i in self.computations[name] if name in fused
+            ):
+                kind = "reduce-scatter"  # of which each device keeps its part at once
             members = _group(instruction.attributes)
             group = len(members) or 2
             sizes = [array.bytes for array in instruction.arrays]
             if instruction.opcode.endswith("-start") or kind == "send":  # a tuple of operand and result
                 size = max(sizes)
             else:
-                size = sum(sizes) * (group if kind == "reduce-scatter" else 1)
+                size = sum(sizes) * (group if instruction.opcode == "reduce-scatter" else 1)
             crosses = kind == "send" or len({member // chips_a_slice for member in members}) > 1
             found.append(Collective(kind, size, group, crosses, times, name))
         return found
@@ -176,8 +208,7 @@ class Program:
 
         A slice read out of a large array, or written into one, counts as the slice.
         """
-        fused = {callee for _, i, _ in self.running() if i.opcode == "fusion" for callee in called(i)}
-        total = 0.0
+        fused, total = self._fused(), 0.0
         for name, instruction, times in self.running():
             if name not in fused and instruction.opcode not in _FREE and not instruction.opcode.endswith("-done"):
                 total += times * self._moved(name, instruction)
@@ -186,7 +217,7 @@ class Program:
     def _moved(self, computation: str, instruction: Instruction) -> int:
         types = {other.name: other.arrays for other in self.computations[computation]}
         operands = [types.get(name, []) for name in instruction.operands]
-        if instruction.opcode in ("dynamic-slice", "gather", "slice"):
+        if instruction.opcode in _SLICES:
             return 2 * _in_hbm(instruction.arrays)
         if instruction.opcode in ("dynamic-update-slice", "scatter"):
             return 2 * _in_hbm(operands[1 if instruction.opcode == "dynamic-update-slice" else -1])
@@ -200,11 +231,12 @@ class Program:
         return self._fusion_moved(body, instruction, operands)
 
     def _fusion_moved(self, body: list[Instruction], fusion: Instruction, operands: list[list[Array]]) -> int:
-        shapes = {inner.name: inner.arrays for inner in body}
+        by_name = {inner.name: inner for inner in body}
         users: dict[str, list[Instruction]] = defaultdict(list)
         for inner in body:
             for operand in inner.operands:
-                users[operand].append(inner)
+                if inner.opcode not in _SLICES or operand == inner.operands[0]:  # not as an index
+                    users[operand].append(inner)
 
         def through(name: str) -> list[Instruction]:
             """What uses a value, bitcasts looked through."""
@@ -217,14 +249,21 @@ class Program:
         parameters = {int(inner.attributes or 0): inner for inner in body if inner.opcode == "parameter"}
         for number, operand in enumerate(operands):
             reads = through(parameters[number].name) if number in parameters else []
-            if reads and all(read.opcode in ("dynamic-slice", "slice", "gather") for read in reads):
+            if reads and all(read.opcode in _SLICES for read in reads):
                 total += sum(_hbm_like(operand, read.arrays) for read in reads)
-            elif not (reads and all(read.opcode == "dynamic-update-slice" for read in reads)):
+            elif not all(read.opcode in _IN_PLACE for read in reads):
                 total += _in_hbm(operand)
-        updates = [inner for inner in body if inner.opcode == "dynamic-update-slice"]
-        if updates:
-            return total + sum(_in_hbm(shapes.get(update.operands[1], [])) for update in updates)
-        return total + _in_hbm(fusion.arrays)
+        root = next((inner for inner in body if inner.is_root), None)
+        results = root.operands if root and root.opcode == "tuple" else [root.name] if root else []
+        for name, array in zip(results, fusion.arrays, strict=False):
+            made = by_name.get(name)
+            while made and made.opcode == "bitcast":
+                made = by_name.get(made.operands[0])
+            if made and made.opcode == "dynamic-update-slice":
+                total += _hbm_like([array], by_name[made.operands[1]].arrays)
+            elif not (made and made.opcode in ("parameter", *_IN_PLACE)):
+                total += _in_hbm([array])
+        return total
 
 
 def called(instruction: Instruction) -> list[str]:
@@ -245,7 +284,8 @@ def kernel_name(instruction: Instruction) -> str:
     if name:
         return name[1]
     where = re.search(r'op_name="([^"]*)"', instruction.attributes)
-    return where[1].rsplit("/", 1)[-1] if where else "tpu_custom_call"
+    parts = [part for part in where[1].split("/") if part != "pallas_call"] if where else []
+    return parts[-1] if parts else "tpu_custom_call"
 
 
 def _split_operands(rest: str) -> tuple[tuple[str, ...], str]:
@@ -266,22 +306,21 @@ def _group(attributes: str) -> list[int]:
     """Device numbers of the first group of a collective."""
     if listed := re.search(r"(?:replica_groups|source_target_pairs)=\{\{([\d,]*)\}", attributes):
         return [int(number) for number in listed[1].split(",") if number]
-    iota = re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attributes)
-    if not iota:
+    if iota := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attributes):
+        groups, dims, order = ([int(n) for n in part.split(",")] if part else [] for part in iota.groups())
+        devices = np.arange(math.prod(dims)).reshape(dims).transpose(order or None)
+        return devices.reshape(groups)[0].tolist()
+    axes = re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(([^)]*)\))? ?\{([^}]*)\}", attributes)
+    if not axes:
         return []
-    groups, dims, order = ([int(n) for n in part.split(",")] if part else [] for part in iota.groups())
-    order = order or list(range(len(dims)))
-    # Devices counted along `dims`, the axes taken in `order`; the last of `groups` is the size of a group.
-    strides = [math.prod(dims[axis + 1 :]) for axis in range(len(dims))]
-    members, index = [], [0] * len(dims)
-    for _ in range(groups[-1]):
-        members.append(sum(index[position] * strides[axis] for position, axis in enumerate(order)))
-        for position in reversed(range(len(order))):
-            index[position] += 1
-            if index[position] < dims[order[position]]:
-                break
-            index[position] = 0
-    return members
+    sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", axes[1])}
+    strides = dict(zip(sizes, np.cumprod([1, *reversed(sizes.values())])[-2::-1].tolist(), strict=True))
+    members = np.zeros(1, int)
+    for name, before, part in re.findall(r"'(\w+)'(?::\((\d+)\)(\d+))?", axes[3]):
+        count = int(part) if part else sizes[name]
+        step = strides[name] * sizes[name] // (int(before or 1) * count)
+        members = np.add.outer(members, step * np.arange(count)).ravel()
+    return members.tolist()
 
 
 def _in_hbm(found: list[Array]) -> int:
