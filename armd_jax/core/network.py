@@ -37,6 +37,18 @@ Constrain = Callable[[jax.Array, tuple[str | None, ...]], jax.Array]
 Attend = Callable[[jax.Array, jax.Array, jax.Array, jax.Array, str], jax.Array]
 VOCAB_MULTIPLE = 128
 ROW_AXES = ("batch", "length", "embed")
+# Logical axes of every parameter that may be sharded, by its last name; stacked layers have one more axis in front.
+# What is not listed (norms, biases, the start token) is small.
+PARAM_AXES = {
+    "embedding": ("vocab", "embed"),
+    "head": ("embed", "vocab"),
+    "query": ("embed", "heads", None),
+    "key_value": ("embed", None, "heads", None),
+    "attention_out": ("heads", None, "embed"),
+    "mlp_in": ("embed", "mlp"),
+    "mlp_gate": ("embed", "mlp"),
+    "mlp_out": ("mlp", "embed"),
+}
 
 
 @flax.struct.dataclass
@@ -362,7 +374,13 @@ def _run(
 ) -> tuple[jax.Array, tuple[tuple[jax.Array, jax.Array], ...]]:
     """Runs layers one after another, as a scan or a loop over the same parameters and with the same dropout draws."""
 
+    def whole(path: tuple, leaf: jax.Array) -> jax.Array:
+        """A weight put together along the model width, in the dtype it is used in: half the bytes to gather."""
+        axes = PARAM_AXES.get(path[-1].key)
+        return leaf if axes is None else constrain(leaf.astype(h_BRD.dtype), axes)
+
     def apply(h_BRD, params, number, cache=None):
+        params = jax.tree_util.tree_map_with_path(whole, params)
         key = None if dropout_key is None else jax.random.fold_in(dropout_key, number)
         h_BQD, cache = layer.apply({"params": params}, h_BRD, rotary, len_BQ, key, cache, start, valid_BX)
         return constrain(h_BQD, ROW_AXES), cache

@@ -61,6 +61,9 @@ def token_log_probs(
     size = min(config.loss_chunk, length) or chunk_size(batch * network.padded_vocab(config), length)
     if size == length:
         return chunk_log_probs(h_BND, targets_BN)
+    # The head is put together once, not for every chunk.
+    head = "embedding" if config.tie_embeddings else "head"
+    params = params | {head: constrain(params[head], network.PARAM_AXES[head])}
     num_chunks = -(-length // size)
     missing = num_chunks * size - length
     h = jnp.pad(h_BND, ((0, 0), (0, missing), (0, 0))).reshape(batch, num_chunks, size, width)

@@ -20,20 +20,8 @@ from armd_jax.core.network import Attend, Constrain
 AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
 PARAM_RULES = {"embed": "fsdp", "heads": "tensor", "mlp": "tensor", "vocab": "tensor", None: None}
-ACTIVATION_RULES = {"batch": BATCH_AXES, "length": None, "embed": None, "vocab": "tensor", None: None}
-
-# Logical axes of every parameter that is sharded, by its last name; stacked layers have one more axis in front.
-# What is not listed (norms, biases, the start token) is small and replicated.
-PARAM_AXES = {
-    "embedding": ("vocab", "embed"),
-    "head": ("embed", "vocab"),
-    "query": ("embed", "heads", None),
-    "key_value": ("embed", None, "heads", None),
-    "attention_out": ("heads", None, "embed"),
-    "mlp_in": ("embed", "mlp"),
-    "mlp_gate": ("embed", "mlp"),
-    "mlp_out": ("mlp", "embed"),
-}
+# Of activations, and of weights where they are used.
+USE_RULES = PARAM_RULES | {"batch": BATCH_AXES, "length": None, "embed": None}
 
 
 def axis_sizes(config: MeshConfig, num_devices: int) -> dict[str, int]:
@@ -134,7 +122,7 @@ def param_shardings(mesh: Mesh, params: network.Params) -> network.Params:
     """The sharding of every parameter, a tree like `params` (arrays or shapes)."""
 
     def sharding(path: tuple, leaf: jax.ShapeDtypeStruct) -> NamedSharding:
-        axes = PARAM_AXES.get(path[-1].key, ())
+        axes = network.PARAM_AXES.get(path[-1].key, ())
         stacked = (None,) * (leaf.ndim - len(axes)) if axes else ()
         return NamedSharding(mesh, PartitionSpec(*stacked, *(PARAM_RULES[axis] for axis in axes)))
 
@@ -145,7 +133,7 @@ def constrain(mesh: Mesh) -> Constrain:
     """What tells the network's activations how to lie on the mesh."""
 
     def apply(array: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
-        spec = PartitionSpec(*(ACTIVATION_RULES[axis] for axis in axes))
+        spec = PartitionSpec(*(USE_RULES[axis] for axis in axes))
         return jax.lax.with_sharding_constraint(array, NamedSharding(mesh, spec))
 
     return network.no_constraint if mesh.size == 1 else apply

@@ -73,6 +73,7 @@ def make_train_step(config: Config, mesh: Mesh) -> Callable[[TrainState, jax.Arr
 
     def train_step(state: TrainState, tokens_BN: jax.Array) -> tuple[TrainState, Metrics]:
         order = draw_order(config, state.step, tokens_BN.shape[1])
+        order = jax.tree.map(lambda a: sharding.constrain(mesh)(a, ("batch", "length")), order)
         grads, sums = gradients(state.params, config, tokens_BN, order, state.step, mesh)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
