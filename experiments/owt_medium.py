@@ -23,4 +23,5 @@ def get_config(arg: str = "") -> ConfigDict:
     config.order.update(ar_steps=9_000, permute_steps=48_000, max_permuted=32)
     config.training.update(num_steps=300_000, batch_size=512, eval_every=5_000, checkpoint_every=2_000)
     config.training.keep_every = 20_000
+    config.mesh.update(data=-1, fsdp=16)
     return configs.resolve(config, arg)

@@ -6,6 +6,7 @@ a conditional every one is counted.
 """
 
 import dataclasses
+import functools
 import math
 import re
 from collections import defaultdict
@@ -64,7 +65,7 @@ class Instruction:
     attributes: str  # everything after the operands
     is_root: bool
 
-    @property
+    @functools.cached_property
     def arrays(self) -> list[Array]:
         return arrays(self.type)
 
@@ -121,6 +122,10 @@ class Program:
     @property
     def num_instructions(self) -> int:
         return sum(len(body) for body in self.computations.values())
+
+    @functools.cached_property
+    def _types(self) -> dict[str, dict[str, list[Array]]]:
+        return {name: {i.name: i.arrays for i in body} for name, body in self.computations.items()}
 
     def _times(self) -> dict[str, int]:
         """How often each computation runs."""
@@ -199,8 +204,8 @@ class Program:
         total = 0.0
         for name, instruction, times in self.running():
             if instruction.opcode in ("dot", "convolution"):
-                types = {other.name: other.arrays[0].shape for other in self.computations[name] if other.arrays}
-                total += times * _product_flops(instruction, types)
+                left, right = (self._types[name][operand][0].shape for operand in instruction.operands[:2])
+                total += times * _product_flops(instruction, left, right)
         return total
 
     def hbm_traffic(self) -> float:
@@ -215,7 +220,7 @@ class Program:
         return total
 
     def _moved(self, computation: str, instruction: Instruction) -> int:
-        types = {other.name: other.arrays for other in self.computations[computation]}
+        types = self._types[computation]
         operands = [types.get(name, []) for name in instruction.operands]
         if instruction.opcode in _SLICES:
             return 2 * _in_hbm(instruction.arrays)
@@ -331,9 +336,8 @@ def _hbm_like(operand: list[Array], slices: list[Array]) -> int:
     return sum(array.bytes for array in slices) if operand and operand[0].in_hbm else 0
 
 
-def _product_flops(instruction: Instruction, shapes: dict[str, tuple[int, ...]]) -> float:
+def _product_flops(instruction: Instruction, left: tuple[int, ...], right: tuple[int, ...]) -> float:
     out = math.prod(instruction.arrays[0].shape)
-    left, right = (shapes[name] for name in instruction.operands[:2])
     if instruction.opcode == "dot":
         contracting = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", instruction.attributes)
         return 2.0 * out * math.prod(left[int(n)] for n in contracting[1].split(",") if n)
