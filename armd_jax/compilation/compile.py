@@ -5,6 +5,8 @@ state. Nothing is allocated. Bytes are per chip. `report` is the whole of `armd 
 """
 
 import dataclasses
+import functools
+import math
 import pathlib
 import re
 import time
@@ -12,13 +14,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh
 
 from armd_jax.compilation import roofline, topology
 from armd_jax.compilation.hlo import Program
 from armd_jax.compilation.topology import Topology
-from armd_jax.config import Config, MeshConfig, UserError
+from armd_jax.config import Config, MeshConfig, ModelConfig, UserError
 from armd_jax.core import flops, network, order
 from armd_jax.inference import sampler
 from armd_jax.training import sharding, state, step
@@ -106,9 +107,16 @@ def compile_lowered(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
 
 
 def state_bytes(config: Config, mesh: Mesh) -> int:
-    """What the training state takes on one device."""
-    leaves = jax.tree.leaves(state.abstract(config, mesh))
-    return sum(int(np.prod(leaf.sharding.shard_shape(leaf.shape))) * leaf.dtype.itemsize for leaf in leaves)
+    """What the training state takes on one device: parameters, two moments and the average, each like the other."""
+    shapes = _parameter_shapes(config.model)
+    places = sharding.param_shardings(mesh, shapes)
+    sizes = jax.tree.map(lambda leaf, place: math.prod(place.shard_shape(leaf.shape)) * 4, shapes, places)
+    return sum(jax.tree.leaves(sizes)) * (4 if config.optimizer.ema_decay else 3)
+
+
+@functools.lru_cache(maxsize=4)
+def _parameter_shapes(model: ModelConfig) -> network.Params:
+    return jax.eval_shape(lambda key: network.init(key, model), jax.random.key(0))
 
 
 def report(

@@ -16,15 +16,16 @@ from armd_jax.compilation.hlo import Program
 from armd_jax.config import MeshConfig, UserError
 from armd_jax.training import sharding
 
-LENGTH, BATCH, VOCAB, WIDTH, LAYERS = 512, 16, 4096, 256, 4
+LENGTH, BATCH, VOCAB, WIDTH, LAYERS = 128, 16, 2048, 128, 2
 FLAGS = {
     "model.vocab_size": VOCAB,
     "model.max_length": LENGTH,
     "model.num_layers": LAYERS,
-    "model.two_stream_layers": 3,
+    "model.two_stream_layers": 1,
     "model.width": WIDTH,
-    "model.num_heads": 4,
+    "model.num_heads": 2,
     "training.batch_size": BATCH,
+    "order.kind": "left_to_right",
     "mesh.data": 1,
     "mesh.fsdp": 4,
 }
@@ -58,7 +59,7 @@ def environment():
 def experiment(tmp_path_factory) -> str:
     """An experiment file of the sizes above."""
     file = tmp_path_factory.mktemp("experiment") / "small.py"
-    lines = [f"    config.{name} = {value}" for name, value in FLAGS.items()]
+    lines = [f"    config.{name} = {value!r}" for name, value in FLAGS.items()]
     file.write_text(
         "from armd_jax import config as configs\n\n\ndef get_config(arg=''):\n"
         "    config = configs.default_config_dict()\n" + "\n".join(lines) + "\n    return config\n"
@@ -79,41 +80,33 @@ def test_training_step_on_a_slice(experiment, tmp_path, capsys):
     assert (result["topology"], result["chips"], result["mesh"]) == ("v5e:2x2", 4, {"data": 1, "fsdp": 4, "tensor": 1})
     assert result["hbm_bytes"] == 16 * 2**30
 
-    # Two-stream layers but the last, the last, causal layers: each forward once, and backward in two kernels.
+    # The last two-stream layer and a causal one: each forward once, and backward in two kernels.
     text = hlo.read_text()
-    assert text.count("tpu_custom_call") >= 9
-    assert sum(n for name, n in result["attention_kernels"].items() if "dq" in name) == LAYERS
-    assert sum(n for name, n in result["attention_kernels"].items() if "dkv" in name) == LAYERS
-    assert sum(n for name, n in result["attention_kernels"].items() if "fwd" in name) == LAYERS
+    assert text.count('custom_call_target="tpu_custom_call"') == 3 * LAYERS
+    for kernel in ("fwd", "dq", "dkv"):
+        assert sum(n for name, n in result["attention_kernels"].items() if kernel in name) == LAYERS
 
-    # Parameters, two moments and the average lie on four chips (what is replicated is small), tokens beside them.
-    parameters = VOCAB * WIDTH + LAYERS * 12 * WIDTH**2
-    assert 4 * parameters <= result["argument_bytes"] <= 1.15 * 4 * parameters
-    # An activation is rows x length x width in bfloat16; a layer keeps about 40 of them for two streams.
+    # Parameters, two moments and the average in float32 lie on four chips, in whole tiles of 128 columns.
+    parameters = 4 * (VOCAB * WIDTH + LAYERS * 12 * WIDTH**2)
+    assert parameters <= result["argument_bytes"] <= 5 * parameters
     activation = BATCH // 4 * LENGTH * WIDTH * 2
     logits = BATCH // 4 * LENGTH * VOCAB * 4
-    explained = result["argument_bytes"] + LAYERS * 60 * activation + 2 * logits + 4 * parameters
-    assert result["peak_bytes"] < explained
+    assert result["peak_bytes"] < result["argument_bytes"] + 2 * parameters + 60 * LAYERS * activation + 3 * logits
 
-    # The largest thing that the rules ask to be gathered is a weight; all rows' logits or activations are larger.
-    program = Program(text)
-    gathered = [c.bytes for c in program.collectives(4) if c.kind == "all-gather"]
-    assert gathered and max(gathered) <= 4 * VOCAB * WIDTH
-    assert max(gathered) < BATCH * LENGTH * WIDTH * 2 * 2
-    sent = {entry["kind"]: entry["sent_bytes"] for entry in result["collectives"]}
-    assert sum(sent.values()) < 20 * 4 * parameters
+    # What the rules ask to be gathered is weights: all rows' logits or activations are larger than any of them.
+    collectives = Program(text).collectives(4)
+    gathered = [c.bytes for c in collectives if c.kind == "all-gather"]
+    assert gathered and max(gathered) <= 4 * VOCAB * WIDTH < BATCH * LENGTH * VOCAB * 4
+    assert sum(c.sent_bytes for c in collectives) < 6 * parameters
 
-    assert result["model_flops"] < result["executed_flops"] < 2 * result["model_flops"]
+    assert 0.5 * result["model_flops"] < result["executed_flops"] < 3 * result["model_flops"]
     assert 0 < result["predicted_mfu"] <= 1 and result["predicted_step_seconds"] > 0
     assert result["limiting_term"] in ("compute", "memory", "interconnect")
 
 
 def test_sampler_on_a_slice(experiment, capsys):
     """The sampler compiles too: a network call a block, with rows spread over the slice."""
-    words = ("--config.model.num_layers=2", "--config.model.two_stream_layers=1", "--config.model.max_length=128")
-    code, result = _armd_compile(
-        capsys, f"--config={experiment}", "--topology=v5e:2x2", "--what=sample", "--streams=8", *words
-    )
+    code, result = _armd_compile(capsys, f"--config={experiment}", "--topology=v5e:2x2", "--what=sample", "--streams=8")
     assert code == 0 and result["fits"] and set(result) >= PROMISED
     assert (result["batch"], result["streams"]) == (4, 8)
     assert result["temp_bytes"] > 0
@@ -121,8 +114,7 @@ def test_sampler_on_a_slice(experiment, capsys):
 
 def test_too_large_is_a_verdict(experiment, capsys):
     """A program that needs more memory than a chip has: exit code 1, fits false, and a slice that would do."""
-    words = ("--config.model.num_layers=1", "--config.model.two_stream_layers=0", "--config.model.aggregator=shift")
-    words += ("--config.model.vocab_size=20000000", "--config.training.batch_size=64")
+    words = [f"--config.training.batch_size={2**20}"]
     code, result = _armd_compile(capsys, f"--config={experiment}", "--topology=v5e:2x2", *words)
     assert code == 1 and result["fits"] is False and set(result) >= PROMISED
     assert result["argument_bytes"] + result["temp_bytes"] > result["hbm_bytes"]
