@@ -35,6 +35,7 @@ setup(
             "ruff>=0.14",
             "pyyaml>=6",
             "tensorflow-datasets>=4.9.7",
+            'libtpu>=0.0.42; sys_platform == "linux" and platform_machine == "x86_64"',
         ],
     },
     entry_points={"console_scripts": ["armd = armd_jax.cli:main"]},

@@ -1,4 +1,4 @@
-"""`armd <verb>`: prepare, train, eval, sample, export, report, checkpoints.
+"""`armd <verb>`: prepare, train, eval, sample, export, report, checkpoints, compile.
 
 Every verb prints progress on stderr and results on stdout (`--json`: one JSON object). Exit codes: 0 only where it did
 its job; 2 with one line `error: …` on stderr for a mistake in what the user gave; 75 where a signal stopped training
@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit code."""
     try:
         args, rest = _parser().parse_known_args(argv)
-        if rest and not (args.verb == "train" and rest[0].startswith("--config.")):
+        if rest and not (args.verb in ("train", "compile") and rest[0].startswith("--config.")):
             raise UserError(f"unknown argument {rest[0]!r} (see armd {args.verb} --help)")
         return args.run_verb(args, rest)
     except UserError as error:
@@ -126,6 +126,16 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = verb("report", _report, "Write report.html and its pictures into the run.")
     sub.add_argument("--run", required=True, type=_folder, help="a training run or an export")
+
+    sub = verb("compile", _compile, "Compile a training step or the sampler for a TPU slice, on a machine without one.")
+    sub.add_argument("--config", required=True, help="experiment file, file.py or file.py:arg")
+    sub.add_argument("--topology", required=True, help="chip and slice, such as v5e:4x4, v5p:8x8x8")
+    sub.add_argument("--slices", type=int, default=1, help="so many slices, joined by the data centre's network")
+    sub.add_argument("--what", default="train", choices=("train", "sample"))
+    sub.add_argument("--batch", type=int, default=0, help="sample: rows; default: one a device of data x fsdp")
+    sub.add_argument("--streams", type=int, default=1, help="sample: parallel streams")
+    sub.add_argument("--dump-hlo", type=pathlib.Path, default=None, metavar="FILE", help="write the compiled program")
+    sub.epilog = "Exit code 0 where it fits the chip's memory, 1 where not. --config.section.field=value sets a field."
     return parser
 
 
@@ -373,6 +383,25 @@ def _report(args: argparse.Namespace, _: Sequence[str]) -> int:
 
     page = report.write(args.run)
     return _print(args, {"report": str(page)}, f"{page}")
+
+
+def _compile(args: argparse.Namespace, rest: Sequence[str]) -> int:
+    values = load_config_file(args.config)
+    apply_overrides(values, rest)
+    config = from_config_dict(values)
+    if args.batch < 0 or args.streams < 1:
+        raise UserError("--batch must be at least 0 and --streams at least 1")
+
+    from armd_jax.compilation import topology
+
+    where = topology.parse(args.topology, args.slices)
+    topology.prepare_environment()  # before JAX is imported
+
+    from armd_jax.compilation import compile as compilation
+
+    result = compilation.report(config, args.config, where, args.what, args.batch, args.streams, args.dump_hlo)
+    _print(args, result, compilation.table(result))
+    return 0 if result["fits"] else 1
 
 
 if __name__ == "__main__":

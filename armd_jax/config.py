@@ -26,7 +26,8 @@ AGGREGATORS = ("positional", "mean", "shift")
 NORMS = ("layernorm", "rmsnorm")
 MLPS = ("gelu", "swiglu")
 REMATS = ("none", "dots", "full")
-ATTENTIONS = ("auto", "dense", "chunked")
+ATTENTIONS = ("auto", "dense", "chunked", "splash")
+SPLASH_TILE = 128  # the kernel works on tiles of so many rows
 DTYPES = ("auto", "float32", "bfloat16")
 SWITCHES = ("auto", "on", "off")
 ORDER_KINDS = ("left_to_right", "progressive", "uniform", "strided", "masked_diffusion")
@@ -63,9 +64,20 @@ class ModelConfig:
     dtype: str = "auto"  # of activations; auto: bfloat16 on accelerators, float32 on CPU
     remat: str = "none"  # what the backward pass recomputes: nothing, all but matrix products, whole layers
     scan_layers: str = "auto"  # one compiled layer body (flat compile time); auto: on accelerators
-    attention: str = "auto"
+    attention: str = "auto"  # auto: splash in training on TPU where masks are known when tracing, else dense or chunked
     attention_chunk: int = 256  # keys a step of the chunked attention path
     loss_chunk: int = 0  # positions whose logits exist at once; 0: as many as keep them below 64 MiB
+
+    def for_platform(self, platform: str) -> "ModelConfig":
+        """The same with what is `auto` decided for a platform ("cpu", "gpu", "tpu"), whatever backend runs here.
+
+        `attention` stays `auto` where the sizes decide. Splash attention asks for rows of whole 128-token tiles.
+        """
+        accelerated = platform != "cpu"
+        splash = platform == "tpu" and self.max_length % SPLASH_TILE == 0
+        choices = {"dtype": "bfloat16" if accelerated else "float32", "scan_layers": "on" if accelerated else "off"}
+        choices["attention"] = "splash" if splash else "auto"
+        return dataclasses.replace(self, **{k: v for k, v in choices.items() if getattr(self, k) == "auto"})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -298,6 +310,10 @@ def validate_model(model: ModelConfig, where: str = "model") -> None:
         raise UserError(f"{where}.positional_width={model.positional_width}: must be even and at least 2")
     if model.rope_base <= 1:
         raise UserError(f"{where}.rope_base={model.rope_base}: must be above 1")
+    if model.attention == "splash" and model.max_length % SPLASH_TILE:
+        raise UserError(
+            f"{where}.attention='splash': {where}.max_length={model.max_length} must be a multiple of {SPLASH_TILE}"
+        )
     _fraction(f"{where}.dropout", model.dropout)
     for name, known in (
         ("mlp", MLPS),
@@ -347,6 +363,11 @@ def validate(config: Config) -> None:
     if order.kind == "progressive" and order.max_permuted > config.model.max_length:
         raise UserError(
             f"order.max_permuted={order.max_permuted}: cannot exceed model.max_length={config.model.max_length}"
+        )
+    if config.model.attention == "splash" and order.kind == "masked_diffusion":
+        raise UserError(
+            "model.attention='splash': the blocks of order.kind='masked_diffusion' are drawn, no mask is known before;"
+            " use auto or chunked"
         )
     if not 0 <= order.sbp_steps <= training.num_steps:
         raise UserError(f"order.sbp_steps={order.sbp_steps}: must be in [0, training.num_steps={training.num_steps}]")

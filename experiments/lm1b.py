@@ -17,7 +17,7 @@ from armd_jax import config as configs
 def get_config(arg: str = "") -> ConfigDict:
     """`smoke`: under a minute on two cores, on the embedded corpus."""
     config = configs.default_config_dict()
-    config.data.path = "tfds:lm1b"
+    config.data.update(path="tfds:lm1b", tokenizer="bert-base-uncased")
     config.model.update(max_length=128, num_layers=12, two_stream_layers=6, width=768, num_heads=12, dropout=0.1)
     config.order.update(ar_steps=100_000, permute_steps=300_000, max_permuted=8)
     config.training.update(num_steps=1_000_000, batch_size=512, eval_every=10_000, checkpoint_every=5_000)

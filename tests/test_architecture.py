@@ -19,6 +19,7 @@ ALLOWED = {
     "inference": READERS | {"inference"},
     "evaluation": READERS | {"training", "inference", "evaluation"},
     "interop": READERS | {"training", "inference", "interop"},
+    "compilation": READERS | {"training", "inference", "compilation"},
 }
 
 

@@ -10,6 +10,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+KERNEL_OUTPUT = "attention"  # names what an attention kernel puts out, for rematerialisation policies
 _MASKED = -1e30  # finite, so that a fully masked chunk gives exp(-1e30 - m) = 0 exactly and never inf - inf
 
 
@@ -24,9 +25,10 @@ def attention(
     """softmax(q k^T / sqrt(K)) v over the first len_BQ keys of each query; [B, Q, H, K] in q's dtype.
 
     Scores and softmax are float32. `auto` takes `dense` while the keys fit in one chunk or the scores of a head are no
-    more than chunk x chunk numbers (a few decoding rows over a long cache), else `chunked`.
+    more than chunk x chunk numbers (a few decoding rows over a long cache), else `chunked`; so does `splash`, which
+    comes in from outside (`core.splash`) where masks are known when tracing and leaves only other calls to this one.
     """
-    if implementation == "auto":
+    if implementation in ("auto", "splash"):
         queries, keys = q_BQHK.shape[1], k_BTHK.shape[1]
         implementation = "dense" if keys <= chunk or queries * keys <= chunk * chunk else "chunked"
     if implementation == "dense":

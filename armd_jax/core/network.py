@@ -27,14 +27,28 @@ import jax.numpy as jnp
 
 from armd_jax.config import ModelConfig
 from armd_jax.core.aggregation import Aggregator
-from armd_jax.core.attention import attention, cached_attention
+from armd_jax.core.attention import KERNEL_OUTPUT, attention, cached_attention
 from armd_jax.core.rows import START, Rows, single_row
 
 Params = dict[str, Any]
 # (array, logical axis names) -> the same array, told how to lie on the mesh. The network itself knows no mesh.
 Constrain = Callable[[jax.Array, tuple[str | None, ...]], jax.Array]
+# (q, k, v, prefix lengths, name of the layer group) -> attention output, in place of `core.attention.attention`.
+Attend = Callable[[jax.Array, jax.Array, jax.Array, jax.Array, str], jax.Array]
 VOCAB_MULTIPLE = 128
 ROW_AXES = ("batch", "length", "embed")
+# Logical axes of every parameter that may be sharded, by its last name; stacked layers have one more axis in front.
+# What is not listed (norms, biases, the start token) is small.
+PARAM_AXES = {
+    "embedding": ("vocab", "embed"),
+    "head": ("embed", "vocab"),
+    "query": ("embed", "heads", None),
+    "key_value": ("embed", None, "heads", None),
+    "attention_out": ("heads", None, "embed"),
+    "mlp_in": ("embed", "mlp"),
+    "mlp_gate": ("embed", "mlp"),
+    "mlp_out": ("mlp", "embed"),
+}
 
 
 @flax.struct.dataclass
@@ -129,6 +143,7 @@ class Layer(nn.Module):
     config: ModelConfig
     num_keys: int
     first_query: int = 0
+    attend: Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array] | None = None
 
     @nn.compact
     def __call__(
@@ -157,7 +172,9 @@ class Layer(nn.Module):
         kv_BTcHK = jnp.einsum("BTD,DcHK->BTcHK", normed_BRD[:, keys], w_kv.astype(dtype))
         q_BQHK = _rotate(q_BQHK, cos[:, queries], sin[:, queries])
         k_BTHK, v_BTHK = _rotate(kv_BTcHK[:, :, 0], cos[:, keys], sin[:, keys]), kv_BTcHK[:, :, 1]
-        if cache is None:
+        if cache is None and self.attend is not None:
+            mixed_BQHK = self.attend(q_BQHK, k_BTHK, v_BTHK, len_BQ)
+        elif cache is None:
             mixed_BQHK = attention(q_BQHK, k_BTHK, v_BTHK, len_BQ, config.attention, config.attention_chunk)
         else:
             k_ZKT = _write(cache[0], k_BTHK, start, valid_BX, "BHKT")
@@ -269,11 +286,14 @@ def forward(
     cache: Cache | None = None,
     dropout_key: jax.Array | None = None,
     constrain: Constrain = no_constraint,
+    attend: Attend | None = None,
 ) -> tuple[jax.Array, Cache | None]:
     """One network call: the final hidden state of every G row [B, G, D], and the cache with these rows in it.
 
-    params: as `init` gives them, or `unstack`ed. dropout_key: None switches dropout off.
+    params: as `init` gives them, or `unstack`ed. dropout_key: None switches dropout off. attend: None takes the
+    config's own attention.
     """
+    attend_in = lambda group: attend and functools.partial(attend, group=group)  # noqa: E731
     dtype = activation_dtype(config)
     num_x = rows.x_tokens_BX.shape[1]
     num_two = config.two_stream_layers
@@ -302,10 +322,15 @@ def forward(
         caches = None if cache is None else cache.x_kv
         if num_two > 1:
             h_BRD, x_kv = run(
-                Layer(config, num_keys=num_x), params["two_stream"], h_BRD, lens, first_layer=0, caches=caches
+                Layer(config, num_keys=num_x, attend=attend_in("two_stream")),
+                params["two_stream"],
+                h_BRD,
+                lens,
+                first_layer=0,
+                caches=caches,
             )
         g_BGD, last_kv = run(
-            Layer(config, num_keys=num_x, first_query=num_x),
+            Layer(config, num_keys=num_x, first_query=num_x, attend=attend_in("last_two_stream")),
             [params["last_two_stream"]],
             h_BRD,
             rows.g_strict_len_BG,
@@ -315,7 +340,7 @@ def forward(
         x_kv = (*x_kv, *last_kv)
     if num_two < config.num_layers:
         g_BGD, g_kv = _run(
-            Layer(config, num_keys=g_BGD.shape[1]),
+            Layer(config, num_keys=g_BGD.shape[1], attend=attend_in("causal")),
             params["causal"],
             g_BGD,
             rows.g_len_BG,
@@ -349,13 +374,23 @@ def _run(
 ) -> tuple[jax.Array, tuple[tuple[jax.Array, jax.Array], ...]]:
     """Runs layers one after another, as a scan or a loop over the same parameters and with the same dropout draws."""
 
+    def whole(path: tuple, leaf: jax.Array) -> jax.Array:
+        """A weight put together along the model width, in the dtype it is used in: half the bytes to gather."""
+        axes = PARAM_AXES.get(path[-1].key)
+        return leaf if axes is None else constrain(leaf.astype(h_BRD.dtype), axes)
+
     def apply(h_BRD, params, number, cache=None):
+        params = jax.tree_util.tree_map_with_path(whole, params)
         key = None if dropout_key is None else jax.random.fold_in(dropout_key, number)
         h_BQD, cache = layer.apply({"params": params}, h_BRD, rotary, len_BQ, key, cache, start, valid_BX)
         return constrain(h_BQD, ROW_AXES), cache
 
     if config.remat != "none":
-        policy = {"dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable, "full": None}[config.remat]
+        policies = jax.checkpoint_policies
+        dots = policies.save_from_both_policies(
+            policies.dots_with_no_batch_dims_saveable, policies.save_only_these_names(KERNEL_OUTPUT)
+        )
+        policy = {"dots": dots, "full": None}[config.remat]
         apply = jax.checkpoint(apply, policy=policy, prevent_cse=not _scans(config))
     if isinstance(stack, list):
         per_layer = stack

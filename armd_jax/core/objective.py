@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from armd_jax.config import ModelConfig
 from armd_jax.core import block_mask, network
-from armd_jax.core.network import Constrain, Params
+from armd_jax.core.network import Attend, Constrain, Params
 from armd_jax.core.order import Order
 from armd_jax.core.rows import rows_for_training
 
@@ -35,11 +35,9 @@ class LossSums:
     z: jax.Array
 
 
-def _chunk_size(config: ModelConfig, batch: int, length: int) -> int:
-    if config.loss_chunk:
-        return min(config.loss_chunk, length)
-    fits = _LOGIT_BYTES // (4 * batch * network.padded_vocab(config))
-    return max(1, min(length, fits))
+def chunk_size(logits_a_position: int, length: int) -> int:
+    """How many of `length` positions keep float32 logits below 64 MiB, at least 1."""
+    return max(1, min(length, _LOGIT_BYTES // (4 * logits_a_position)))
 
 
 def token_log_probs(
@@ -60,9 +58,12 @@ def token_log_probs(
         log_partition = jax.nn.logsumexp(logits, axis=-1)
         return jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0] - log_partition, log_partition
 
-    size = _chunk_size(config, batch, length)
+    size = min(config.loss_chunk, length) or chunk_size(batch * network.padded_vocab(config), length)
     if size == length:
         return chunk_log_probs(h_BND, targets_BN)
+    # The head is put together once, not for every chunk.
+    head = "embedding" if config.tie_embeddings else "head"
+    params = params | {head: constrain(params[head], network.PARAM_AXES[head])}
     num_chunks = -(-length // size)
     missing = num_chunks * size - length
     h = jnp.pad(h_BND, ((0, 0), (0, missing), (0, 0))).reshape(batch, num_chunks, size, width)
@@ -80,13 +81,14 @@ def generation_log_probs(
     order: Order,
     dropout_key: jax.Array | None = None,
     constrain: Constrain = network.no_constraint,
+    attend: Attend | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """log p of every token given all earlier blocks, and the log-partitions; [B, N] float32 in GENERATION order.
 
     tokens_BN: int32 at natural positions.
     """
     rows = rows_for_training(tokens_BN, order, block_mask.build(order))
-    h_BND, _ = network.forward(params, config, rows, dropout_key=dropout_key, constrain=constrain)
+    h_BND, _ = network.forward(params, config, rows, dropout_key=dropout_key, constrain=constrain, attend=attend)
     targets_BN = jnp.take_along_axis(tokens_BN, order.positions_BN, axis=1)
     return token_log_probs(params, config, h_BND, targets_BN, constrain)
 
@@ -98,9 +100,10 @@ def loss_sums(
     order: Order,
     dropout_key: jax.Array | None = None,
     constrain: Constrain = network.no_constraint,
+    attend: Attend | None = None,
 ) -> LossSums:
     """Every sum that losses and metrics are made of. Positions of weight 0 (padding) are left out of all of them."""
-    log_probs_BN, partitions_BN = generation_log_probs(params, config, tokens_BN, order, dropout_key, constrain)
+    log_probs_BN, partitions_BN = generation_log_probs(params, config, tokens_BN, order, dropout_key, constrain, attend)
     counted_BN = order.weight_BN > 0
     nll_BN = jnp.where(counted_BN, -log_probs_BN, 0.0)
     return LossSums(

@@ -275,6 +275,19 @@ def num_permuted(config: OrderConfig, step: jax.Array | int) -> jax.Array:
     return jnp.where(jnp.asarray(step) < config.ar_steps, 0, k)
 
 
+def patterns(config: OrderConfig) -> tuple[int, ...] | None:
+    """The numbers of streams whose strided block structure every order of `for_step` has (1: one-token blocks).
+
+    Which natural position stands where is drawn, but the block structure, and with it every mask, is one of these.
+    None where the blocks themselves are drawn.
+    """
+    if config.kind == "masked_diffusion":
+        return None
+    strided = config.kind == "strided" or config.sbp_steps > 0
+    one_token = config.kind != "strided"
+    return tuple(sorted({*(config.streams if strided else ()), *((1,) if one_token else ())}))
+
+
 def for_step(config: OrderConfig, key: jax.Array, step: jax.Array, num_steps: int, batch: int, length: int) -> Order:
     """The order trained on at `step` of `num_steps`; `key` already belongs to this step. Shapes as `Order`."""
     base_key, stream_key = jax.random.split(key)

@@ -4,45 +4,90 @@ Parameters are sharded over `fsdp` along the model width and over `tensor` along
 activations over `data` and `fsdp` along the batch. Every sharding is a NamedSharding: no mesh context is needed.
 """
 
+import dataclasses
+import functools
+from collections.abc import Sequence
+
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from armd_jax.config import Config, MeshConfig, UserError
-from armd_jax.core import network
-from armd_jax.core.network import Constrain
+from armd_jax.core import network, objective
+from armd_jax.core.network import Attend, Constrain
 
 AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
 PARAM_RULES = {"embed": "fsdp", "heads": "tensor", "mlp": "tensor", "vocab": "tensor", None: None}
-ACTIVATION_RULES = {"batch": BATCH_AXES, "length": None, "embed": None, "vocab": "tensor", None: None}
-
-# Logical axes of every parameter that is sharded, by its last name; stacked layers have one more axis in front.
-# What is not listed (norms, biases, the start token) is small and replicated.
-PARAM_AXES = {
-    "embedding": ("vocab", "embed"),
-    "head": ("embed", "vocab"),
-    "query": ("embed", "heads", None),
-    "key_value": ("embed", None, "heads", None),
-    "attention_out": ("heads", None, "embed"),
-    "mlp_in": ("embed", "mlp"),
-    "mlp_gate": ("embed", "mlp"),
-    "mlp_out": ("mlp", "embed"),
-}
+# Of activations, and of weights where they are used.
+USE_RULES = PARAM_RULES | {"batch": BATCH_AXES, "length": None, "embed": None}
 
 
-def make_mesh(config: MeshConfig) -> Mesh:
-    """The mesh over all devices; raises UserError where the axes do not multiply to their number."""
+def axis_sizes(config: MeshConfig, num_devices: int) -> dict[str, int]:
+    """Devices along each axis, -1 resolved; UserError where they do not multiply to `num_devices`."""
     sizes = {"data": config.data, "fsdp": config.fsdp, "tensor": config.tensor}
-    devices = jax.device_count()
     fixed = int(np.prod([size for size in sizes.values() if size != -1]))
     if -1 in sizes.values():
-        if devices % fixed:
-            raise UserError(f"mesh: {devices} devices cannot be divided by the fixed axes {sizes}")
-        sizes = {name: devices // fixed if size == -1 else size for name, size in sizes.items()}
-    elif fixed != devices:
-        raise UserError(f"mesh: {sizes} needs {fixed} devices, but there are {devices}; make one axis -1")
-    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+        if num_devices % fixed:
+            raise UserError(f"mesh: {num_devices} devices cannot be divided by the fixed axes {sizes}")
+        return {name: num_devices // fixed if size == -1 else size for name, size in sizes.items()}
+    if fixed != num_devices:
+        raise UserError(f"mesh: {sizes} needs {fixed} devices, but there are {num_devices}; make one axis -1")
+    return sizes
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh over `devices` (default: all); raises UserError where the axes do not multiply to their number.
+
+    On several TPU slices the outer part of the data axis goes over the slices: weights are replicated across the slow
+    network between them and sharded inside each, and only gradients cross. The data axis must be divisible by them.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = axis_sizes(config, len(devices))
+    types = (AxisType.Auto,) * len(AXES)
+    slices = len({getattr(device, "slice_index", 0) for device in devices}) if devices[0].platform == "tpu" else 1
+    if slices == 1:
+        return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=types, devices=devices)
+    if sizes["data"] % slices:
+        raise UserError(
+            f"mesh.data={sizes['data']} is not divisible by the {slices} slices: only the data axis may cross slices"
+        )
+    inner = (sizes["data"] // slices, sizes["fsdp"], sizes["tensor"])
+    return Mesh(mesh_utils.create_hybrid_device_mesh(inner, (slices, 1, 1), devices), AXES, axis_types=types)
+
+
+def for_mesh(config: Config, mesh: Mesh) -> Config:
+    """The config with what is `auto` decided for the mesh's devices, and the chunk of logits sized for one of them."""
+    model = config.model.for_platform(mesh.devices.flat[0].platform)
+    if not model.loss_chunk and mesh.size > 1:
+        rows = config.training.batch_size // config.training.microbatches // (mesh.shape["data"] * mesh.shape["fsdp"])
+        vocab_part = network.padded_vocab(model) // mesh.shape["tensor"]
+        model = dataclasses.replace(model, loss_chunk=objective.chunk_size(max(rows, 1) * vocab_part, model.max_length))
+    return dataclasses.replace(config, model=model)
+
+
+def attend(config: Config, mesh: Mesh, patterns: tuple[int, ...] | None) -> Attend | None:
+    """The attention kernel of the mesh's devices for orders of these patterns (`order.patterns`); None: none fits.
+
+    config: as `for_mesh` gives it. The kernel runs per device on its own rows and heads. On CPU it is interpreted.
+    """
+    platform = mesh.devices.flat[0].platform
+    if config.model.attention != "splash" or patterns is None:
+        return None
+    if platform not in ("tpu", "cpu"):
+        raise UserError(f"model.attention='splash' runs on TPU, not on {platform}: use auto or chunked")
+    from armd_jax.core import splash  # imports Pallas
+
+    rows, lens = PartitionSpec(BATCH_AXES, None, "tensor", None), PartitionSpec(BATCH_AXES, None)
+
+    def apply(q_BQHK, k_BTHK, v_BTHK, len_BQ, group):
+        local = functools.partial(splash.attention, group=group, patterns=patterns, interpret=platform == "cpu")
+        # Mosaic kernels carry no annotation of what varies over the mesh: check_vma must be off.
+        mapped = jax.shard_map(local, mesh=mesh, in_specs=(rows, rows, rows, lens), out_specs=rows, check_vma=False)
+        return mapped(q_BQHK, k_BTHK, v_BTHK, len_BQ)
+
+    return apply
 
 
 def check_divisible(config: Config, mesh: Mesh) -> None:
@@ -77,7 +122,7 @@ def param_shardings(mesh: Mesh, params: network.Params) -> network.Params:
     """The sharding of every parameter, a tree like `params` (arrays or shapes)."""
 
     def sharding(path: tuple, leaf: jax.ShapeDtypeStruct) -> NamedSharding:
-        axes = PARAM_AXES.get(path[-1].key, ())
+        axes = network.PARAM_AXES.get(path[-1].key, ())
         stacked = (None,) * (leaf.ndim - len(axes)) if axes else ()
         return NamedSharding(mesh, PartitionSpec(*stacked, *(PARAM_RULES[axis] for axis in axes)))
 
@@ -88,7 +133,7 @@ def constrain(mesh: Mesh) -> Constrain:
     """What tells the network's activations how to lie on the mesh."""
 
     def apply(array: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
-        spec = PartitionSpec(*(ACTIVATION_RULES[axis] for axis in axes))
+        spec = PartitionSpec(*(USE_RULES[axis] for axis in axes))
         return jax.lax.with_sharding_constraint(array, NamedSharding(mesh, spec))
 
     return network.no_constraint if mesh.size == 1 else apply

@@ -41,13 +41,14 @@ def gradients(
     """Gradient of the loss over the whole batch, and its sums; summed microbatches equal the large batch."""
     count = config.training.microbatches
     constrain = sharding.constrain(mesh)
+    attend = sharding.attend(config, mesh, orders.patterns(config.order))
     total_weight = jnp.maximum(jnp.sum(order.weight_BN), 1e-9)
     total_tokens = jnp.maximum(jnp.sum((order.weight_BN > 0).astype(jnp.float32)), 1.0)
     dropout_key = _key(config, _DROPOUT, step) if config.model.dropout else None
 
     def loss(params, tokens, order, number):
         key = None if dropout_key is None else jax.random.fold_in(dropout_key, number)
-        sums = objective.loss_sums(params, config.model, tokens, order, key, constrain)
+        sums = objective.loss_sums(params, config.model, tokens, order, key, constrain, attend)
         return sums.weighted_nll / total_weight + config.training.z_loss * sums.z / total_tokens, sums
 
     grad = jax.grad(loss, has_aux=True)
@@ -66,11 +67,13 @@ def gradients(
 
 def make_train_step(config: Config, mesh: Mesh) -> Callable[[TrainState, jax.Array], tuple[TrainState, Metrics]]:
     """The jitted update (state, tokens_BN int32 [batch_size, N]) -> (state, metrics); it reuses the state's buffers."""
+    config = sharding.for_mesh(config, mesh)
     tx = optimizer.make(config.optimizer, config.training.num_steps)
     rate = optimizer.learning_rate(config.optimizer, config.training.num_steps)
 
     def train_step(state: TrainState, tokens_BN: jax.Array) -> tuple[TrainState, Metrics]:
         order = draw_order(config, state.step, tokens_BN.shape[1])
+        order = jax.tree.map(lambda a: sharding.constrain(mesh)(a, ("batch", "length")), order)
         grads, sums = gradients(state.params, config, tokens_BN, order, state.step, mesh)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
@@ -114,9 +117,13 @@ def make_train_step(config: Config, mesh: Mesh) -> Callable[[TrainState, jax.Arr
 def make_eval_step(config: Config, mesh: Mesh) -> Callable[[Params, jax.Array, jax.Array], LossSums]:
     """The jitted (params, tokens_BN, valid_BN) -> LossSums of the exact left-to-right likelihood."""
 
+    config = sharding.for_mesh(config, mesh)
+    # Left to right and with padding behind, every block is one token.
+    places = {"constrain": sharding.constrain(mesh), "attend": sharding.attend(config, mesh, (1,))}
+
     def eval_step(params: Params, tokens_BN: jax.Array, valid_BN: jax.Array) -> LossSums:
         order = orders.padding_last(orders.left_to_right(*tokens_BN.shape), valid_BN)
-        return objective.loss_sums(params, config.model, tokens_BN, order, constrain=sharding.constrain(mesh))
+        return objective.loss_sums(params, config.model, tokens_BN, order, **places)
 
     rows = sharding.batch_sharding(mesh)
     params_sharding = states.shardings(config, mesh).params

@@ -21,7 +21,9 @@ CASES += [(file, "cpu") for file in FILES if file.stem == "wikitext2"]
 def test_one_training_step_can_be_traced(file, arg):
     """The config validates, and one whole update of it has consistent shapes; nothing is allocated."""
     config = configs.from_config_dict(experiment_file.load_config_file(f"{file}:{arg}" if arg else str(file)))
-    config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=50257))
+    # On one device: an experiment's own mesh wants the devices that its docstring names.
+    model = dataclasses.replace(config.model, vocab_size=50257)
+    config = dataclasses.replace(config, model=model, mesh=configs.MeshConfig())
     mesh = sharding.make_mesh(config.mesh)
     tokens = jax.ShapeDtypeStruct((config.training.batch_size, config.model.max_length), jnp.int32)
     before = jax.eval_shape(lambda key: state.init(config, key), jax.random.key(0))

@@ -5,8 +5,10 @@ import subprocess
 
 import pytest
 
+from armd_jax.compilation import topology
+
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-SCRIPTS = [ROOT / "launch" / "quickstart.sh", ROOT / "launch" / "test.sh"]
+SCRIPTS = [ROOT / "launch" / name for name in ("quickstart.sh", "test.sh", "prove.sh")]
 
 
 @pytest.mark.parametrize("script", [*SCRIPTS, ROOT / "launch" / "environment.sh", ROOT / ".ci" / "run"])
@@ -32,8 +34,19 @@ def test_a_python_that_is_too_old_is_one_line(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_prove_names_every_preset():
+    """--dry-run prints one command for each of the OpenWebText experiments, on a slice that the compiler knows."""
+    command = ["bash", ROOT / "launch" / "prove.sh", "--dry-run"]
+    lines = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
+    presets = {f"experiments/{file.name}" for file in (ROOT / "experiments").glob("owt_*.py")}
+    assert {line.split("--config=")[1].split()[0] for line in lines} == presets
+    for line in lines:
+        words = dict(word.split("=") for word in line.split() if "=" in word)
+        assert line.startswith("armd compile ") and topology.parse(words["--topology"]).chips >= 16
+
+
 def test_readme_names_the_commands():
-    """The two commands of the README are these scripts, and its file list names every module."""
+    """The commands of the README are these scripts, and its file list names every module."""
     readme = (ROOT / "README.md").read_text()
     for script in SCRIPTS:
         assert f"bash launch/{script.name}" in readme

@@ -1,0 +1,110 @@
+"""Splash attention: the flash kernel for TPU that skips what a mask hides, with masks made of prefix lengths.
+
+The kernel wants its masks when the program is traced, while orders are drawn on the device. What is drawn is which
+token stands where; the block structure, and so every prefix length, is that of one of a few strided orders
+(`order.patterns`). Each is a table of N numbers here and a kernel of its own; of several, the data choose one.
+
+The kernel is called per device: on a mesh it belongs inside `jax.shard_map` over batch and heads.
+"""
+
+import functools
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+from armd_jax.core import block_mask, order
+from armd_jax.core.attention import KERNEL_OUTPUT
+
+_BLOCKS = (512, 256, 128)
+
+
+class PrefixMask(masks._ComputableMask):
+    """Row i sees the keys before prefix_Q[i], of which there must be at least one; no N x N array exists.
+
+    The library has no public mask of a formula. This one is used through its shape, slices, `q_sequence` (which the
+    kernel is given for the rows of its tile) and `mask_function(q_sequence, key)`.
+    """
+
+    def __init__(self, prefix_Q: np.ndarray, num_keys: int) -> None:
+        super().__init__((len(prefix_Q), num_keys), lambda prefix, key: key < prefix)
+        self.q_sequence = np.asarray(prefix_Q, np.int32)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, PrefixMask):
+            return NotImplemented
+        return self.shape == other.shape and bool(np.array_equal(self.q_sequence, other.q_sequence))
+
+    def __hash__(self) -> int:
+        return hash((self.shape, self.q_sequence.tobytes()))
+
+
+@functools.lru_cache
+def prefix_tables(length: int, streams: int) -> Mapping[str, np.ndarray]:
+    """Prefix lengths of the query rows of each layer group in training, under the strided order of `streams`.
+
+    two_stream [2 N]: rows of X, then G; last_two_stream [N]: rows of G over keys of X; causal [N]: G over G.
+    """
+    with jax.ensure_compile_time_eval():
+        mask = block_mask.build(order.strided(1, length, streams))
+        x_N, strict_N, g_N = (np.asarray(lens[0]) for lens in (mask.x_len_BN, mask.strict_len_BN, mask.g_len_BN))
+    return {"two_stream": np.concatenate([x_N, strict_N]), "last_two_stream": strict_N, "causal": g_N}
+
+
+def _block(rows: int) -> int:
+    """The largest tile that divides the rows."""
+    return next(size for size in _BLOCKS if rows % size == 0)
+
+
+def _kernel(prefix_Q: np.ndarray, num_keys: int, heads: int, interpret: bool) -> kernels.SplashAttentionKernel:
+    q, kv = _block(len(prefix_Q)), _block(num_keys)
+    # The fused backward kernel keeps a query gradient for every block of keys: memory quadratic in N. Not fused.
+    sizes = kernels.BlockSizes(
+        block_q=q,
+        block_kv=kv,
+        block_kv_compute=kv,
+        block_q_dkv=q,
+        block_kv_dkv=kv,
+        block_kv_dkv_compute=kv,
+        block_q_dq=q,
+        block_kv_dq=kv,
+    )
+    mask = masks.MultiHeadMask([PrefixMask(prefix_Q, num_keys)] * heads)
+    return kernels.make_splash_mha(
+        mask=mask,
+        head_shards=1,
+        q_seq_shards=1,
+        block_sizes=sizes,
+        residual_checkpoint_name=KERNEL_OUTPUT,
+        interpret=interpret,
+    )
+
+
+def attention(
+    q_BQHK: jax.Array,
+    k_BTHK: jax.Array,
+    v_BTHK: jax.Array,
+    len_BQ: jax.Array,
+    group: str,
+    *,
+    patterns: tuple[int, ...],
+    interpret: bool = False,
+) -> jax.Array:
+    """What `core.attention.attention` computes, for rows in training whose lengths follow one of `patterns`.
+
+    All rows of the batch share the pattern; len_BQ is read only to tell several apart. T is a multiple of 128 and is
+    the sequence length. interpret: run the kernel's Python, for tests without a TPU.
+    """
+    num_keys, heads = k_BTHK.shape[1], k_BTHK.shape[2]
+    tables = [prefix_tables(num_keys, streams)[group] for streams in patterns]
+    q_BHQK, k_BHTK, v_BHTK = (jnp.swapaxes(a, 1, 2) for a in (q_BQHK * q_BQHK.shape[-1] ** -0.5, k_BTHK, v_BTHK))
+    run = [jax.vmap(_kernel(table, num_keys, heads, interpret)) for table in tables]
+    if len(run) == 1:
+        out_BHQK = run[0](q_BHQK, k_BHTK, v_BHTK)
+    else:
+        fits = jnp.stack([jnp.all(len_BQ[0] == table) for table in tables])
+        out_BHQK = jax.lax.switch(jnp.argmax(fits), run, q_BHQK, k_BHTK, v_BHTK)
+    return jnp.swapaxes(out_BHQK, 1, 2).astype(q_BQHK.dtype)
