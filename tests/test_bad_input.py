@@ -327,7 +327,7 @@ RUNS = [
     ("run-cut-config", r"config.json cannot be read"),
     ("run-list-config", r"config=\[\]: expected a section with fields, got list"),
     ("run-latin-config", r"config.json cannot be read"),
-    ("run-deep-config", r"config.json: is nested too deeply"),
+    ("run-deep-config", r"config.json is nested too deeply"),
     ("run-odd-config", r"model=3: expected a section with fields"),
     ("run-unknown-config", r"unknown field 'model.widht'; did you mean 'model.width'"),
     ("run-large-config", r"learning_rate: a number of 13\d\d bits"),

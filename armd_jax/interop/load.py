@@ -43,9 +43,8 @@ def read_config(folder: pathlib.Path) -> Config:
         raise UserError(f"{folder}: neither a training run nor an export (it has no config.json)")
     try:
         return checkpoints.read_config(folder)
-    except (UserError, RecursionError) as error:
-        reason = "is nested too deeply" if isinstance(error, RecursionError) else str(error)
-        raise UserError(f"{folder / 'config.json'}: {reason}") from error
+    except UserError as error:
+        raise UserError(f"{folder / 'config.json'}: {error}") from error
 
 
 def without_padding(params: Params, config: Config) -> Params:

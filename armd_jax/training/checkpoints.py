@@ -227,7 +227,9 @@ def read_config(run: pathlib.Path) -> Config:
     """The resolved config of a run directory. Raises UserError where there is none."""
     try:
         values = json.loads((run / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:  # ValueError: neither JSON nor UTF-8
+    except RecursionError as error:
+        raise UserError(f"{run}: not a training run: config.json is nested too deeply") from error
+    except (OSError, ValueError) as error:  # ValueError: neither JSON nor UTF-8
         raise UserError(f"{run}: not a training run: config.json cannot be read ({error})") from error
     return from_config_dict(values)
 
