@@ -168,7 +168,8 @@ def test_every_layer_and_stream_draws_its_own_dropout(toy):
         seen = []
 
         def constrain(array, axes):
-            seen.append(array)
+            if axes == network.ROW_AXES:
+                seen.append(array)
             return array
 
         network.forward(params, config, rows, dropout_key=jax.random.key(0), constrain=constrain)

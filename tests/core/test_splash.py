@@ -52,9 +52,10 @@ def test_patterns_cover_every_order_of_training(kind, sbp_steps):
     patterns = order.patterns(config)
     assert patterns == {(False, 0): (1,), (False, 5): (1, 2, 4)}.get((kind == "strided", sbp_steps), (2, 4))
     tables = {s: splash.prefix_tables(128, s) for s in patterns}
+    draw = jax.jit(lambda step: block_mask.build(order.for_step(config, jax.random.key(step), step, 10, 3, 128)))
     seen = set()
     for step in range(10):
-        mask = block_mask.build(order.for_step(config, jax.random.key(step), jnp.int32(step), 10, 3, 128))
+        mask = draw(step)
         fits = [s for s in patterns if np.all(np.asarray(mask.strict_len_BN) == tables[s]["last_two_stream"])]
         assert len(fits) == 1
         table = tables[fits[0]]
