@@ -25,7 +25,6 @@ from armd_jax.core import network, objective, order
 from armd_jax.core.flops import training_flops_per_token
 from armd_jax.core.network import Params
 from armd_jax.core.order import Order
-from armd_jax.training import host_memory
 
 State = tuple[Params, optax.OptState]
 Case = Callable[[], Any]  # one step, finished when it returns
@@ -89,8 +88,6 @@ def timed(case: Case) -> float:
 
 def main() -> None:
     """Runs the benchmark and prints it."""
-    if host_memory.trains_on_cpu():
-        host_memory.keep_freed_memory()  # as `armd train` does
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add_size_flags(parser)
     parser.add_argument("--batch", type=int, default=16)
