@@ -17,7 +17,7 @@ from armd_jax.config import Config, OptimizerConfig, UserError
 from armd_jax.core import network
 from armd_jax.data import loader
 from armd_jax.interop.load import load
-from armd_jax.training import checkpoints, metrics, optimizer, sharding, step, train
+from armd_jax.training import checkpoints, metrics, optimizer, sharding, state, step, train
 from armd_jax.training.state import TrainState
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -190,6 +190,16 @@ def test_average_forgets_the_start():
         config = OptimizerConfig(ema_decay=0.95)
         average = optimizer.update_ema(config, {"a": jnp.ones(2)}, {"a": jnp.zeros(2)}, jnp.int32(at))
         np.testing.assert_allclose(average["a"], decay, rtol=1e-6)
+
+
+def test_average_starts_at_the_parameters(corpus):
+    """In a fresh state the average equals the parameters, in buffers of its own: both are donated to the step."""
+    config = _config(corpus)
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=257))
+    fresh = state.create(config, sharding.make_mesh(config.mesh))
+    for average, param in zip(jax.tree.leaves(fresh.ema), jax.tree.leaves(fresh.params), strict=True):
+        assert np.array_equal(average, param)
+        assert average.unsafe_buffer_pointer() != param.unsafe_buffer_pointer()
 
 
 def test_weight_decay_is_for_matrices_only():
