@@ -399,7 +399,10 @@ def _compile(args: argparse.Namespace, rest: Sequence[str]) -> int:
 
     from armd_jax.compilation import compile as compilation
 
-    result = compilation.report(config, args.config, where, args.what, args.batch, args.streams, args.dump_hlo)
+    try:
+        result = compilation.report(config, args.config, where, args.what, args.batch, args.streams, args.dump_hlo)
+    except compilation.CompilerFailed as error:
+        return _failed(f"--topology={args.topology}: {error}", 1)
     _print(args, result, compilation.table(result))
     return 0 if result["fits"] else 1
 

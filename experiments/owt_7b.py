@@ -2,7 +2,7 @@
 
 Command:   armd train --config=experiments/owt_7b.py --config.data.path=GLOB --config.data.tokenizer=GPT2
                --workdir=runs/owt_7b
-Hardware:  a TPU v5p of 8 x 8 x 8 chips.
+Hardware:  a TPU v5p of 8 x 8 x 8 chips. Not proven: the compiler of libtpu 0.0.52 fails on it (`armd compile`).
 """
 
 from ml_collections import ConfigDict

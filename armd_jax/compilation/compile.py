@@ -29,6 +29,10 @@ WHATS = ("train", "sample")
 _SPLASH = "splash"
 
 
+class CompilerFailed(RuntimeError):
+    """The TPU compiler gave up on a program that nobody said anything wrong about."""
+
+
 @dataclasses.dataclass(frozen=True)
 class DoesNotFit(Exception):
     """The compiler found that the program needs more memory than a chip has; both in bytes."""
@@ -90,7 +94,7 @@ def lower_sampler(config: Config, mesh: Mesh, batch: int, streams: int) -> jax.s
 
 
 def compile_lowered(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
-    """The compiled program; raises DoesNotFit where it needs too much memory."""
+    """The compiled program; raises DoesNotFit where it needs too much memory, CompilerFailed for anything else."""
     # Programs for a machine that is not here can be written into the compilation cache but not read back.
     jax.config.update("jax_enable_compilation_cache", False)
     try:
@@ -98,7 +102,7 @@ def compile_lowered(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
     except jax.errors.JaxRuntimeError as error:
         sizes = re.search(r"([\d.]+)([KMGT])[^\d]*(?:exceeds available HBM|of) \(?([\d.]+)([KMGT])", str(error))
         if "HbmOom" not in str(error) and "RESOURCE_EXHAUSTED" not in str(error) or not sizes:
-            raise
+            raise CompilerFailed(str(error)[:300]) from error
         needed, available = (
             int(float(n) * 2 ** {"K": 10, "M": 20, "G": 30, "T": 40}[u])
             for n, u in (sizes.group(1, 2), sizes.group(3, 4))
@@ -163,7 +167,10 @@ def report(
         result["compile_seconds"] = time.perf_counter() - began
         return result | _too_large(config, where, mesh, error, what)
     result["compile_seconds"] = time.perf_counter() - began
-    text = compiled.as_text()
+    try:
+        text = compiled.as_text()
+    except jax.errors.JaxRuntimeError as error:
+        raise CompilerFailed(f"the compiled program cannot be read back: {str(error)[:300]}") from error
     if hlo_file is not None:
         hlo_file.write_text(text)
     return (

@@ -128,6 +128,10 @@ def test_not_fitting_is_told_from_failing():
     with pytest.raises(compilation.DoesNotFit) as error:
         compilation.compile_lowered(jax.jit(lambda a: a + 1).lower(large))
     assert error.value.needed >= 2 * 2**34 > error.value.available > 14 * 2**30
+    small = jax.ShapeDtypeStruct((8, 128), jnp.float32, sharding=NamedSharding(mesh, PartitionSpec()))
+    unknown = jax.ffi.ffi_call("no_such_kernel", jax.ShapeDtypeStruct((8, 128), jnp.float32))
+    with pytest.raises(compilation.CompilerFailed, match="no_such_kernel"):
+        compilation.compile_lowered(jax.jit(unknown).trace(small).lower(lowering_platforms=("tpu",)))
 
 
 def test_suggestion_grows_with_the_need():
