@@ -65,7 +65,7 @@ class ModelConfig:
     remat: str = "none"  # what the backward pass recomputes: nothing, all but matrix products, whole layers
     scan_layers: str = "auto"  # one compiled layer body (flat compile time); auto: on accelerators
     attention: str = "auto"  # auto: splash in training on TPU where masks are known when tracing, else dense or chunked
-    attention_chunk: int = 256  # keys a step of the chunked attention path
+    attention_chunk: int = 128  # queries and keys a step of the chunked attention path
     loss_chunk: int = 0  # positions whose logits exist at once; 0: as many as keep them below 64 MiB
 
     def for_platform(self, platform: str) -> "ModelConfig":

@@ -1,14 +1,16 @@
 """Attention of every query over a prefix of the keys: one function, several ways to compute it.
 
 Arrays are [B, N, H, K]. Every query row has its own prefix length, at least 1 (an empty row has no softmax; the start
-token exists so that there is none). `dense` builds the N x N scores and is the reference; `chunked` scans over chunks
-of keys with an online softmax and keeps one N x chunk block at a time, in the backward pass too.
+token exists so that there is none). `dense` builds the N x N scores and is the reference; `chunked` takes a chunk of
+queries at a time over chunks of keys with an online softmax, leaves out the keys that no query of the chunk can see,
+and keeps one chunk x chunk block of scores at a time, in the backward pass too.
 """
 
 import functools
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 KERNEL_OUTPUT = "attention"  # names what an attention kernel puts out, for rematerialisation policies
 _MASKED = -1e30  # finite, so that a fully masked chunk gives exp(-1e30 - m) = 0 exactly and never inf - inf
@@ -20,7 +22,7 @@ def attention(
     v_BTHK: jax.Array,
     len_BQ: jax.Array,
     implementation: str = "auto",
-    chunk: int = 256,
+    chunk: int = 128,
 ) -> jax.Array:
     """softmax(q k^T / sqrt(K)) v over the first len_BQ keys of each query; [B, Q, H, K] in q's dtype.
 
@@ -36,26 +38,39 @@ def attention(
     return _chunked(chunk, q_BQHK, k_BTHK, v_BTHK, len_BQ)
 
 
-def _scores(q_BQHK: jax.Array, k_BTHK: jax.Array, len_BQ: jax.Array, first_key: jax.Array | int) -> jax.Array:
-    """Scaled scores [B, H, Q, T] float32, masked to each query's prefix; key 0 here is key `first_key` of the row."""
-    scale = q_BQHK.shape[-1] ** -0.5
-    s_BHQT = jnp.einsum("BQHK,BTHK->BHQT", q_BQHK * scale, k_BTHK, preferred_element_type=jnp.float32)
-    keys = first_key + jnp.arange(k_BTHK.shape[1])
-    return jnp.where(keys < len_BQ[:, None, :, None], s_BHQT, _MASKED)
-
-
 def _dense(q_BQHK: jax.Array, k_BTHK: jax.Array, v_BTHK: jax.Array, len_BQ: jax.Array) -> jax.Array:
-    p_BHQT = jax.nn.softmax(_scores(q_BQHK, k_BTHK, len_BQ, 0), axis=-1)
+    q_BHQK, k_BHTK = jnp.swapaxes(q_BQHK * q_BQHK.shape[-1] ** -0.5, 1, 2), jnp.swapaxes(k_BTHK, 1, 2)
+    p_BHQT = jax.nn.softmax(_scores(q_BHQK, k_BHTK, len_BQ[:, None, :, None], 0), axis=-1)
     out_BHQK = jnp.einsum("BHQT,BTHK->BHQK", p_BHQT.astype(v_BTHK.dtype), v_BTHK)
     return jnp.swapaxes(out_BHQK, 1, 2).astype(q_BQHK.dtype)
 
 
 def _split(a_BTHK: jax.Array, chunk: int) -> jax.Array:
-    """[C, B, chunk, H, K], keys padded with zeros to whole chunks."""
-    batch, keys, heads, head_width = a_BTHK.shape
-    num_chunks = -(-keys // chunk)
-    padded = jnp.pad(a_BTHK, ((0, 0), (0, num_chunks * chunk - keys), (0, 0), (0, 0)))
-    return jnp.moveaxis(padded.reshape(batch, num_chunks, chunk, heads, head_width), 1, 0)
+    """[C, B, H, chunk, K], rows padded with zeros to whole chunks."""
+    batch, rows, heads, head_width = a_BTHK.shape
+    num_chunks = -(-rows // chunk)
+    padded = jnp.pad(a_BTHK, ((0, 0), (0, num_chunks * chunk - rows), (0, 0), (0, 0)))
+    return padded.reshape(batch, num_chunks, chunk, heads, head_width).transpose(1, 0, 3, 2, 4)
+
+
+def _join(a_CBHcK: jax.Array, rows: int) -> jax.Array:
+    """`_split` undone: [B, rows, H, K]."""
+    num_chunks, batch, heads, chunk, head_width = a_CBHcK.shape
+    return a_CBHcK.transpose(1, 0, 3, 2, 4).reshape(batch, num_chunks * chunk, heads, head_width)[:, :rows]
+
+
+def _split_lens(len_BQ: jax.Array, chunk: int) -> tuple[jax.Array, jax.Array]:
+    """Prefix lengths [C, B, 1, chunk, 1] of chunks of queries, and how many chunks of keys each of them sees [C]."""
+    batch, rows = len_BQ.shape
+    padded = jnp.pad(len_BQ, ((0, 0), (0, -rows % chunk)), constant_values=1)  # a row of padding has a softmax too
+    len_CBc = jnp.moveaxis(padded.reshape(batch, -1, chunk), 1, 0)
+    return len_CBc[:, :, None, :, None], -(-len_CBc.max(axis=(1, 2)) // chunk)
+
+
+def _scores(q_BHQK: jax.Array, k_BHTK: jax.Array, len_B1Q1: jax.Array, first_key: jax.Array | int) -> jax.Array:
+    """Scores [B, H, Q, T] float32 of scaled queries, masked to each query's prefix; key 0 here is key `first_key`."""
+    s_BHQT = jnp.einsum("BHQK,BHTK->BHQT", q_BHQK, k_BHTK, preferred_element_type=jnp.float32)
+    return jnp.where(first_key + jnp.arange(k_BHTK.shape[2]) < len_B1Q1, s_BHQT, _MASKED)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -64,58 +79,84 @@ def _chunked(chunk: int, q_BQHK: jax.Array, k_BTHK: jax.Array, v_BTHK: jax.Array
 
 
 def _chunked_forward(chunk, q_BQHK, k_BTHK, v_BTHK, len_BQ):
+    """Chunks of queries one after another; each walks over the chunks of keys that any of its rows can see."""
     k_chunks, v_chunks = _split(k_BTHK, chunk), _split(v_BTHK, chunk)
-    batch, queries, heads, head_width = q_BQHK.shape
+    queries, scale = q_BQHK.shape[1], q_BQHK.shape[-1] ** -0.5
 
-    def step(carry, inputs):
-        out_BHQK, max_BHQ, sum_BHQ = carry
-        number, k, v = inputs
-        s_BHQT = _scores(q_BQHK, k, len_BQ, number * chunk)
-        new_max_BHQ = jnp.maximum(max_BHQ, s_BHQT.max(axis=-1))
-        p_BHQT = jnp.exp(s_BHQT - new_max_BHQ[..., None])
-        shrink_BHQ = jnp.exp(max_BHQ - new_max_BHQ)
-        new_BHQK = jnp.einsum("BHQT,BTHK->BHQK", p_BHQT.astype(v.dtype), v, preferred_element_type=jnp.float32)
-        carry = (out_BHQK * shrink_BHQ[..., None] + new_BHQK, new_max_BHQ, sum_BHQ * shrink_BHQ + p_BHQT.sum(axis=-1))
-        return carry, None
+    def attend(inputs):
+        q_BHQK, len_B1Q1, visible_chunks = inputs
 
-    start = (
-        jnp.zeros((batch, heads, queries, head_width), jnp.float32),
-        jnp.full((batch, heads, queries), _MASKED, jnp.float32),
-        jnp.zeros((batch, heads, queries), jnp.float32),
-    )
-    numbers = jnp.arange(k_chunks.shape[0])
-    (out_BHQK, max_BHQ, sum_BHQ), _ = jax.lax.scan(step, start, (numbers, k_chunks, v_chunks))
-    out_BQHK = jnp.swapaxes(out_BHQK / sum_BHQ[..., None], 1, 2).astype(q_BQHK.dtype)
-    log_sum_BHQ = max_BHQ + jnp.log(sum_BHQ)
-    return out_BQHK, (q_BQHK, k_BTHK, v_BTHK, len_BQ, out_BQHK, log_sum_BHQ)
+        def step(number, carry):
+            out_BHQK, max_BHQ, sum_BHQ = carry
+            k, v = (jax.lax.dynamic_index_in_dim(chunks, number, keepdims=False) for chunks in (k_chunks, v_chunks))
+            s_BHQT = _scores(q_BHQK, k, len_B1Q1, number * chunk)
+            new_max_BHQ = jnp.maximum(max_BHQ, s_BHQT.max(axis=-1))
+            p_BHQT = jnp.exp(s_BHQT - new_max_BHQ[..., None])
+            shrink_BHQ = jnp.exp(max_BHQ - new_max_BHQ)
+            new_BHQK = jnp.einsum("BHQT,BHTK->BHQK", p_BHQT.astype(v.dtype), v, preferred_element_type=jnp.float32)
+            return out_BHQK * shrink_BHQ[..., None] + new_BHQK, new_max_BHQ, sum_BHQ * shrink_BHQ + p_BHQT.sum(axis=-1)
+
+        start = (
+            jnp.zeros(q_BHQK.shape, jnp.float32),
+            jnp.full(q_BHQK.shape[:-1], _MASKED, jnp.float32),
+            jnp.zeros(q_BHQK.shape[:-1], jnp.float32),
+        )
+        out_BHQK, max_BHQ, sum_BHQ = jax.lax.fori_loop(0, visible_chunks, step, start)
+        return (out_BHQK / sum_BHQ[..., None]).astype(q_BQHK.dtype), max_BHQ + jnp.log(sum_BHQ)
+
+    out_chunks, log_sum_chunks = jax.lax.map(attend, (_split(q_BQHK * scale, chunk), *_split_lens(len_BQ, chunk)))
+    # A rematerialised layer that keeps these two has what the backward pass needs of the softmax.
+    out_BQHK = checkpoint_name(_join(out_chunks, queries), KERNEL_OUTPUT)
+    log_sum_chunks = checkpoint_name(log_sum_chunks, KERNEL_OUTPUT)
+    return out_BQHK, (q_BQHK, k_BTHK, v_BTHK, len_BQ, out_BQHK, log_sum_chunks)
 
 
 def _chunked_backward(chunk, saved, d_out_BQHK):
     """Probabilities are recomputed chunk by chunk from the log-sum-exp, as in FlashAttention (Dao et al. 2022)."""
-    q_BQHK, k_BTHK, v_BTHK, len_BQ, out_BQHK, log_sum_BHQ = saved
+    q_BQHK, k_BTHK, v_BTHK, len_BQ, out_BQHK, log_sum_chunks = saved
     scale = q_BQHK.shape[-1] ** -0.5
     k_chunks, v_chunks = _split(k_BTHK, chunk), _split(v_BTHK, chunk)
     f32 = {"preferred_element_type": jnp.float32}
-    dot_BHQ = jnp.einsum("BQHK,BQHK->BHQ", d_out_BQHK, out_BQHK, **f32)
 
-    def step(dq_BQHK, inputs):
-        number, k, v = inputs
-        p_BHQT = jnp.exp(_scores(q_BQHK, k, len_BQ, number * chunk) - log_sum_BHQ[..., None])
-        dv_BTHK = jnp.einsum("BHQT,BQHK->BTHK", p_BHQT.astype(v.dtype), d_out_BQHK, **f32)
-        dp_BHQT = jnp.einsum("BQHK,BTHK->BHQT", d_out_BQHK, v, **f32)
-        ds_BHQT = (p_BHQT * (dp_BHQT - dot_BHQ[..., None]) * scale).astype(k.dtype)
-        dq_BQHK = dq_BQHK + jnp.einsum("BHQT,BTHK->BQHK", ds_BHQT, k, **f32)
-        dk_BTHK = jnp.einsum("BHQT,BQHK->BTHK", ds_BHQT, q_BQHK, **f32)
-        return dq_BQHK, (dk_BTHK.astype(k.dtype), dv_BTHK.astype(v.dtype))
+    def add(chunks, number, chunk):
+        chunk += jax.lax.dynamic_index_in_dim(chunks, number, keepdims=False)
+        return jax.lax.dynamic_update_index_in_dim(chunks, chunk, number, 0)
 
-    numbers = jnp.arange(k_chunks.shape[0])
-    dq_BQHK, (dk, dv) = jax.lax.scan(step, jnp.zeros(q_BQHK.shape, jnp.float32), (numbers, k_chunks, v_chunks))
+    def attend(carry, inputs):
+        q_BHQK, len_B1Q1, visible_chunks, out_BHQK, d_out_BHQK, log_sum_BHQ = inputs
+        dot_BHQ = jnp.einsum("BHQK,BHQK->BHQ", d_out_BHQK, out_BHQK, **f32)
+        # Products with p and ds from the left read those as they lie: only these two, small ones are transposed.
+        q_BHKQ, d_out_BHKQ = jnp.swapaxes(q_BHQK, 2, 3), jnp.swapaxes(d_out_BHQK, 2, 3)
 
-    def join(chunks):
-        joined = jnp.moveaxis(chunks, 0, 1).reshape(k_BTHK.shape[0], -1, *k_BTHK.shape[2:])
-        return joined[:, : k_BTHK.shape[1]]
+        def step(number, carry):
+            dq_BHQK, dk_chunks, dv_chunks = carry
+            k, v = (jax.lax.dynamic_index_in_dim(chunks, number, keepdims=False) for chunks in (k_chunks, v_chunks))
+            p_BHQT = jnp.exp(_scores(q_BHQK, k, len_B1Q1, number * chunk) - log_sum_BHQ[..., None])
+            dv_BHKT = jnp.einsum("BHKQ,BHQT->BHKT", d_out_BHKQ, p_BHQT.astype(v.dtype), **f32)
+            dp_BHQT = jnp.einsum("BHQK,BHTK->BHQT", d_out_BHQK, v, **f32)
+            ds_BHQT = (p_BHQT * (dp_BHQT - dot_BHQ[..., None])).astype(k.dtype)
+            dk_BHKT = jnp.einsum("BHKQ,BHQT->BHKT", q_BHKQ, ds_BHQT, **f32)
+            return (
+                dq_BHQK + jnp.einsum("BHQT,BHTK->BHQK", ds_BHQT, k, **f32),
+                add(dk_chunks, number, dk_BHKT),
+                add(dv_chunks, number, dv_BHKT),
+            )
 
-    return dq_BQHK.astype(q_BQHK.dtype), join(dk), join(dv), None
+        start = (jnp.zeros(q_BHQK.shape, jnp.float32), *carry)
+        dq_BHQK, *carry = jax.lax.fori_loop(0, visible_chunks, step, start)
+        return tuple(carry), dq_BHQK
+
+    rows = (_split(q_BQHK * scale, chunk), *_split_lens(len_BQ, chunk))
+    start = 2 * (jnp.zeros_like(jnp.swapaxes(k_chunks, 3, 4), jnp.float32),)
+    inputs = (*rows, _split(out_BQHK, chunk), _split(d_out_BQHK, chunk), log_sum_chunks)
+    (dk_chunks, dv_chunks), dq_chunks = jax.lax.scan(attend, start, inputs)
+    queries, keys = q_BQHK.shape[1], k_BTHK.shape[1]
+    return (
+        (_join(dq_chunks, queries) * scale).astype(q_BQHK.dtype),
+        _join(jnp.swapaxes(dk_chunks, 3, 4), keys).astype(k_BTHK.dtype),
+        _join(jnp.swapaxes(dv_chunks, 3, 4), keys).astype(v_BTHK.dtype),
+        None,
+    )
 
 
 _chunked.defvjp(_chunked_forward, _chunked_backward)

@@ -28,6 +28,7 @@ import jax.numpy as jnp
 from armd_jax.config import ModelConfig
 from armd_jax.core.aggregation import Aggregator
 from armd_jax.core.attention import KERNEL_OUTPUT, attention, cached_attention
+from armd_jax.core.linear import linear
 from armd_jax.core.rows import START, Rows, single_row
 
 Params = dict[str, Any]
@@ -168,10 +169,11 @@ class Layer(nn.Module):
         w_kv = self.param("key_value", _normal(width), (width, 2, heads, head_width))
         w_o = self.param("attention_out", _normal(width, residual_gain), (heads, head_width, width))
         cos, sin = rotary
-        q_BQHK = jnp.einsum("BQD,DHK->BQHK", normed_BRD[:, queries], w_q.astype(dtype))
-        kv_BTcHK = jnp.einsum("BTD,DcHK->BTcHK", normed_BRD[:, keys], w_kv.astype(dtype))
+        q_BQHK = linear(normed_BRD[:, queries], w_q.astype(dtype))
+        kv_BTcHK = linear(normed_BRD[:, keys], w_kv.astype(dtype))
         q_BQHK = _rotate(q_BQHK, cos[:, queries], sin[:, queries])
-        k_BTHK, v_BTHK = _rotate(kv_BTcHK[:, :, 0], cos[:, keys], sin[:, keys]), kv_BTcHK[:, :, 1]
+        k_BTHK, v_BTHK = (a[:, :, 0] for a in jax.lax.split(kv_BTcHK, (1, 1), axis=2))
+        k_BTHK = _rotate(k_BTHK, cos[:, keys], sin[:, keys])
         if cache is None and self.attend is not None:
             mixed_BQHK = self.attend(q_BQHK, k_BTHK, v_BTHK, len_BQ)
         elif cache is None:
@@ -187,13 +189,13 @@ class Layer(nn.Module):
         normed_BQD = _norm(config, "mlp_norm")(rows_BQD)
         w_in = self.param("mlp_in", _normal(width), (width, mlp)).astype(dtype)
         w_out = self.param("mlp_out", _normal(mlp, residual_gain), (mlp, width)).astype(dtype)
-        hidden_BQF = jnp.einsum("BQD,DF->BQF", normed_BQD, w_in)
+        hidden_BQF = linear(normed_BQD, w_in)
         if config.mlp == "swiglu":
             w_gate = self.param("mlp_gate", _normal(width), (width, mlp)).astype(dtype)
-            hidden_BQF = nn.silu(jnp.einsum("BQD,DF->BQF", normed_BQD, w_gate)) * hidden_BQF
+            hidden_BQF = nn.silu(linear(normed_BQD, w_gate)) * hidden_BQF
         else:
             hidden_BQF = nn.gelu(hidden_BQF)
-        out_BQD = jnp.einsum("BQF,FD->BQD", hidden_BQF, w_out)
+        out_BQD = linear(hidden_BQF, w_out)
         return rows_BQD + dropout(config.dropout, out_BQD, dropout_key, 1), cache
 
 
@@ -421,13 +423,7 @@ def _split_layers(stack: Params) -> list[Params]:
 
 def head_logits(params: Params, config: ModelConfig, h_BND: jax.Array) -> jax.Array:
     """Float32 logits [B, N, V] over the padded vocabulary; padding rows are -inf, so no softmax gives them any mass."""
-    if config.tie_embeddings:
-        logits_BNV = jnp.einsum(
-            "BND,VD->BNV", h_BND, params["embedding"].astype(h_BND.dtype), preferred_element_type=jnp.float32
-        )
-    else:
-        logits_BNV = jnp.einsum(
-            "BND,DV->BNV", h_BND, params["head"].astype(h_BND.dtype), preferred_element_type=jnp.float32
-        )
+    weight_DV = params["embedding"].T if config.tie_embeddings else params["head"]
+    logits_BNV = linear(h_BND, weight_DV.astype(h_BND.dtype), jnp.float32)
     real = jnp.arange(logits_BNV.shape[-1]) < config.vocab_size
     return jnp.where(real, logits_BNV, -jnp.inf)

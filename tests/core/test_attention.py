@@ -72,6 +72,30 @@ def test_keys_beyond_the_prefix_have_no_influence(implementation):
     np.testing.assert_allclose(one, jnp.broadcast_to(v[:, :1], one.shape), rtol=1e-6)
 
 
+def test_chunked_never_touches_keys_that_no_query_of_a_chunk_can_see():
+    """Chunks of keys beyond every prefix are skipped, forwards and backwards: numbers that are none do no harm there.
+
+    Queries 0 to 3 see at most 5 keys, the others at most 9, and chunks are of 4: keys from 8 are for the second alone,
+    and those from 12 for none.
+    """
+    keys, chunk = 16, 4
+    rng = np.random.default_rng(5)
+    q, d_out = (jnp.asarray(rng.standard_normal((B, 7, H, K)), jnp.float32) for _ in range(2))
+    k, v = (jnp.asarray(rng.standard_normal((B, keys, H, K)), jnp.float32) for _ in range(2))
+    lens = jnp.asarray([[1, 5, 2, 3, 9, 6, 1], [2, 2, 4, 5, 8, 9, 3]], jnp.int32)
+    run = lambda *a: attention(*a, lens, "chunked", chunk)  # noqa: E731
+    hidden = jnp.arange(keys)[:, None, None] >= 12
+    out, pull = jax.vjp(run, q, k, v)
+    other, other_pull = jax.vjp(run, q, *(jnp.where(hidden, jnp.nan, a) for a in (k, v)))
+    np.testing.assert_array_equal(other, out)
+    for a, b in zip(pull(d_out), other_pull(d_out), strict=True):
+        np.testing.assert_array_equal(b, a)
+    # Keys 8 to 11 are computed for the second chunk of queries and for no other.
+    half = run(q, *(jnp.where(jnp.arange(keys)[:, None, None] >= 8, jnp.nan, a) for a in (k, v)))
+    np.testing.assert_array_equal(half[:, :4], out[:, :4])
+    assert np.isnan(half[:, 4:]).any()
+
+
 def test_full_prefixes_equal_the_library():
     """With every key visible this is jax.nn.dot_product_attention; with the triangle's lengths it is `is_causal`."""
     q, k, v, _, _ = _inputs(1)
@@ -120,7 +144,7 @@ def test_chunked_path_has_no_square_array(toy):
     is_square = lambda shape: sum(axis >= length for axis in shape) > 1  # noqa: E731
     for function in (loss, jax.value_and_grad(loss, argnums=(0, 1, 2))):
         shapes = toy.shapes(jax.make_jaxpr(function)(a, a, a, lens))
-        assert (1, 2, length, chunk) in shapes and not [shape for shape in shapes if is_square(shape)]
+        assert (1, 2, chunk, chunk) in shapes and not [shape for shape in shapes if is_square(shape)]
     dense = jax.make_jaxpr(lambda *inputs: attention(*inputs, "dense"))(a, a, a, lens)
     assert any(is_square(shape) for shape in toy.shapes(dense))  # the walk does find them
 
