@@ -16,11 +16,16 @@ def linear(rows_BRD: jax.Array, weight: jax.Array, dtype: jnp.dtype | None = Non
     writes it as (d out)^T rows, and where the output is wider than the input XLA on CPU then computes the derivative
     of what follows a second time, column by column, for the transposed copy: two fifths of the time of a whole layer.
     """
+    return _product(rows_BRD, weight, dtype)
+
+
+def _product(rows_BRD: jax.Array, weight: jax.Array, dtype: jnp.dtype | None) -> jax.Array:
     return lax.dot_general(rows_BRD, weight, (((2,), (0,)), ((), ())), preferred_element_type=dtype)
 
 
 def _forward(rows_BRD: jax.Array, weight: jax.Array, dtype: jnp.dtype | None) -> tuple[jax.Array, tuple]:
-    return linear(rows_BRD, weight, dtype), (rows_BRD, weight)
+    # Not `linear` itself: a rematerialisation policy that keeps products does not look into it.
+    return _product(rows_BRD, weight, dtype), (rows_BRD, weight)
 
 
 def _backward(

@@ -299,7 +299,10 @@ def forward(
     dtype = activation_dtype(config)
     num_x = rows.x_tokens_BX.shape[1]
     num_two = config.two_stream_layers
-    embedded = params["embedding"].astype(dtype)[jnp.maximum(rows.x_tokens_BX, 0)]
+    # Rows are looked up in a table put together along the width: of a sharded one every device would look up its share
+    # of the width for the rows of all devices, and the whole batch's activations would travel.
+    table_VD = constrain(params["embedding"].astype(dtype), PARAM_AXES["embedding"])
+    embedded = table_VD[jnp.maximum(rows.x_tokens_BX, 0)]
     x_BXD = jnp.where(rows.x_tokens_BX[..., None] == START, params["start"].astype(dtype), embedded)
     x_BXD = constrain(x_BXD, ROW_AXES)
     g_BGD, aggregate = Aggregator(config).apply(

@@ -53,3 +53,18 @@ def test_the_wide_operand_of_the_weight_gradient_is_not_transposed(out):
     found = [e for e in products if e.params["dimension_numbers"] == over_rows]
     assert len(found) == 1
     assert found[0].invars[0].aval.shape[-1] == min(8, out)
+
+
+def test_a_policy_that_keeps_products_keeps_these():
+    """Rematerialising all but products: the backward pass computes no product of the forward pass again."""
+    rows, weight, back = jnp.ones((2, 5, 8)), jnp.ones((8, 16)), jnp.ones((16, 8))
+
+    def two(*a):
+        return jnp.sin(linear(jnp.sin(linear(jnp.sin(a[0]), a[1])), a[2])).sum()
+
+    def products(policy) -> int:
+        gradient = jax.grad(jax.checkpoint(two, policy=policy), argnums=(0, 1, 2))
+        return str(jax.make_jaxpr(gradient)(rows, weight, back)).count("dot_general[")
+
+    assert products(jax.checkpoint_policies.dots_with_no_batch_dims_saveable) == 6
+    assert products(None) == 8
