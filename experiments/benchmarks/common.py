@@ -101,11 +101,17 @@ def machine(hugging_face: bool) -> dict[str, Any]:
     return facts
 
 
-def print_machine(facts: dict[str, Any], args: argparse.Namespace) -> None:
-    """The facts of `machine` and the model's size, as text."""
-    print(f"{facts['machine']}, {facts['device']}" + (f", torch on {facts['torch_device']}" if args.hf else ""))
+def print_versions(facts: dict[str, Any]) -> None:
+    """The facts of `machine` as text."""
+    torch = f", torch on {facts['torch_device']}" if "torch_device" in facts else ""
+    print(f"{facts['machine']}, {facts['device']}{torch}")
     print("threads: " + ", ".join(f"{name} {count}" for name, count in facts["threads"].items() if count))
     print(", ".join(f"{name} {version}" for name, version in facts["versions"].items()))
+
+
+def print_machine(facts: dict[str, Any], args: argparse.Namespace) -> None:
+    """The facts of `machine` and the model's size, as text."""
+    print_versions(facts)
     print(
         f"{args.layers} layers (ARMD: {args.two_stream} two-stream), width {args.width}, {args.heads} heads,"
         f" length {args.length}, vocabulary {args.vocab}, {args.dtype}"

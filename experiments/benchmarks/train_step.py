@@ -3,7 +3,8 @@
     python experiments/benchmarks/train_step.py [--batch 16] [--pairs 9] [--json]
 
 A step is loss, gradients and AdamW with the state donated; forward and backward alone are timed beside it. The models
-take turns, and ratios are medians over the pairs. GPT-2 trains with torch's AdamW, the faster of eager and sdpa.
+take turns, and ratios are medians over the pairs. GPT-2 trains with torch's AdamW, the faster of eager and sdpa. Freed
+memory stays with the process, as in `armd train`.
 """
 
 import argparse
@@ -12,6 +13,11 @@ import sys
 import time
 from collections.abc import Callable
 from typing import Any
+
+from armd_jax.training import host_memory
+
+if host_memory.trains_on_cpu():
+    host_memory.keep_freed_memory()  # before JAX is imported
 
 import jax
 import jax.numpy as jnp

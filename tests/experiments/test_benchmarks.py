@@ -1,0 +1,53 @@
+"""The benchmarks run and print what their page says they do; their figures are nobody's promise here."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+FOLDER = pathlib.Path(__file__).parents[2] / "experiments/benchmarks"
+TINY = ["--layers=2", "--two-stream=1", "--width=16", "--heads=2", "--length=16", "--vocab=32", "--no-hf"]
+
+
+def _run(script: str, *flags: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, str(FOLDER / script), *flags],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(FOLDER.parents[1])},
+    )
+
+
+@pytest.mark.parametrize(
+    ("script", "flags", "key"),
+    [
+        ("train_step.py", [*TINY, "--batch=2", "--pairs=2"], "step_ratio_armd_ar"),
+        ("decode.py", [*TINY, "--batches=1", "--streams", "1", "2", "--repeats=1"], "decode"),
+        ("attention.py", ["--lengths", "16", "--batch=1", "--heads=1", "--chunk=8", "--turns=2"], "results"),
+    ],
+)
+def test_benchmark_prints_its_figures(script, flags, key):
+    """A tiny run ends with one JSON object that names machine, versions and the figures."""
+    found = _run(script, *flags, "--json")
+    assert found.returncode == 0, found.stderr
+    result = json.loads(found.stdout)
+    assert result["versions"]["jax"] and result["device"] and result[key]
+
+
+def test_attention_ratios_are_to_the_chunked_case():
+    """Every implementation of every length has a time and a ratio, and the chunked one's is 1."""
+    found = _run("attention.py", "--lengths", "8", "16", "--batch=1", "--heads=1", "--chunk=8", "--turns=1", "--json")
+    rows = json.loads(found.stdout)["results"]
+    assert [row["length"] for row in rows] == [8] * 3 + [16] * 3
+    assert [row["time_to_chunked"] for row in rows if row["implementation"] == "chunked"] == [1.0, 1.0]
+    assert all(row["milliseconds"] > 0 for row in rows)
+
+
+@pytest.mark.parametrize("script", ["train_step.py", "attention.py"])
+def test_a_benchmark_of_nothing_is_an_error(script):
+    """A batch of none is one line and no traceback."""
+    found = _run(script, "--batch=0")
+    assert found.returncode != 0 and found.stderr.startswith("error: ") and "Traceback" not in found.stderr
