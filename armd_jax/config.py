@@ -65,7 +65,7 @@ class ModelConfig:
     remat: str = "none"  # what the backward pass recomputes: nothing, all but matrix products, whole layers
     scan_layers: str = "auto"  # one compiled layer body (flat compile time); auto: on accelerators
     attention: str = "auto"  # auto: splash in training on TPU where masks are known when tracing, else dense or chunked
-    attention_chunk: int = 128  # queries and keys a step of the chunked attention path
+    attention_chunk: int = 0  # queries and keys a step of the chunked attention path; 0: 128 on CPU, else 512
     loss_chunk: int = 0  # positions whose logits exist at once; 0: as many as keep them below 64 MiB
 
     def for_platform(self, platform: str) -> "ModelConfig":
@@ -77,7 +77,10 @@ class ModelConfig:
         splash = platform == "tpu" and self.max_length % SPLASH_TILE == 0
         choices = {"dtype": "bfloat16" if accelerated else "float32", "scan_layers": "on" if accelerated else "off"}
         choices["attention"] = "splash" if splash else "auto"
-        return dataclasses.replace(self, **{k: v for k, v in choices.items() if getattr(self, k) == "auto"})
+        chosen = {name: value for name, value in choices.items() if getattr(self, name) == "auto"}
+        # A core's cache holds the smaller block of scores; an accelerator wants few and large steps.
+        chunk = self.attention_chunk or (512 if accelerated else 128)
+        return dataclasses.replace(self, **chosen, attention_chunk=chunk)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -289,9 +292,9 @@ def _fraction(where: str, value: float) -> None:
 
 def validate_model(model: ModelConfig, where: str = "model") -> None:
     """Raises UserError where a model of this config could not be built."""
-    for name in ("max_length", "num_layers", "width", "num_heads", "attention_chunk"):
+    for name in ("max_length", "num_layers", "width", "num_heads"):
         _at_least(f"{where}.{name}", getattr(model, name), 1)
-    for name in ("vocab_size", "two_stream_layers", "mlp_width", "loss_chunk"):
+    for name in ("vocab_size", "two_stream_layers", "mlp_width", "attention_chunk", "loss_chunk"):
         _at_least(f"{where}.{name}", getattr(model, name), 0)
     if model.two_stream_layers > model.num_layers:
         raise UserError(

@@ -106,10 +106,9 @@ def test_whole_numbers_serve_as_floats():
 WRONG_VALUES = [
     *(({f"model__{name}": 0}, rf"model\.{name}=0: must be at least 1") for name in ("max_length", "num_layers")),
     *(({f"model__{name}": 0}, rf"model\.{name}=0: must be at least 1") for name in ("width", "num_heads")),
-    ({"model__attention_chunk": 0}, r"model\.attention_chunk=0: must be at least 1"),
     *(
         ({f"model__{name}": -1}, rf"model\.{name}=-1: must be at least 0")
-        for name in ("vocab_size", "two_stream_layers", "mlp_width", "loss_chunk")
+        for name in ("vocab_size", "two_stream_layers", "mlp_width", "attention_chunk", "loss_chunk")
     ),
     ({"model__two_stream_layers": 13}, r"two_stream_layers=13: cannot exceed model\.num_layers=12"),
     ({"model__num_heads": 7}, r"width=768 is not divisible by model\.num_heads=7"),

@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 
 from armd_jax.config import ModelConfig
+from armd_jax.core.attention import chunk_size
 from armd_jax.core.rows import Rows
 
 
@@ -69,7 +70,7 @@ class Aggregator(nn.Module):
     ) -> tuple[jax.Array, jax.Array | None]:
         """G's first vectors [B, G, D] in x's dtype, and the state after all rows of X (None unless decoding)."""
         config, dtype = self.config, x_BXD.dtype
-        chunk = config.attention_chunk
+        chunk = chunk_size(config)
         strict_BG = rows.g_strict_len_BG
         if config.aggregator == "shift":
             return self._preceding_block(rows, x_BXD, decoding).astype(dtype), None
@@ -101,7 +102,7 @@ class Aggregator(nn.Module):
         low_BG, high_BG = rows.g_previous_len_BG, rows.g_strict_len_BG
 
         def mean() -> jax.Array:
-            chunk = self.config.attention_chunk
+            chunk = chunk_size(self.config)
             sum_BGD = _weighted_prefix(x_BXD, None, None, low_BG, high_BG, rows.x_start, chunk)
             return sum_BGD / (high_BG - low_BG)[..., None]
 

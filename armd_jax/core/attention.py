@@ -12,8 +12,15 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from armd_jax.config import ModelConfig
+
 KERNEL_OUTPUT = "attention"  # names what an attention kernel puts out, for rematerialisation policies
 _MASKED = -1e30  # finite, so that a fully masked chunk gives exp(-1e30 - m) = 0 exactly and never inf - inf
+
+
+def chunk_size(config: ModelConfig) -> int:
+    """Queries and keys a step of the chunked paths: the config's, or what suits the backend that runs."""
+    return config.attention_chunk or config.for_platform(jax.default_backend()).attention_chunk
 
 
 def attention(

@@ -27,7 +27,7 @@ import jax.numpy as jnp
 
 from armd_jax.config import ModelConfig
 from armd_jax.core.aggregation import Aggregator
-from armd_jax.core.attention import KERNEL_OUTPUT, attention, cached_attention
+from armd_jax.core.attention import KERNEL_OUTPUT, attention, cached_attention, chunk_size
 from armd_jax.core.linear import linear
 from armd_jax.core.rows import START, Rows, single_row
 
@@ -177,7 +177,7 @@ class Layer(nn.Module):
         if cache is None and self.attend is not None:
             mixed_BQHK = self.attend(q_BQHK, k_BTHK, v_BTHK, len_BQ)
         elif cache is None:
-            mixed_BQHK = attention(q_BQHK, k_BTHK, v_BTHK, len_BQ, config.attention, config.attention_chunk)
+            mixed_BQHK = attention(q_BQHK, k_BTHK, v_BTHK, len_BQ, config.attention, chunk_size(config))
         else:
             k_ZKT = _write(cache[0], k_BTHK, start, valid_BX, "BHKT")
             v_ZTK = _write(cache[1], v_BTHK, start, valid_BX, "BHTK")

@@ -169,6 +169,8 @@ def test_platform_decides_what_is_auto():
     tpu, cpu = model.for_platform("tpu"), model.for_platform("cpu")
     assert (tpu.dtype, tpu.scan_layers, tpu.attention) == ("bfloat16", "on", "splash")
     assert (cpu.dtype, cpu.scan_layers, cpu.attention) == ("float32", "off", "auto")
+    assert (tpu.attention_chunk, cpu.attention_chunk) == (512, 128)
+    assert configs.ModelConfig(attention_chunk=64).for_platform("tpu").attention_chunk == 64
     assert configs.ModelConfig(max_length=100).for_platform("tpu").attention == "auto"
     assert configs.ModelConfig(dtype="float32", attention="chunked").for_platform("tpu").attention == "chunked"
 
