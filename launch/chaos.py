@@ -270,10 +270,10 @@ class Summary:
 
         state = checkpoints.restore_for_inference(run.workdir, checkpoints.read_config(run.workdir))
         leaves = jax.tree_util.tree_leaves_with_path(state)
-        rows = run.rows("metrics.jsonl")
+        rows, rates = run.rows("metrics.jsonl"), ("train/tokens_per_second", "train/mfu")
         return Summary(
             {jax.tree_util.keystr(path): np.asarray(leaf).tobytes() for path, leaf in leaves},
-            [{name: value for name, value in row.items() if name != "train/tokens_per_second"} for row in rows],
+            [{name: value for name, value in row.items() if name not in rates} for row in rows],
         )
 
 

@@ -1,7 +1,8 @@
 """Compiles the training step or the sampler for a TPU topology, and reports what it needs, without a TPU.
 
 The program is the one that trains: `training.step.make_train_step` on the experiment's mesh, with the shardings of its
-state. Nothing is allocated. Bytes are per chip. `report` is the whole of `armd compile`.
+state, compiled with one option of our own (`_OPTIONS`). Nothing is allocated. Bytes are per chip. `report` is the
+whole of `armd compile`.
 """
 
 import dataclasses
@@ -27,6 +28,9 @@ from armd_jax.training import sharding, state, step
 GPT2_VOCABULARY, BERT_VOCABULARY, BYTES_VOCABULARY = 50_257, 30_522, 257
 WHATS = ("train", "sample")
 _SPLASH = "splash"
+# Chips with SparseCores (v5p, v6e) would look embeddings up on them, as an instruction that libtpu 0.0.52 writes and
+# JAX 0.10 cannot read back ("async-update instruction should have 1 operands"); libtpu 0.0.42 leaves it alone anyway.
+_OPTIONS = {"xla_tpu_offload_gather_to_sparsecore": "false"}
 
 
 class CompilerFailed(RuntimeError):
@@ -98,7 +102,7 @@ def compile_lowered(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
     # Programs for a machine that is not here can be written into the compilation cache but not read back.
     jax.config.update("jax_enable_compilation_cache", False)
     try:
-        return lowered.compile()
+        return lowered.compile(compiler_options=dict(_OPTIONS))
     except jax.errors.JaxRuntimeError as error:
         sizes = re.search(r"([\d.]+)([KMGT])[^\d]*(?:exceeds available HBM|of) \(?([\d.]+)([KMGT])", str(error))
         if "HbmOom" not in str(error) and "RESOURCE_EXHAUSTED" not in str(error) or not sizes:

@@ -72,7 +72,10 @@ class Instruction:
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """One collective instruction. bytes: of the whole array on a device (gathered, or before it is scattered)."""
+    """One collective instruction. bytes: of the whole array on a device (gathered, or before it is scattered).
+
+    shapes: of what the instruction returns; of one that only starts, of its operands too.
+    """
 
     kind: str
     bytes: int
@@ -80,6 +83,7 @@ class Collective:
     crosses_slices: bool
     times: int
     computation: str = ""
+    shapes: tuple[tuple[int, ...], ...] = ()
 
     @property
     def sent_bytes(self) -> float:
@@ -188,7 +192,8 @@ class Program:
             else:
                 size = sum(sizes) * (group if instruction.opcode == "reduce-scatter" else 1)
             crosses = kind == "send" or len({member // chips_a_slice for member in members}) > 1
-            found.append(Collective(kind, size, group, crosses, times, name))
+            shapes = tuple(array.shape for array in instruction.arrays)
+            found.append(Collective(kind, size, group, crosses, times, name, shapes))
         return found
 
     def kernels(self) -> dict[str, int]:
@@ -310,12 +315,11 @@ def _split_operands(rest: str) -> tuple[tuple[str, ...], str]:
 def _group(attributes: str) -> list[int]:
     """Device numbers of the first group of a collective."""
     if listed := re.search(r"(?:replica_groups|source_target_pairs)=\{\{([\d,]*)\}", attributes):
-        return [int(number) for number in listed[1].split(",") if number]
+        return _numbers(listed[1])
     if iota := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attributes):
-        groups, dims, order = ([int(n) for n in part.split(",")] if part else [] for part in iota.groups())
-        devices = np.arange(math.prod(dims)).reshape(dims).transpose(order or None)
-        return devices.reshape(groups)[0].tolist()
-    axes = re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(([^)]*)\))? ?\{([^}]*)\}", attributes)
+        groups, dims, order = (_numbers(part) for part in iota.groups())
+        return _iota(dims, order).reshape(groups)[0].tolist()
+    axes = re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\((.*?)\))? ?\{([^}]*)\}", attributes)
     if not axes:
         return []
     sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", axes[1])}
@@ -325,7 +329,22 @@ def _group(attributes: str) -> list[int]:
         count = int(part) if part else sizes[name]
         step = strides[name] * sizes[name] // (int(before or 1) * count)
         members = np.add.outer(members, step * np.arange(count)).ravel()
-    return members.tolist()
+    return _mesh_devices(axes[2], math.prod(sizes.values()))[members].tolist()
+
+
+def _mesh_devices(text: str | None, count: int) -> np.ndarray:
+    """The devices of a mesh in row-major order: listed (`0,2,1,3`), transposed (`[2,2]T(1,0)`), or simply counted."""
+    if transposed := re.fullmatch(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", text or ""):
+        return _iota(*(_numbers(part) for part in transposed.groups()))
+    return np.asarray(_numbers(text)) if text else np.arange(count)
+
+
+def _iota(dims: list[int], order: list[int]) -> np.ndarray:
+    return np.arange(math.prod(dims)).reshape(dims).transpose(order or None).ravel()
+
+
+def _numbers(text: str | None) -> list[int]:
+    return [int(number) for number in (text or "").split(",") if number]
 
 
 def _in_hbm(found: list[Array]) -> int:

@@ -1,9 +1,9 @@
 """TPU topologies by name, and what one of their chips can do.
 
 Chip figures are Google's published ones (Cloud TPU documentation, cloud.google.com/tpu/docs/v4, v5e, v5p, v6e, section
-"System architecture"): peak bfloat16 FLOP/s, memory and its bandwidth, and the bandwidth of the chip's inter-chip
-links in one direction, all links together (the tables name both directions, or bits). Between slices a chip has its
-share of the host's network cards (v5e: 2 x 100 Gbit/s for 8 chips; v6e: 4 x 200 for 8; v4 and v5p: 200 for 4).
+"System architecture"): peak bfloat16 FLOP/s (`core.peaks`), memory and its bandwidth, and the bandwidth of the chip's
+inter-chip links in one direction, all links together (the tables name both directions, or bits). Between slices a chip
+has its share of the host's network cards (v5e: 2 x 100 Gbit/s for 8 chips; v6e: 4 x 200 for 8; v4 and v5p: 200 for 4).
 """
 
 import dataclasses
@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from armd_jax.config import UserError, nearest
+from armd_jax.core.peaks import TPU_FLOPS
 
 if TYPE_CHECKING:
     import jax
@@ -36,10 +37,10 @@ class Chip:
 _FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 _CUBES = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16", "8x16x16")
 CHIPS = {
-    "v4": Chip(32 * GIB, 275e12, 1228e9, 300e9, 6.25e9, _CUBES, "v4-8"),
-    "v5e": Chip(16 * GIB, 197e12, 819e9, 200e9, 3.125e9, _FLAT, "v5litepod-16"),
-    "v5p": Chip(95 * GIB, 459e12, 2765e9, 600e9, 6.25e9, _CUBES, "v5p-8"),
-    "v6e": Chip(32 * GIB, 918e12, 1638e9, 400e9, 12.5e9, _FLAT, "v6e-16"),
+    "v4": Chip(32 * GIB, TPU_FLOPS["v4"], 1228e9, 300e9, 6.25e9, _CUBES, "v4-8"),
+    "v5e": Chip(16 * GIB, TPU_FLOPS["v5e"], 819e9, 200e9, 3.125e9, _FLAT, "v5litepod-16"),
+    "v5p": Chip(95 * GIB, TPU_FLOPS["v5p"], 2765e9, 600e9, 6.25e9, _CUBES, "v5p-8"),
+    "v6e": Chip(32 * GIB, TPU_FLOPS["v6e"], 1638e9, 400e9, 12.5e9, _FLAT, "v6e-16"),
 }
 
 

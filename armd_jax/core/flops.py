@@ -14,6 +14,7 @@ Training costs three times the forward pass (the backward pass twice as much aga
 import dataclasses
 
 from armd_jax.config import ModelConfig
+from armd_jax.core import peaks
 from armd_jax.core.network import mlp_width, padded_vocab
 
 
@@ -55,6 +56,17 @@ def training_flops_per_token(config: ModelConfig, length: int | None = None) -> 
     """
     length = config.max_length if length is None else length
     return forward_flops_per_token(config, length).times(3)
+
+
+def utilization(config: ModelConfig, tokens_per_second: float, device_kind: str, num_devices: int) -> float | None:
+    """Model-FLOPs utilisation of training: the share of the devices' bfloat16 peak that goes into the mathematics.
+
+    tokens_per_second: of all devices together. None where the peak of the device is not known.
+    """
+    peak = peaks.peak_flops(device_kind)
+    if peak is None:
+        return None
+    return training_flops_per_token(config).total * tokens_per_second / (peak * num_devices)
 
 
 def forward_flops_per_token(config: ModelConfig, length: int | None = None) -> TokenFlops:

@@ -10,6 +10,7 @@ import jax
 from tqdm import tqdm
 
 from armd_jax.config import Config
+from armd_jax.core import flops
 from armd_jax.training import step
 from armd_jax.training.checkpoints import Checkpointer
 from armd_jax.training.metrics import MetricWriter
@@ -112,8 +113,13 @@ class RunLog:
             return
         now = time.perf_counter()
         if self._clock is not None and done > self._clock[0]:  # the first row holds the compilation: no rate
-            values["train/tokens_per_second"] = (done - self._clock[0]) * self._tokens / (now - self._clock[1])
-            self._shown["tokens/s"] = f"{values['train/tokens_per_second']:,.0f}"
+            rate = (done - self._clock[0]) * self._tokens / (now - self._clock[1])
+            values["train/tokens_per_second"] = rate
+            self._shown["tokens/s"] = f"{rate:,.0f}"
+            utilization = flops.utilization(self._config.model, rate, jax.devices()[0].device_kind, jax.device_count())
+            if utilization is not None:
+                values["train/mfu"] = utilization
+                self._shown["mfu"] = f"{utilization:.0%}"
         self._clock = (done, now)
         self._shown["loss"] = f"{values['train/loss']:.4f}"
         self.bar.set_postfix(self._shown, refresh=False)

@@ -116,6 +116,28 @@ def test_collectives(program):
     assert not any(c.crosses_slices for c in program.collectives(4))
 
 
+@pytest.mark.parametrize(
+    ("groups", "crosses"),
+    [
+        ("{{0,1},{2,3}}", False),
+        ("[2,2]<=[4]", False),
+        ("[2,2]<=[2,2]T(1,0)", True),
+        ("mesh['a'=2,'b'=2] {'b'}", False),
+        ("mesh['a'=2,'b'=2] {'a'}", True),
+        ("mesh['a'=2,'b'=2], device_ids=([2,2]T(1,0)) {'a'}", False),
+        ("mesh['a'=2,'b'=2], device_ids=([2,2]T(1,0)) {'b'}", True),
+        ("mesh['a'=2,'b'=2], device_ids=(0,2,1,3) {'a'}", False),
+        ("mesh['a'=4] {'a':(1)2}", True),
+        ("mesh['a'=4] {'a':(2)2}", False),
+    ],
+)
+def test_groups_of_devices(groups, crosses):
+    """Every way of writing that two devices of four work together, in one slice of two or across both."""
+    found = Program(TEXT.replace("channel_id=9, replica_groups=[2,2]<=[2,2]T(1,0)", f"replica_groups={groups}"))
+    total = next(c for c in found.collectives(2) if c.computation == "main")
+    assert (total.group, total.crosses_slices) == (2, crosses)
+
+
 def test_sent_bytes():
     """Ring algorithms: a gather sends all parts but its own, an all-reduce twice that, a permutation everything."""
     assert Collective("all-gather", 400, 4, False, 3).sent_bytes == 3 * 300

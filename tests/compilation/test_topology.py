@@ -4,6 +4,7 @@ import pytest
 
 from armd_jax.compilation import topology
 from armd_jax.config import UserError
+from armd_jax.core import peaks
 
 
 def test_names():
@@ -41,3 +42,12 @@ def test_devices_of_a_slice_are_described():
     assert len(topology.devices(topology.parse("v4:2x2x1"))) == 4
     with pytest.raises(UserError, match="v5e:3x3"):
         topology.devices(topology.parse("v5e:3x3"))
+
+
+def test_names_of_compiled_chips_are_known():
+    """The devices that `armd compile` compiles for go by names that training knows, at the same peak."""
+    topology.prepare_environment()
+    for name in ("v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2"):
+        where = topology.parse(name)
+        kind = topology.devices(where)[0].device_kind
+        assert peaks.peak_flops(kind) == where.chip.flops, (name, kind)

@@ -1,5 +1,6 @@
 """launch/local_processes.py with real, small processes: output, first failure, signals, exit codes."""
 
+import json
 import os
 import pathlib
 import signal
@@ -161,6 +162,28 @@ def test_nobody_reads_the_output():
         launcher.stdout.readline()
         launcher.stdout.close()
         assert launcher.wait(timeout=50) in (0, 120)  # 120: Python could not flush its own output at the very end
+
+
+def test_a_training_of_two_processes(tmp_path, smoke_config, corpus):
+    """`armd train` for real: both processes end well, and process 0 has written a whole run."""
+    run, armd = tmp_path / "run", tmp_path / "bin" / "armd"
+    armd.parent.mkdir()
+    armd.write_text(f'#!/bin/sh\nPYTHONPATH="{ROOT}" exec "{sys.executable}" -m armd_jax.cli "$@"\n')
+    armd.chmod(0o755)
+    command = ["armd", "train", f"--config={smoke_config}", f"--workdir={run}", f"--config.data.path={corpus}"]
+    command += ["--config.training.num_steps=4", "--config.training.eval_every=0", "--config.order.sbp_steps=0"]
+    result = subprocess.run(
+        [sys.executable, LAUNCHER, "--processes=2", "--devices-per-process=1", "--", *command],
+        env=os.environ | {"PATH": f"{armd.parent}:{os.environ['PATH']}"},
+        capture_output=True,
+        text=True,
+        timeout=150,
+    )
+    assert result.returncode == 0, result.stderr
+    assert f"[0] {run}: trained 4 steps" in result.stdout and result.stdout.count("trained 4 steps") == 1
+    assert json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["step"] == 4
+    assert [int(step.name) for step in (run / "checkpoints").iterdir()] == [4]
+    assert {"config.json", "events.jsonl", "tokenizer", "data"} <= {path.name for path in run.iterdir()}
 
 
 @pytest.mark.parametrize(
