@@ -1,23 +1,42 @@
 #!/usr/bin/env bash
 # Compiles every preset for its TPU slice on this machine, which needs none, and prints what each needs and could reach.
-# Ends with code 0 only where all fit their chips and use the attention kernel. Some minutes; needs libtpu (Linux, x86).
+# With --scaling instead: one config with one batch on 16, 256 and 512 chips. Ends with code 0 only where all fit their
+# chips and use the attention kernel. Some tens of minutes, with --scaling some; needs libtpu (Linux, x86).
 set -euo pipefail
 cd "$(dirname "$0")/.."
-if [ "${1:-}" = "--help" ]; then
-    sed -n '2,3s/^# //p' "$0"
-    echo "usage: bash launch/prove.sh [--dry-run]    OUT=build/prove names the folder of the reports"
-    exit 0
-fi
 OUT=${OUT:-build/prove}
-PRESETS=(
+TABLE=presets
+RUNS=(
     "owt_small --topology=v5e:4x4"
     "owt_medium --topology=v5e:16x16"
     "owt_1_3b --topology=v5e:16x16 --slices=2"
     "owt_7b --topology=v5p:8x8x8"
 )
-if [ "${1:-}" = "--dry-run" ]; then
-    for preset in "${PRESETS[@]}"; do
-        echo "armd compile --config=experiments/${preset%% *}.py ${preset#* } --json"
+# A row of the batch a chip on 512 chips: no microbatches, on any of them.
+SCALING=(
+    "owt_small --topology=v5e:4x4 --config.training.microbatches=1"
+    "owt_small --topology=v5e:16x16 --config.training.microbatches=1"
+    "owt_small --topology=v5e:16x16 --slices=2 --config.training.microbatches=1"
+)
+DRY_RUN=
+for option in "$@"; do
+    case $option in
+        --help)
+            sed -n '2,4s/^# //p' "$0"
+            echo "usage: bash launch/prove.sh [--scaling] [--dry-run]    OUT=build/prove names the folder of the reports"
+            exit 0
+            ;;
+        --scaling) TABLE=scaling RUNS=("${SCALING[@]}") ;;
+        --dry-run) DRY_RUN=yes ;;
+        *)
+            echo "error: $option is not known (see bash launch/prove.sh --help)" >&2
+            exit 2
+            ;;
+    esac
+done
+if [ "$DRY_RUN" ]; then
+    for run in "${RUNS[@]}"; do
+        echo "armd compile --config=experiments/${run%% *}.py ${run#* } --json"
     done
     exit 0
 fi
@@ -25,21 +44,29 @@ fi
 use_environment .venv/test "[test]"
 
 mkdir -p "$OUT"
-for preset in "${PRESETS[@]}"; do
+reports=()
+for run in "${RUNS[@]}"; do
+    reports+=("$OUT/$TABLE-${#reports[@]}-${run%% *}.json")
     # shellcheck disable=SC2086  # the flags are words
-    armd compile --config="experiments/${preset%% *}.py" ${preset#* } --json >"$OUT/${preset%% *}.json" || [ $? = 1 ]
+    armd compile --config="experiments/${run%% *}.py" ${run#* } --json >"${reports[-1]}" || [ $? = 1 ]
 done
-python - "$OUT" "${PRESETS[@]%% *}" <<'PYTHON'
+python - "$TABLE" "${reports[@]}" <<'PYTHON'
 import json
 import pathlib
 import sys
 
-folder, names = pathlib.Path(sys.argv[1]), sys.argv[2:]
+table, *files = sys.argv[1:]
 good = True
-print("| preset | slice | mesh | peak GiB a chip | attention kernel | step ms | MFU | limit | compiled in s |")
-print("|---|---|---|---|---|---|---|---|---|")
-for name in names:
-    text = (folder / f"{name}.json").read_text()
+if table == "presets":
+    print("| preset | slice | mesh | peak GiB a chip | attention kernel | step ms | MFU | limit | compiled in s |")
+    print("|---|---|---|---|---|---|---|---|---|")
+else:
+    print("| chips | slice | mesh | TFLOPs a chip | peak GiB a chip | collectives sent, MiB a chip | of these between"
+          " slices | step ms | MFU | limit |")
+    print("|---|---|---|---|---|---|---|---|---|---|")
+for file in files:
+    name = pathlib.Path(file).stem.split("-")[-1]
+    text = pathlib.Path(file).read_text()
     if not text:  # the compiler's own words stand above
         print(f"| {name} | could not be compiled |")
         good = False
@@ -47,13 +74,20 @@ for name in names:
     r = json.loads(text)
     kernel = any("splash" in kernel for kernel in r["attention_kernels"])
     good = good and r["fits"] and kernel
-    slices = f"{r['slices']} x " if r["slices"] > 1 else ""
+    place = (f"{r['slices']} x " if r["slices"] > 1 else "") + r["topology"]
     mesh = " x ".join(str(size) for size in r["mesh"].values())
     peak = f"{r['peak_bytes'] / 2**30:.1f} of {r['hbm_bytes'] / 2**30:.0f}"
-    speed = f"{r['predicted_step_seconds'] * 1e3:.0f} | {r['predicted_mfu']:.0%}" if r["fits"] else "does not fit | "
-    print(
-        f"| {name} | {slices}{r['topology']} | {mesh} | {peak} | {'splash' if kernel else 'none'} | {speed}"
-        f" | {r['limiting_term']} | {r['compile_seconds']:.0f} |"
-    )
+    if not r["fits"]:
+        print(f"| {name} | {place} | {mesh} | {peak} | does not fit |")
+        continue
+    speed = f"{r['predicted_step_seconds'] * 1e3:.0f} | {r['predicted_mfu']:.0%} | {r['limiting_term']}"
+    if table == "presets":
+        attention = "splash" if kernel else "none"
+        print(f"| {name} | {place} | {mesh} | {peak} | {attention} | {speed} | {r['compile_seconds']:.0f} |")
+        continue
+    sent = sum(c["sent_bytes"] for c in r["collectives"]) / 2**20
+    between = sum(c["sent_bytes"] for c in r["collectives"] if c["between_slices"]) / 2**20
+    work = r["executed_flops"] / r["chips"] / 1e12
+    print(f"| {r['chips']} | {place} | {mesh} | {work:.1f} | {peak} | {sent:.0f} | {between:.0f} | {speed} |")
 sys.exit(0 if good else 1)
 PYTHON

@@ -26,6 +26,8 @@ CASES = {
         "local_processes.py", "--processes=2", "--devices-per-process=4", "--port=12345", "--",
         "armd", "train", "--config=experiments/quickstart.py:smoke", "--workdir=runs/two processes",
     ],
+    "prove": ["prove.sh"],
+    "prove_scaling": ["prove.sh", "--scaling"],
     "keep_running": ["keep_running.sh", "--max-restarts=3", *TRAIN],
     "tpu_vm_install": ["tpu_vm.sh", "install", *PLACE, "--setup=sudo mount -t nfs 10.0.0.2:/runs /mnt/runs"],
     "tpu_vm_train": ["tpu_vm.sh", "train", *PLACE, "--gcloud-flag=--internal-ip", *TRAIN],

@@ -34,6 +34,18 @@ def test_a_python_that_is_too_old_is_one_line(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_prove_scales_one_config():
+    """--scaling differs in the slice alone: 16, 256 and 512 chips."""
+    command = ["bash", ROOT / "launch" / "prove.sh", "--dry-run", "--scaling"]
+    lines = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
+    chips, others = [], set()
+    for line in lines:
+        words = dict(word.split("=") for word in line.split() if "=" in word)
+        chips.append(topology.parse(words.pop("--topology"), int(words.pop("--slices", 1))).chips)
+        others.add(tuple(words.items()))
+    assert chips == [16, 256, 512] and len(others) == 1
+
+
 def test_prove_names_every_preset():
     """--dry-run prints one command for each of the OpenWebText experiments, on a slice that the compiler knows."""
     command = ["bash", ROOT / "launch" / "prove.sh", "--dry-run"]
