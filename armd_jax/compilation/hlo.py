@@ -1,8 +1,8 @@
 """What a compiled program does, read from its HLO text: collectives, kernels, matrix products, memory traffic.
 
 The text is that of one device. An instruction inside a loop is counted once an iteration where the text says how many
-there are (`known_trip_count`, or a condition that compares the counter with a constant), else once; of the branches of
-a conditional every one is counted.
+there are (`known_trip_count`, or a condition that compares the counter with a constant, from where the counter starts),
+else once; of the branches of a conditional every one is counted.
 """
 
 import dataclasses
@@ -138,22 +138,35 @@ class Program:
         def visit(name: str, count: int) -> None:
             times[name] += count
             for instruction in self.computations.get(name, ()):
-                trips = self._trips(instruction) if instruction.opcode == "while" else 1
+                trips = self._trips(name, instruction) if instruction.opcode == "while" else 1
                 for callee in called(instruction):
                     visit(callee, count * trips)
 
         visit(self.entry, 1)
         return dict(times)
 
-    def _trips(self, loop: Instruction) -> int:
+    def _trips(self, computation: str, loop: Instruction) -> int:
         if known := _TRIPS.search(loop.attributes):
             return int(known[1])
         condition = re.search(r"condition=%?([\w.\-]+)", loop.attributes)
         body = self.computations.get(condition[1], []) if condition else []
-        constants = {i.name: int(i.attributes) for i in body if i.opcode == "constant" and i.attributes.isdigit()}
         compared = [i for i in body if i.is_root and i.opcode == "compare" and "direction=LT" in i.attributes]
-        # Counters of scans start at 0 and rise by one; a loop from 1 is counted once too often.
-        return max(constants.get(compared[0].operands[1], 1), 1) if compared else 1
+        if not compared:
+            return 1
+        limit = _constants(body).get(compared[0].operands[1], 1)
+        return max(limit - self._first(computation, loop, body, compared[0].operands[0]), 1)
+
+    def _first(self, computation: str, loop: Instruction, condition: list[Instruction], counter: str) -> int:
+        """What a loop's counter starts at: 0, or the rounds that the compiler took out in front of the loop."""
+        outside = self.computations[computation]
+        index = next((re.search(r"index=(\d+)", i.attributes) for i in condition if i.name == counter), None)
+        state = next((i for i in outside if i.name == loop.operands[0] and i.opcode == "tuple"), None)
+        if index is None or state is None:
+            return 0
+        value, copies = state.operands[int(index[1])], {i.name: i for i in outside if i.opcode in ("copy", "bitcast")}
+        while value in copies:
+            value = copies[value].operands[0]
+        return _constants(outside).get(value, 0)
 
     def _fused(self) -> set[str]:
         """Computations inside fusions: what they pass on stays on the core."""
@@ -310,6 +323,11 @@ def _split_operands(rest: str) -> tuple[tuple[str, ...], str]:
     if inside.isdigit():
         return (), inside
     return tuple(re.findall(r"%([\w.\-]+)", inside)), attributes
+
+
+def _constants(body: list[Instruction]) -> dict[str, int]:
+    """The integers among the constants, by name."""
+    return {i.name: int(i.attributes) for i in body if i.opcode == "constant" and i.attributes.isdigit()}
 
 
 def _group(attributes: str) -> list[int]:

@@ -79,6 +79,12 @@ ENTRY %main (a: (s32[], bf16[8,128], bf16[12,128,128]), b: f32[16], c: s32[]) ->
   ROOT %part = f32[32]{0:T(128)} fusion(%total, %c), kind=kCustom, calls=%scatter
 }
 """
+# The same loop, from 1 on.
+MOVED = """
+  %one = s32[]{:T(128)} constant(1)
+  %begin.1 = s32[]{:T(128)} copy(%one)
+  %from1 = (s32[]{:T(128)}, bf16[8,128]{1,0}, bf16[12,128,128]{2,1,0}) tuple(%begin.1, %c, %c)
+"""
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +104,8 @@ def test_loops_count_their_rounds(program):
     """The body runs as often as its condition says, and what it calls with it."""
     assert program.entry == "main" and program.times["main"] == 1
     assert program.times["body"] == program.times["product"] == 12
+    later = TEXT.replace("while(%a)", "while(%from1)").replace("  %loop =", MOVED + "  %loop =")
+    assert Program(later).times["product"] == 11  # the first round stands in front of the loop
     known = TEXT.replace("body=%body", 'body=%body, backend_config={"known_trip_count":{"n":"5"}}')
     assert Program(known).times["product"] == 5
 
