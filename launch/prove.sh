@@ -58,8 +58,9 @@ import sys
 table, *files = sys.argv[1:]
 good = True
 if table == "presets":
-    print("| preset | slice | mesh | peak GiB a chip | attention kernel | step ms | MFU | limit | compiled in s |")
-    print("|---|---|---|---|---|---|---|---|---|")
+    print("| preset | slice | mesh | state GiB | temporary GiB | peak GiB a chip | attention kernel | step ms | MFU | limit"
+          " | compiled in s |")
+    print("|---|---|---|---|---|---|---|---|---|---|---|")
 else:
     print("| chips | slice | mesh | TFLOPs a chip | peak GiB a chip | collectives sent, MiB a chip | of these between"
           " slices | step ms | MFU | limit |")
@@ -83,7 +84,9 @@ for file in files:
     speed = f"{r['predicted_step_seconds'] * 1e3:.0f} | {r['predicted_mfu']:.0%} | {r['limiting_term']}"
     if table == "presets":
         attention = "splash" if kernel else "none"
-        print(f"| {name} | {place} | {mesh} | {peak} | {attention} | {speed} | {r['compile_seconds']:.0f} |")
+        state, temporary = (f"{r[key] / 2**30:.2f}" for key in ("argument_bytes", "temp_bytes"))
+        memory = f"{state} | {temporary} | {peak}"
+        print(f"| {name} | {place} | {mesh} | {memory} | {attention} | {speed} | {r['compile_seconds']:.0f} |")
         continue
     sent = sum(c["sent_bytes"] for c in r["collectives"]) / 2**20
     between = sum(c["sent_bytes"] for c in r["collectives"] if c["between_slices"]) / 2**20
