@@ -7,12 +7,21 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from armd_jax.core.panels import Panels
+from armd_jax.core.panels import product as panel_product
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def linear(rows_BRD: jax.Array, weight: jax.Array, dtype: jnp.dtype | None = None) -> jax.Array:
+
+def linear(rows_BRD: jax.Array, weight: jax.Array | Panels, dtype: jnp.dtype | None = None) -> jax.Array:
     """rows [B, R, D] times weight [D, ...] over D; [B, R, ...], summed and put out in `dtype` (the rows' by default).
 
-    The product is the ordinary one. It has a gradient rule of its own for the order of the weight's gradient: autodiff
+    A weight in panels is for decoding: no gradient rule, float32.
+    """
+    return panel_product(rows_BRD, weight) if isinstance(weight, Panels) else _linear(rows_BRD, weight, dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _linear(rows_BRD: jax.Array, weight: jax.Array, dtype: jnp.dtype | None) -> jax.Array:
+    """The ordinary product, with a gradient rule of its own for the order of the weight's gradient: autodiff
     writes it as (d out)^T rows, and where the output is wider than the input XLA on CPU then computes the derivative
     of what follows a second time, column by column, for the transposed copy: two fifths of the time of a whole layer.
     """
@@ -24,7 +33,7 @@ def _product(rows_BRD: jax.Array, weight: jax.Array, dtype: jnp.dtype | None) ->
 
 
 def _forward(rows_BRD: jax.Array, weight: jax.Array, dtype: jnp.dtype | None) -> tuple[jax.Array, tuple]:
-    # Not `linear` itself: a rematerialisation policy that keeps products does not look into it.
+    # Not `_linear` itself: a rematerialisation policy that keeps products does not look into it.
     return _product(rows_BRD, weight, dtype), (rows_BRD, weight)
 
 
@@ -45,4 +54,4 @@ def _backward(
     return d_rows_BRD, jnp.moveaxis(d_weight, -1, 0)
 
 
-linear.defvjp(_forward, _backward)
+_linear.defvjp(_forward, _backward)

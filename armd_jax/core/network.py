@@ -29,6 +29,7 @@ from armd_jax.config import ModelConfig
 from armd_jax.core.aggregation import Aggregator
 from armd_jax.core.attention import KERNEL_OUTPUT, attention, cached_attention, chunk_size
 from armd_jax.core.linear import linear
+from armd_jax.core.panels import Panels, cut
 from armd_jax.core.rows import START, Rows, single_row
 
 Params = dict[str, Any]
@@ -165,12 +166,12 @@ class Layer(nn.Module):
         keys, queries = slice(0, self.num_keys), slice(self.first_query, None)
 
         normed_BRD = _norm(config, "attention_norm")(rows_BRD)
-        w_q = self.param("query", _normal(width), (width, heads, head_width))
-        w_kv = self.param("key_value", _normal(width), (width, 2, heads, head_width))
-        w_o = self.param("attention_out", _normal(width, residual_gain), (heads, head_width, width))
+        w_q = self._weight("query", _normal(width), (width, heads, head_width), dtype)
+        w_kv = self._weight("key_value", _normal(width), (width, 2, heads, head_width), dtype)
+        w_o = self._weight("attention_out", _normal(width, residual_gain), (heads, head_width, width), dtype)
         cos, sin = rotary
-        q_BQHK = linear(normed_BRD[:, queries], w_q.astype(dtype))
-        kv_BTcHK = linear(normed_BRD[:, keys], w_kv.astype(dtype))
+        q_BQHK = linear(normed_BRD[:, queries], w_q)
+        kv_BTcHK = linear(normed_BRD[:, keys], w_kv)
         q_BQHK = _rotate(q_BQHK, cos[:, queries], sin[:, queries])
         k_BTHK, v_BTHK = (a[:, :, 0] for a in jax.lax.split(kv_BTcHK, (1, 1), axis=2))
         k_BTHK = _rotate(k_BTHK, cos[:, keys], sin[:, keys])
@@ -183,20 +184,30 @@ class Layer(nn.Module):
             v_ZTK = _write(cache[1], v_BTHK, start, valid_BX, "BHTK")
             cache = (k_ZKT, v_ZTK)
             mixed_BQHK = cached_attention(q_BQHK, k_ZKT, v_ZTK, len_BQ)
-        out_BQD = jnp.einsum("BQHK,HKD->BQD", mixed_BQHK, w_o.astype(dtype))
+        if isinstance(w_o, Panels):
+            out_BQD = linear(mixed_BQHK.reshape(*mixed_BQHK.shape[:2], width), w_o)
+        else:
+            out_BQD = jnp.einsum("BQHK,HKD->BQD", mixed_BQHK, w_o)
         rows_BQD = rows_BRD[:, queries] + dropout(config.dropout, out_BQD, dropout_key, 0)
 
         normed_BQD = _norm(config, "mlp_norm")(rows_BQD)
-        w_in = self.param("mlp_in", _normal(width), (width, mlp)).astype(dtype)
-        w_out = self.param("mlp_out", _normal(mlp, residual_gain), (mlp, width)).astype(dtype)
+        w_in = self._weight("mlp_in", _normal(width), (width, mlp), dtype)
+        w_out = self._weight("mlp_out", _normal(mlp, residual_gain), (mlp, width), dtype)
         hidden_BQF = linear(normed_BQD, w_in)
         if config.mlp == "swiglu":
-            w_gate = self.param("mlp_gate", _normal(width), (width, mlp)).astype(dtype)
+            w_gate = self._weight("mlp_gate", _normal(width), (width, mlp), dtype)
             hidden_BQF = nn.silu(linear(normed_BQD, w_gate)) * hidden_BQF
         else:
             hidden_BQF = nn.gelu(hidden_BQF)
         out_BQD = linear(hidden_BQF, w_out)
         return rows_BQD + dropout(config.dropout, out_BQD, dropout_key, 1), cache
+
+    def _weight(
+        self, name: str, init: nn.initializers.Initializer, shape: tuple[int, ...], dtype: jnp.dtype
+    ) -> jax.Array | Panels:
+        """The parameter in the dtype of the activations, or the panels that decoding has in its place."""
+        held = self.get_variable("params", name)
+        return held if isinstance(held, Panels) else self.param(name, init, shape).astype(dtype)
 
 
 def dropout(rate: float, array: jax.Array, key: jax.Array | None, place: int) -> jax.Array:
@@ -261,6 +272,26 @@ def unstack(params: Params) -> Params:
             count = jax.tree.leaves(params[name])[0].shape[0]
             per_layer[name] = [jax.tree.map(lambda a, i=i: a[i], params[name]) for i in range(count)]
     return per_layer
+
+
+def in_panels(params: Params, both_streams: bool, one_stream: bool) -> Params:
+    """`unstack`ed parameters, weights in panels where decoding on CPU multiplies a few float32 rows with them.
+
+    both_streams: the weights that rows of both streams meet, in the first M - 1 layers. one_stream: the others, the
+    head among them, in a place of its own also where it is tied to the embedding.
+    """
+
+    def panels(path: tuple, leaf: jax.Array) -> jax.Array | Panels:
+        name = path[-1].key
+        if name not in PARAM_AXES or name == "embedding":
+            return leaf
+        wanted = both_streams if path[0].key == "two_stream" and name != "key_value" else one_stream
+        found = cut(leaf.reshape(-1, leaf.shape[-1]) if name == "attention_out" else leaf) if wanted else leaf
+        return found if isinstance(found, Panels) else leaf
+
+    if one_stream and "head" not in params:
+        params = params | {"head": params["embedding"].T}
+    return jax.tree_util.tree_map_with_path(panels, unstack(params))
 
 
 def init_cache(config: ModelConfig, batch: int, length: int) -> Cache:
@@ -381,11 +412,11 @@ def _run(
 
     def whole(path: tuple, leaf: jax.Array) -> jax.Array:
         """A weight put together along the model width, in the dtype it is used in: half the bytes to gather."""
-        axes = PARAM_AXES.get(path[-1].key)
+        axes = None if isinstance(leaf, Panels) else PARAM_AXES.get(path[-1].key)
         return leaf if axes is None else constrain(leaf.astype(h_BRD.dtype), axes)
 
     def apply(h_BRD, params, number, cache=None):
-        params = jax.tree_util.tree_map_with_path(whole, params)
+        params = jax.tree_util.tree_map_with_path(whole, params, is_leaf=lambda leaf: isinstance(leaf, Panels))
         key = None if dropout_key is None else jax.random.fold_in(dropout_key, number)
         h_BQD, cache = layer.apply({"params": params}, h_BRD, rotary, len_BQ, key, cache, start, valid_BX)
         return constrain(h_BQD, ROW_AXES), cache
@@ -426,7 +457,9 @@ def _split_layers(stack: Params) -> list[Params]:
 
 def head_logits(params: Params, config: ModelConfig, h_BND: jax.Array) -> jax.Array:
     """Float32 logits [B, N, V] over the padded vocabulary; padding rows are -inf, so no softmax gives them any mass."""
-    weight_DV = params["embedding"].T if config.tie_embeddings else params["head"]
-    logits_BNV = linear(h_BND, weight_DV.astype(h_BND.dtype), jnp.float32)
+    weight_DV = params["head"] if "head" in params else params["embedding"].T
+    if not isinstance(weight_DV, Panels):
+        weight_DV = weight_DV.astype(h_BND.dtype)
+    logits_BNV = linear(h_BND, weight_DV, jnp.float32)
     real = jnp.arange(logits_BNV.shape[-1]) < config.vocab_size
     return jnp.where(real, logits_BNV, -jnp.inf)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import flax.struct
 import jax
@@ -14,6 +14,7 @@ from armd_jax.core import network, objective
 from armd_jax.core import order as orders
 from armd_jax.core.network import Params
 from armd_jax.core.order import Order
+from armd_jax.core.panels import few_rows
 from armd_jax.data.tokenizers import Tokenizer
 from armd_jax.inference import likelihood, sampler
 
@@ -55,8 +56,20 @@ class LanguageModel:
         return dataclasses.replace(self, params=params)
 
     @functools.cached_property
-    def _decoding_params(self) -> Params:
+    def _layers(self) -> Params:
         return network.unstack(self.params)
+
+    @functools.cached_property
+    def _panels(self) -> Callable[[bool, bool], Params]:
+        """What `network.in_panels` gives, made once for each pair of its switches."""
+        cut = jax.jit(network.in_panels, static_argnums=(1, 2))
+        return functools.cache(lambda both_streams, one_stream: cut(self.params, both_streams, one_stream))
+
+    def _loop_params(self, rows: int) -> Params | None:
+        """Parameters in the layout for calls with so many rows of each stream; None: as they are."""
+        few = few_rows(2 * rows), few_rows(rows)
+        in_float32 = network.activation_dtype(self.config) == jnp.float32
+        return self._panels(*few) if any(few) and in_float32 and jax.default_backend() == "cpu" else None
 
     def logits(self, tokens_BN: np.ndarray | jax.Array, order: Order) -> jax.Array:
         """[B, N, V] float32 at natural positions: row j holds the log-odds of position j given all earlier blocks."""
@@ -101,7 +114,7 @@ class LanguageModel:
         table = sampler.block_table(order, num_evidence)
         generated = jnp.take_along_axis(jnp.asarray(np.maximum(known_BN, 0), jnp.int32), order.positions_BN, axis=1)
         state = sampler.generate(
-            self._decoding_params,
+            self._layers,
             self.config,
             jax.random.key(seed),
             generated,
@@ -113,6 +126,7 @@ class LanguageModel:
             greedy=temperature == 0,
             top_k=top_k,
             top_p=None if top_p is None else jnp.float32(top_p),
+            loop_params=self._loop_params(batch * streams),
         )
         call_BN = jnp.maximum(order.block_BN - num_evidence, 0)
         tokens_BN, log_prob_BN, call_BN = (

@@ -85,12 +85,14 @@ def _categorical(key: jax.Array, logits_BSV: jax.Array) -> jax.Array:
     """
     vocab = logits_BSV.shape[-1]
     size = network.VOCAB_MULTIPLE if vocab % network.VOCAB_MULTIPLE == 0 else vocab
-    group_key, entry_key = jax.random.split(key)
-    logits_BSCW = logits_BSV.reshape(*logits_BSV.shape[:-1], vocab // size, size)
+    groups = vocab // size
+    logits_BSCW = logits_BSV.reshape(*logits_BSV.shape[:-1], groups, size)
     mass_BSC = jax.nn.logsumexp(logits_BSCW, axis=-1)
-    group_BS = jax.random.categorical(group_key, mass_BSC, axis=-1, mode="high")
+    # One draw for both steps: on CPU the generator's cost is in how often it runs.
+    noise = jax.random.gumbel(key, (*logits_BSV.shape[:-1], groups + size), mode="high")
+    group_BS = jnp.argmax(mass_BSC + noise[..., :groups], axis=-1)
     inside_BSW = jnp.take_along_axis(logits_BSCW, group_BS[..., None, None], axis=2)[:, :, 0]
-    entry_BS = jax.random.categorical(entry_key, inside_BSW, axis=-1, mode="high")
+    entry_BS = jnp.argmax(inside_BSW + noise[..., groups:], axis=-1)
     return (group_BS * size + entry_BS).astype(jnp.int32)
 
 
@@ -109,14 +111,18 @@ def generate(
     greedy: bool,
     top_k: int | None,
     top_p: jax.Array | None,
+    loop_params: Params | None = None,
 ) -> SamplingState:
     """Samples every position after the first `num_evidence` of the order.
 
-    params: `network.unstack`ed. tokens_BN: int32 in generation order, evidence filled in. The order's first sampled
-    block is a single token and no block is longer than `streams`.
+    params: `network.unstack`ed. loop_params: the same in a layout for the few rows of all calls but the first, which
+    has the evidence (`network.in_panels`). tokens_BN: int32 in generation order, evidence filled in. The order's first
+    sampled block is a single token and no block is longer than `streams`.
     """
     batch, length = tokens_BN.shape
+    loop_params = params if loop_params is None else loop_params
     mask = block_mask.build(order)
+    call_keys = jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.arange(table.start_C.shape[0]))
     spare = lambda a: jnp.pad(a, ((0, 0), (0, streams)))  # noqa: E731
     positions_BN = spare(order.positions_BN + 1)
 
@@ -139,7 +145,7 @@ def generate(
     )
     cache = network.init_cache(config, batch, length + streams)
     h_BGD, cache = network.forward(params, config, rows, cache)
-    head_B1, head_log_prob_B1 = sample(jax.random.fold_in(key, 0), network.head_logits(params, config, h_BGD[:, -1:]))
+    head_B1, head_log_prob_B1 = sample(call_keys[0], network.head_logits(params, config, h_BGD[:, -1:]))
     log_prob_B1 = head_log_prob_B1
     if num_evidence:
         known, _ = objective.token_log_probs(params, config, h_BGD[:, :-1], tokens_BN[:, :num_evidence])
@@ -171,8 +177,8 @@ def generate(
             x_valid_BX=x_valid,
             g_valid_BG=g_valid,
         )
-        h_BSD, cache = network.forward(params, config, rows, state.cache)
-        tokens_BS, log_prob_BS = sample(jax.random.fold_in(key, call), network.head_logits(params, config, h_BSD))
+        h_BSD, cache = network.forward(loop_params, config, rows, state.cache)
+        tokens_BS, log_prob_BS = sample(call_keys[call], network.head_logits(loop_params, config, h_BSD))
         put = lambda a, new: jax.lax.dynamic_update_slice_in_dim(  # noqa: E731
             a, jnp.where(g_valid, new, take(a, g_start)), g_start, axis=1
         )
