@@ -26,8 +26,9 @@ AGGREGATORS = ("positional", "mean", "shift")
 NORMS = ("layernorm", "rmsnorm")
 MLPS = ("gelu", "swiglu")
 REMATS = ("none", "dots", "full")
-ATTENTIONS = ("auto", "dense", "chunked", "splash")
-SPLASH_TILE = 128  # the kernel works on tiles of so many rows
+ATTENTIONS = ("auto", "dense", "chunked", "splash", "flash")
+SPLASH_TILE = 128  # the TPU kernel works on tiles of so many rows
+FLASH_WIDEST = 256  # the GPU kernel has tiles for heads up to this width
 DTYPES = ("auto", "float32", "bfloat16")
 SWITCHES = ("auto", "on", "off")
 ORDER_KINDS = ("left_to_right", "progressive", "uniform", "strided", "masked_diffusion")
@@ -64,19 +65,21 @@ class ModelConfig:
     dtype: str = "auto"  # of activations; auto: bfloat16 on accelerators, float32 on CPU
     remat: str = "none"  # what the backward pass recomputes: nothing, all but matrix products, whole layers
     scan_layers: str = "auto"  # one compiled layer body (flat compile time); auto: on accelerators
-    attention: str = "auto"  # auto: splash in training on TPU where masks are known when tracing, else dense or chunked
+    attention: str = "auto"  # auto: in training flash on GPU, splash on TPU (masks known when tracing); else by size
     attention_chunk: int = 0  # queries and keys a step of the chunked attention path; 0: 128 on CPU, else 512
     loss_chunk: int = 0  # positions whose logits exist at once; 0: as many as keep them below 64 MiB
 
     def for_platform(self, platform: str) -> "ModelConfig":
         """The same with what is `auto` decided for a platform ("cpu", "gpu", "tpu"), whatever backend runs here.
 
-        `attention` stays `auto` where the sizes decide. Splash attention asks for rows of whole 128-token tiles.
+        `attention` stays `auto` where the sizes decide between dense and chunked. Splash attention asks for rows of
+        whole 128-token tiles, flash attention for heads that are not too wide.
         """
         accelerated = platform != "cpu"
         splash = platform == "tpu" and self.max_length % SPLASH_TILE == 0
+        flash = platform == "gpu" and self.width // self.num_heads <= FLASH_WIDEST
         choices = {"dtype": "bfloat16" if accelerated else "float32", "scan_layers": "on" if accelerated else "off"}
-        choices["attention"] = "splash" if splash else "auto"
+        choices["attention"] = "splash" if splash else "flash" if flash else "auto"
         chosen = {name: value for name, value in choices.items() if getattr(self, name) == "auto"}
         # A core's cache holds the smaller block of scores; an accelerator wants few and large steps.
         chunk = self.attention_chunk or (512 if accelerated else 128)
@@ -316,6 +319,11 @@ def validate_model(model: ModelConfig, where: str = "model") -> None:
     if model.attention == "splash" and model.max_length % SPLASH_TILE:
         raise UserError(
             f"{where}.attention='splash': {where}.max_length={model.max_length} must be a multiple of {SPLASH_TILE}"
+        )
+    if model.attention == "flash" and model.width // model.num_heads > FLASH_WIDEST:
+        raise UserError(
+            f"{where}.attention='flash': {where}.width / {where}.num_heads = {model.width // model.num_heads}"
+            f" is more than {FLASH_WIDEST}; use auto or chunked"
         )
     _fraction(f"{where}.dropout", model.dropout)
     for name, known in (

@@ -255,7 +255,7 @@ CONFIGS = [
     ("model.dropout=1e999", r"must be a finite number"),
     ("model.tie_embeddings=maybe", r"expected true or false"),
     ("model.aggregator=sum", r"model.aggregator='sum' is not known"),
-    ("model.attention=flash", r"model.attention='flash' is not known"),
+    ("model.attention=flesh", r"model.attention='flesh' is not known; did you mean 'flash'"),
     ("model.vocab_size=300", r"model.vocab_size=300, but the data's tokenizer has 257"),
     ("data.damaged=ignore", r"data.damaged='ignore' is not known; known: error, skip"),
     ("data.valid_fraction=1.5", r"data.valid_fraction=1.5"),

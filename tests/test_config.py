@@ -125,6 +125,10 @@ WRONG_VALUES = [
     ({"model__remat": "all"}, r"model\.remat='all'"),
     ({"model__scan_layers": "yes"}, r"model\.scan_layers='yes'"),
     ({"model__attention": "chunk"}, r"did you mean 'chunked'"),
+    (
+        {"model__attention": "flash", "model__num_heads": 2},
+        r"'flash': model\.width / model\.num_heads = 384 is more than 256",
+    ),
     ({"data__valid_fraction": 1.0}, r"data\.valid_fraction=1.0"),
     ({"data__test_fraction": -0.5}, r"data\.test_fraction=-0.5"),
     ({"data__test_fraction": 0.6, "data__valid_fraction": 0.6}, r"must leave something to train on"),

@@ -34,10 +34,10 @@ def attention(
     """softmax(q k^T / sqrt(K)) v over the first len_BQ keys of each query; [B, Q, H, K] in q's dtype.
 
     Scores and softmax are float32. `auto` takes `dense` while the keys fit in one chunk or the scores of a head are no
-    more than chunk x chunk numbers (a few decoding rows over a long cache), else `chunked`; so does `splash`, which
-    comes in from outside (`core.splash`) where masks are known when tracing and leaves only other calls to this one.
+    more than chunk x chunk numbers (a few decoding rows over a long cache), else `chunked`; so do `splash` and `flash`,
+    kernels that come in from outside (`core.splash`, `core.flash`) in training and leave only other calls to this one.
     """
-    if implementation in ("auto", "splash"):
+    if implementation in ("auto", "splash", "flash"):
         queries, keys = q_BQHK.shape[1], k_BTHK.shape[1]
         implementation = "dense" if keys <= chunk or queries * keys <= chunk * chunk else "chunked"
     if implementation == "dense":

@@ -59,7 +59,10 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
 
 def for_mesh(config: Config, mesh: Mesh) -> Config:
     """The config with what is `auto` decided for the mesh's devices, and the chunk of logits sized for one of them."""
-    model = config.model.for_platform(mesh.devices.flat[0].platform)
+    device = mesh.devices.flat[0]
+    model = config.model.for_platform(device.platform)
+    if model.attention == "flash" and config.model.attention == "auto" and not _compiles_flash(device):
+        model = dataclasses.replace(model, attention="auto")
     if not model.loss_chunk and mesh.size > 1:
         rows = config.training.batch_size // config.training.microbatches // (mesh.shape["data"] * mesh.shape["fsdp"])
         vocab_part = network.padded_vocab(model) // mesh.shape["tensor"]
@@ -67,23 +70,48 @@ def for_mesh(config: Config, mesh: Mesh) -> Config:
     return dataclasses.replace(config, model=model)
 
 
+def _compiles_flash(device: jax.Device) -> bool:
+    """Whether Triton compiles for this GPU, in bfloat16 too; others than NVIDIA's do not number their capability."""
+    capability = str(getattr(device, "compute_capability", ""))
+    return capability[:1].isdigit() and float(capability) >= 8
+
+
 def attend(config: Config, mesh: Mesh, patterns: tuple[int, ...] | None) -> Attend | None:
     """The attention kernel of the mesh's devices for orders of these patterns (`order.patterns`); None: none fits.
 
     config: as `for_mesh` gives it. The kernel runs per device on its own rows and heads. On CPU it is interpreted.
+    Raises UserError where the config asks for a kernel that the devices do not run.
     """
-    platform = mesh.devices.flat[0].platform
-    if config.model.attention != "splash" or patterns is None:
+    kind, device = config.model.attention, mesh.devices.flat[0]
+    home = {"splash": "tpu", "flash": "gpu"}.get(kind)
+    if home is None or (kind == "splash" and patterns is None):
         return None
-    if platform not in ("tpu", "cpu"):
-        raise UserError(f"model.attention='splash' runs on TPU, not on {platform}: use auto or chunked")
-    from armd_jax.core import splash  # imports Pallas
+    if device.platform not in (home, "cpu"):
+        raise UserError(
+            f"model.attention={kind!r} runs on {home.upper()}, not on {device.platform}: use auto or chunked"
+        )
+    if device.platform == "gpu" and not _compiles_flash(device):
+        raise UserError(
+            "model.attention='flash' needs an NVIDIA GPU of compute capability 8.0 or newer, not this"
+            f" {device.device_kind}: use auto or chunked"
+        )
+    interpret = device.platform == "cpu"
+    if kind == "splash":
+        from armd_jax.core import splash  # imports Pallas
+
+        kernel = functools.partial(splash.attention, patterns=patterns, interpret=interpret)
+    else:
+        from armd_jax.core import flash  # imports Pallas
+
+        def kernel(*arrays, group):
+            del group  # lengths say it all
+            return flash.attention(*arrays, interpret=interpret)
 
     rows, lens = PartitionSpec(BATCH_AXES, None, "tensor", None), PartitionSpec(BATCH_AXES, None)
 
     def apply(q_BQHK, k_BTHK, v_BTHK, len_BQ, group):
-        local = functools.partial(splash.attention, group=group, patterns=patterns, interpret=platform == "cpu")
-        # Mosaic kernels carry no annotation of what varies over the mesh: check_vma must be off.
+        local = functools.partial(kernel, group=group)
+        # Pallas kernels carry no annotation of what varies over the mesh: check_vma must be off.
         mapped = jax.shard_map(local, mesh=mesh, in_specs=(rows, rows, rows, lens), out_specs=rows, check_vma=False)
         return mapped(q_BQHK, k_BTHK, v_BTHK, len_BQ)
 

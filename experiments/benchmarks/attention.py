@@ -1,4 +1,4 @@
-"""Attention of a two-stream layer: dense, chunked, and splash on TPU; both streams in one call against two calls.
+"""Attention of a two-stream layer: dense, chunked, splash on TPU, flash on GPU; both streams in one call against two.
 
     python experiments/benchmarks/attention.py [--lengths 256 1024] [--turns 9] [--json]
 
@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from common import machine, median_ratio, print_json, print_versions
 
-from armd_jax.core import block_mask, order, splash
+from armd_jax.core import block_mask, flash, order, splash
 from armd_jax.core.attention import attention
 
 Attention = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
@@ -43,6 +43,8 @@ def implementations(length: int, chunk: int, with_dense: bool) -> dict[str, Atte
     found["chunked, two calls"] = in_two
     if jax.default_backend() == "tpu" and length % 128 == 0:
         found["splash"] = lambda *a: splash.attention(*a, "two_stream", patterns=(1,))
+    if jax.default_backend() == "gpu":
+        found["flash"] = flash.attention
     return found
 
 

@@ -164,7 +164,7 @@ def test_slices_are_the_outer_part_of_the_data_axis():
 
 
 def test_platform_decides_what_is_auto():
-    """For TPU: bfloat16, scanned layers, and splash where rows are whole tiles; what is set stays."""
+    """On accelerators: bfloat16, scanned layers, and the kernel that the sizes allow; what is set stays."""
     model = configs.ModelConfig(max_length=256)
     tpu, cpu = model.for_platform("tpu"), model.for_platform("cpu")
     assert (tpu.dtype, tpu.scan_layers, tpu.attention) == ("bfloat16", "on", "splash")
@@ -173,6 +173,9 @@ def test_platform_decides_what_is_auto():
     assert configs.ModelConfig(attention_chunk=64).for_platform("tpu").attention_chunk == 64
     assert configs.ModelConfig(max_length=100).for_platform("tpu").attention == "auto"
     assert configs.ModelConfig(dtype="float32", attention="chunked").for_platform("tpu").attention == "chunked"
+    gpu = configs.ModelConfig(max_length=100).for_platform("gpu")
+    assert (gpu.dtype, gpu.scan_layers, gpu.attention) == ("bfloat16", "on", "flash")
+    assert configs.ModelConfig(num_heads=2).for_platform("gpu").attention == "auto"  # heads of 384
 
 
 @pytest.mark.parametrize(

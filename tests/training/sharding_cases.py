@@ -13,6 +13,7 @@ from armd_jax import config as configs
 from armd_jax.training import checkpoints, sharding, state, step
 
 MESHES = {"one": (1, 1, 1), "data": (8, 1, 1), "fsdp": (1, 8, 1), "mixed": (2, 2, 2), "tensor": (1, 2, 4)}
+MESHES["flash"] = MESHES["mixed"]  # with the GPU kernel, interpreted
 STEPS, BATCH, LENGTH = 20, 8, 16
 
 
@@ -31,6 +32,8 @@ def main(out: str) -> None:
     results = {}
     for name, shape in MESHES.items():
         placed, mesh = _placed(config, shape)
+        if name == "flash":
+            placed = dataclasses.replace(placed, model=dataclasses.replace(placed.model, attention="flash"))
         sharding.check_divisible(placed, mesh)
         now = state.create(placed, mesh)
 
@@ -38,6 +41,9 @@ def main(out: str) -> None:
             return step.gradients(params, placed, batch, step.draw_order(placed, 0, LENGTH), 0, mesh)[0]
 
         first = jax.device_put(tokens[0], sharding.batch_sharding(mesh))
+        if name == "flash":
+            program = str(jax.make_jaxpr(gradients)(now.params, first))
+            results["flash/kernels"] = np.asarray(program.count("pallas_call["))
         for path, leaf in jax.tree_util.tree_leaves_with_path(jax.jit(gradients)(now.params, first)):
             results[f"{name}/gradient{jax.tree_util.keystr(path)}"] = np.asarray(leaf)
         weight = now.params["causal"]["mlp_in"]

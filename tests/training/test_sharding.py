@@ -4,11 +4,12 @@ import os
 import pathlib
 import subprocess
 import sys
+import types
 
 import numpy as np
 import pytest
 
-from armd_jax.config import Config, MeshConfig, ModelConfig, TrainingConfig, UserError
+from armd_jax.config import Config, MeshConfig, ModelConfig, OrderConfig, TrainingConfig, UserError
 from armd_jax.training import sharding
 
 CASES = pathlib.Path(__file__).with_name("sharding_cases.py")
@@ -26,7 +27,9 @@ def results(tmp_path_factory) -> dict[str, np.ndarray]:
     return dict(np.load(out))
 
 
-@pytest.mark.parametrize(("mesh", "share"), [("data", 1), ("fsdp", 1 / 8), ("mixed", 1 / 4), ("tensor", 1 / 8)])
+@pytest.mark.parametrize(
+    ("mesh", "share"), [("data", 1), ("fsdp", 1 / 8), ("mixed", 1 / 4), ("tensor", 1 / 8), ("flash", 1 / 4)]
+)
 def test_meshes_train_like_one_device(results, mesh, share):
     """First gradients agree to 1e-5 of each leaf's norm and 20 losses to 1e-4, with weights cut as the mesh says."""
     assert results[f"{mesh}/parts"] == 8 and results[f"{mesh}/share"] == share
@@ -38,6 +41,38 @@ def test_meshes_train_like_one_device(results, mesh, share):
         assert np.linalg.norm(one - other) <= 1e-5 * np.linalg.norm(one), name
     np.testing.assert_allclose(results[f"{mesh}/losses"], results["one/losses"], rtol=1e-4)
     assert len(results["one/losses"]) == 20 and results["one/losses"][-1] < results["one/losses"][0] - 0.3
+
+
+def test_the_flash_mesh_runs_kernels(results):
+    """Forward, and the gradients of queries and of keys and values, of the two-stream layer and of the causal one."""
+    assert results["flash/kernels"] == 2 * 3
+
+
+def _mesh_of(platform: str, **facts: str) -> types.SimpleNamespace:
+    """As much of a mesh of one such device as decides on the kernel."""
+    device = types.SimpleNamespace(platform=platform, **facts)
+    return types.SimpleNamespace(devices=np.array([device]), size=1)
+
+
+def test_the_device_decides_on_flash_attention():
+    """`auto` is flash on GPUs that Triton compiles for, by size on others; asked for elsewhere it is one line."""
+    gpu = {
+        capability: _mesh_of("gpu", compute_capability=capability) for capability in ("7.5", "8.0", "12.0", "gfx90a")
+    }
+    chosen = {name: sharding.for_mesh(Config(), mesh).model.attention for name, mesh in gpu.items()}
+    assert chosen == {"7.5": "auto", "8.0": "flash", "12.0": "flash", "gfx90a": "auto"}
+    assert sharding.for_mesh(Config(), _mesh_of("cpu")).model.attention == "auto"
+    flash = Config(model=ModelConfig(attention="flash"), order=OrderConfig(kind="masked_diffusion"))
+    assert callable(sharding.attend(sharding.for_mesh(flash, gpu["8.0"]), gpu["8.0"], None))
+    with pytest.raises(
+        UserError, match="'flash' needs an NVIDIA GPU of compute capability 8.0 or newer, not this Tesla"
+    ):
+        sharding.attend(flash, _mesh_of("gpu", compute_capability="7.5", device_kind="Tesla T4"), None)
+    with pytest.raises(UserError, match="'flash' runs on GPU, not on tpu: use auto or chunked"):
+        sharding.attend(flash, _mesh_of("tpu"), None)
+    splash = Config(model=ModelConfig(attention="splash"))
+    with pytest.raises(UserError, match="'splash' runs on TPU, not on gpu: use auto or chunked"):
+        sharding.attend(splash, gpu["8.0"], (1,))
 
 
 def test_a_run_moves_between_meshes(results):
