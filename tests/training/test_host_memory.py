@@ -4,6 +4,8 @@ import platform
 import subprocess
 import sys
 
+import pytest
+
 from armd_jax.training import host_memory
 
 _SCRIPT = """
@@ -14,21 +16,22 @@ if {keep}:
     assert host_memory.keep_freed_memory()
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    np.ones(2**24)  # 128 MiB, freed at once
+    np.empty({mebibytes} * 2**20, np.uint8)[::4096] = 1  # one byte a page; freed at once
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 faults()
 print(faults())
 """
 
 
-def test_freed_memory_is_used_again():
-    """Page faults of the second of two equal allocations, with and without the setting."""
+@pytest.mark.parametrize("mebibytes", [128, 2304])
+def test_freed_memory_is_used_again(mebibytes):
+    """Page faults of the second of two equal allocations, with and without the setting; also beyond 2 GiB."""
     if platform.libc_ver()[0] != "glibc":
         assert not host_memory.keep_freed_memory()
         return
     counts = []
     for keep in (False, True):
-        script = _SCRIPT.format(keep=keep)
+        script = _SCRIPT.format(keep=keep, mebibytes=mebibytes)
         done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
         counts.append(int(done.stdout))
     without, kept = counts
