@@ -14,6 +14,19 @@ find_python() {
     return 2
 }
 
+# A Python of 3.12 or newer beside an older one that find_python takes; nothing, and code 1, where there is none.
+newer_python() {
+    local candidate
+    if "$(find_python)" -c 'import sys; sys.exit(sys.version_info < (3, 12))'; then return 1; fi
+    for candidate in python3.12 python3.13 python3.14 "$(pyenv root 2>/dev/null)"/versions/3.1[234]*/bin/python; do
+        if "$candidate" -c 'import sys, venv; sys.exit(sys.version_info < (3, 12))' >/dev/null 2>&1; then
+            echo "$candidate"
+            return
+        fi
+    done
+    return 1
+}
+
 use_environment() {
     local folder=$1 extras=$2 python stamp
     python=$(find_python) || exit 2

@@ -168,9 +168,9 @@ def _cuda_text(function, *shapes) -> str:
     try:
         return jax.jit(function).trace(*shapes).lower(lowering_platforms=("cuda",)).as_text()
     except RuntimeError as error:
-        if "compilation handler" not in str(error):
+        if "compilation handler" not in str(error) and "No supported GPU devices" not in str(error):
             raise
-        pytest.skip("this jaxlib compiles Triton kernels while lowering, which takes the [cuda] extra")
+        pytest.skip("this JAX compiles Triton kernels while lowering, which takes a GPU and the [cuda] extra")
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])

@@ -2,6 +2,7 @@
 
 import pathlib
 import subprocess
+import sys
 
 import pytest
 
@@ -32,6 +33,27 @@ def test_a_python_that_is_too_old_is_one_line(tmp_path):
     assert result.returncode == 2
     assert result.stderr.startswith("error: ") and len(result.stderr.splitlines()) == 1
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("present", "chosen", "newer"),
+    [
+        (("3.11", "3.13", "3.12"), "", "python3.12"),
+        (("3.11", "3.10"), "", None),
+        (("3.11", "3.12"), "python3.12", None),
+    ],
+    ids=str,
+)
+def test_a_newer_python_beside_an_older_one(tmp_path, present, chosen, newer):
+    """Found from 3.12 on, and only where the tests themselves run on an older one."""
+    for version in present:
+        fake = tmp_path / f"python{version}"
+        info = tuple(map(int, version.split(".")))
+        fake.write_text(f"#!{sys.executable}\nimport sys\nsys.version_info = {info}\nexec(sys.argv[2])\n")
+        fake.chmod(0o755)
+    command = f"PATH={tmp_path}; PYTHON={chosen}; . {ROOT}/launch/environment.sh; newer_python"
+    result = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert (result.returncode, result.stdout.strip()) == ((0, newer) if newer else (1, "")), result.stderr
 
 
 def test_prove_scales_one_config():
