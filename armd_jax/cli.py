@@ -140,7 +140,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _print(args: argparse.Namespace, result: dict[str, Any], text: str) -> int:
-    print(json.dumps(result) if args.json else text)
+    from armd_jax.training.metrics import finite
+
+    print(json.dumps(finite(result)) if args.json else text)
     return 0
 
 
@@ -278,7 +280,7 @@ def _eval(args: argparse.Namespace, _: Sequence[str]) -> int:
 
     from armd_jax.evaluation import perplexity
     from armd_jax.interop.load import load, read_config
-    from armd_jax.training.metrics import write_atomically
+    from armd_jax.training.metrics import finite, write_atomically
 
     config = read_config(args.run)
     wrong = [count for count in streams if config.model.max_length % count]
@@ -292,7 +294,7 @@ def _eval(args: argparse.Namespace, _: Sequence[str]) -> int:
     result = perplexity.evaluate(lm, data, args.split, streams, args.draws, elbo, args.batch, args.seed)
     result["seed"] = args.seed
     if args.data is None:
-        write_atomically(args.run / "eval.json", json.dumps(result, indent=2) + "\n")
+        write_atomically(args.run / "eval.json", json.dumps(finite(result), indent=2) + "\n")
     return _print(args, result, perplexity.table(result))
 
 

@@ -380,6 +380,11 @@ def validate(config: Config) -> None:
             "model.attention='splash': the blocks of order.kind='masked_diffusion' are drawn, no mask is known before;"
             " use auto or chunked"
         )
+    if order.kind == "masked_diffusion" and order.weight == "simple" and order.noise_schedule == "geometric":
+        raise UserError(
+            "order.weight='simple' with order.noise_schedule='geometric': a rare step would weigh 100,000 times as much"
+            " as others, and one token decide an update; take weight='elbo' or another schedule"
+        )
     if not 0 <= order.sbp_steps <= training.num_steps:
         raise UserError(f"order.sbp_steps={order.sbp_steps}: must be in [0, training.num_steps={training.num_steps}]")
     if not order.streams:

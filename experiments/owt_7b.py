@@ -14,7 +14,7 @@ from armd_jax import config as configs
 def get_config(arg: str = "") -> ConfigDict:
     """`smoke`: under a minute on two cores, on the embedded corpus."""
     config = configs.default_config_dict()
-    config.data.tokenizer = "gpt2"
+    config.data.update(path="openwebtext", tokenizer="gpt2")  # folders here, where the flags name no others
     config.model.update(max_length=4096, num_layers=32, two_stream_layers=16, width=4096, num_heads=32)
     config.model.update(mlp="swiglu", norm="rmsnorm", tie_embeddings=False, remat="dots")
     config.order.update(ar_steps=9_000, permute_steps=48_000, max_permuted=128)

@@ -18,7 +18,7 @@ from armd_jax import config as configs
 def get_config(arg: str = "") -> ConfigDict:
     """`smoke`: under a minute on two cores, on the embedded corpus."""
     config = configs.default_config_dict()
-    config.data.tokenizer = "gpt2"
+    config.data.update(path="openwebtext", tokenizer="gpt2")  # folders here, where the flags name no others
     config.model.update(max_length=1024, num_layers=24, two_stream_layers=12, width=1024, num_heads=16, dropout=0.1)
     config.model.remat = "dots"
     config.order.update(ar_steps=9_000, permute_steps=48_000, max_permuted=32)

@@ -19,7 +19,7 @@ from armd_jax import config as configs
 def get_config(arg: str = "") -> ConfigDict:
     """`smoke`: under a minute on two cores, on the embedded corpus."""
     config = configs.default_config_dict()
-    config.data.tokenizer = "gpt2"
+    config.data.update(path="openwebtext", tokenizer="gpt2")  # folders here, where the flags name no others
     config.model.update(max_length=1024, num_layers=12, two_stream_layers=6, width=768, num_heads=12, dropout=0.1)
     config.order.update(ar_steps=9_000, permute_steps=48_000, max_permuted=32)
     config.training.update(num_steps=400_000, batch_size=512, eval_every=5_000, checkpoint_every=2_000)

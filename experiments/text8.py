@@ -16,7 +16,7 @@ from armd_jax import config as configs
 def get_config(arg: str = "") -> ConfigDict:
     """`smoke`: under a minute on two cores."""
     config = configs.default_config_dict()
-    config.data.tokenizer = "bytes"
+    config.data.update(path="text8", tokenizer="bytes")  # a file here, where the flags name no other
     config.model.update(max_length=256, num_layers=12, two_stream_layers=6, width=768, num_heads=12, dropout=0.05)
     config.optimizer.update(learning_rate=3e-4, warmup_steps=2_500)
     config.order.update(ar_steps=100_000, permute_steps=300_000, max_permuted=8, sbp_steps=10_000)

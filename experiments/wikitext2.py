@@ -18,6 +18,7 @@ from armd_jax import config as configs
 def get_config(arg: str = "") -> ConfigDict:
     """`cpu`: a small model for two cores. `smoke`: under a minute, on the embedded corpus."""
     config = configs.default_config_dict()
+    config.data.path = "wikitext-2"  # a folder here, where the flags name no other
     config.model.update(max_length=512, num_layers=8, two_stream_layers=4, width=512, num_heads=8, dropout=0.2)
     config.optimizer.update(learning_rate=1e-3, schedule="cosine", warmup_steps=500, final_fraction=0.1)
     config.optimizer.update(beta2=0.98, weight_decay=0.1, ema_decay=0.999)

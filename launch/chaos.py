@@ -25,6 +25,7 @@ STOPPED = 75  # exit code of a run that a signal stopped after saving
 PATIENCE = 300.0  # seconds until a life that shows no progress counts as hung
 STEPS_A_KILL = 16
 CHECKPOINT_EVERY = 4
+OWN = {"cache", "unbroken", "broken", "disk", "disk-unbroken"}  # what lies in the folder of an earlier run
 
 
 class Broken(Exception):
@@ -293,9 +294,19 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=50, help="faults before the run may end; default 50")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--folder", type=pathlib.Path, default=ROOT / "runs" / "chaos", help="emptied first")
+    parser.add_argument("--folder", type=pathlib.Path, default=ROOT / "runs" / "chaos", help="where; emptied first")
     args = parser.parse_args(argv)
     rng, folder = random.Random(args.seed), args.folder.absolute()
+    if not folder.is_dir() and folder.exists():
+        print(f"error: --folder={folder} is a file", file=sys.stderr)
+        return 2
+    if foreign := sorted({path.name for path in folder.glob("*")} - OWN):
+        print(
+            f"error: --folder={folder} would be emptied, and {foreign[0]} in it is not of an earlier run of this "
+            "program: name a new or empty folder",
+            file=sys.stderr,
+        )
+        return 2
     shutil.rmtree(folder, ignore_errors=True)
     (folder / "cache").mkdir(parents=True)
     steps = STEPS_A_KILL * args.kills

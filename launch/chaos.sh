@@ -3,8 +3,8 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 if [ "${1:-}" = "--help" ]; then
-    sed -n '2s/^# //p' "$0"
-    echo "usage: bash launch/chaos.sh [--kills=50] [--seed=0] [--folder=runs/chaos]"
+    sed -n '2s/^# //p' launch/chaos.sh
+    echo "usage: bash launch/chaos.sh [--kills=50] [--seed=0] [--folder=runs/chaos]    the folder is emptied first"
     exit 0
 fi
 . launch/environment.sh

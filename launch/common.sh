@@ -14,11 +14,14 @@ need() {
     [ -n "$2" ] || fail "$1 is missing: $3"
 }
 
-# need_number OPTION VALUE: ends with an error where VALUE is no whole number of at least one.
+# need_number OPTION VALUE [LEAST=1]: ends with an error where VALUE is no whole number of at least LEAST.
 need_number() {
+    local least=${3:-1}
     case $2 in
-        "" | 0* | *[!0-9]*) fail "$1=$2 must be a whole number of at least 1" ;;
+        "" | 0?* | *[!0-9]*) ;;
+        *) if [ "$2" -ge "$least" ]; then return; fi ;;
     esac
+    fail "$1=$2 must be a whole number of at least $least"
 }
 
 # Whatever follows `--`. `armd train` is told that it is one of several processes; any other command stays as it is.

@@ -27,8 +27,8 @@ while [ $# -gt 0 ]; do
     esac
     shift
 done
-case $MAX_RESTARTS in "" | *[!0-9]*) fail "--max-restarts=$MAX_RESTARTS must be a whole number" ;; esac
-case $PAUSE in "" | *[!0-9]*) fail "--pause=$PAUSE must be a whole number of seconds" ;; esac
+need_number --max-restarts "$MAX_RESTARTS" 0
+need_number --pause "$PAUSE" 0
 [ $# -gt 0 ] || fail "the command is missing: end with -- COMMAND..."
 if [ -n "$DRY_RUN" ]; then
     shell_words "$@"
@@ -59,7 +59,10 @@ child="" stopped=""
 trap 'stopped=1; if [ -n "$child" ]; then kill -TERM "$child" 2>/dev/null || true; fi' TERM INT
 restarts=0
 while :; do
+    # In a process group of its own: Ctrl-C then comes to this script alone, and to the command once, by the trap.
+    set -m
     "$@" &
+    set +m
     child=$!
     if [ -n "$stopped" ]; then # the signal came while the command was starting
         kill -TERM "$child" 2>/dev/null || true

@@ -2,8 +2,9 @@
 # Asks for one or several TPU slices through a queue, and trains on every worker of all of them. `keep` does everything:
 # it waits, installs and starts, and where a spot slice is taken away it asks for a new one and continues the run.
 set -euo pipefail
+cd "$(dirname "$0")/.."
 usage() {
-    sed -n '2,3s/^# //p' "$0"
+    sed -n '2,3s/^# //p' launch/queued_resources.sh
     cat <<TEXT
 usage: bash launch/queued_resources.sh VERB --name=NAME --project=PROJECT --zone=ZONE [options] [-- armd train ...]
   create     ask for the slices (--topology)
@@ -21,7 +22,9 @@ options (the environment variables NAME, PROJECT, ZONE and SETUP do the same):
   --spot                cheaper machines that may be taken away
   --runtime=VERSION     image of the machines; default: the one of the generation
   --worker=0            whose output \`logs\` follows
-  --setup=COMMAND       \`install\` runs it on every worker, e.g. to mount the folder that --workdir lies in
+  --extras=tpu          what \`install\` installs besides the base, such as tpu,tfds,wandb
+  --setup=COMMAND       \`install\` runs it on every worker, e.g. to mount the folder that --workdir lies in; \`keep\`
+                        also after a reboot, so it must do no harm where it ran before
   --max-restarts=10     restarts after a crash
   --every=60            seconds between two looks of \`keep\`
   --gcloud-flag=FLAG    one more option for gcloud's ssh and scp, e.g. --internal-ip; may be repeated
@@ -34,11 +37,10 @@ if [ "${1:-}" = --help ]; then
     usage
     exit 0
 fi
-cd "$(dirname "$0")/.."
 . launch/common.sh
 . launch/tpu_workers.sh
 
-NAME=${NAME:-} PROJECT=${PROJECT:-} ZONE=${ZONE:-} SETUP=${SETUP:-} WORKER=0 MAX_RESTARTS=10 EVERY=60
+NAME=${NAME:-} PROJECT=${PROJECT:-} ZONE=${ZONE:-} SETUP=${SETUP:-} EXTRAS=tpu WORKER=0 MAX_RESTARTS=10 EVERY=60
 TOPOLOGY="" SLICES=1 SPOT="" RUNTIME="" FLAGS=() CREATE_FLAGS=()
 VERB=${1:-}
 case $VERB in
@@ -57,6 +59,7 @@ while [ $# -gt 0 ]; do
         --spot) SPOT=1 ;;
         --runtime=*) RUNTIME=${1#*=} ;;
         --worker=*) WORKER=${1#*=} ;;
+        --extras=*) EXTRAS=${1#*=} ;;
         --setup=*) SETUP=${1#*=} ;;
         --max-restarts=*) MAX_RESTARTS=${1#*=} ;;
         --every=*) EVERY=${1#*=} ;;
@@ -71,7 +74,9 @@ need --name "$NAME" "the name of the request and of its slices"
 need --project "$PROJECT" "the Google Cloud project"
 need --zone "$ZONE" "the zone, such as us-west4-a"
 need_number --slices "$SLICES"
+need --extras "$EXTRAS" "at least tpu"
 need_number --every "$EVERY"
+need_number --max-restarts "$MAX_RESTARTS" 0
 
 GROUP=queued-resources
 PLACE=("--project=$PROJECT" "--zone=$ZONE")
@@ -121,27 +126,33 @@ delete() {
     run gcloud compute tpus queued-resources delete "$NAME" "${PLACE[@]}" --force --quiet
 }
 
-# `running`, `ended CODE`, `lost` (its machine started anew), or `new` where the run was never started.
+# A line of each worker: `running`, `ended CODE`, `lost` (its machine started anew), or `new` (never started there).
 run_status() {
-    run gcloud compute tpus queued-resources ssh "$NAME" "${WHERE[@]}" --node=0 --worker=0 \
-        --command="if ! read -r state value 2>/dev/null <armd-jax/train.status; then echo new; elif [ \$state = ended ]; then echo ended \$value; elif kill -0 \$value 2>/dev/null; then echo running; else echo lost; fi"
+    remote "if ! read -r state value 2>/dev/null <armd-jax/train.status; then echo new; elif [ \$state = ended ]; then echo ended \$value; elif kill -0 \$value 2>/dev/null; then echo running; else echo lost; fi"
 }
 
 # One look at the request and, where the slices are there, at the run. Failures of gcloud itself are looked at again.
+# The first look of `keep` is a restart: it takes up a run that was stopped, or whose mistake has been mended.
+FIRST_LOOK=yes
 look() {
-    local now run_now
+    local now workers code
     now=$(state) || now=ABSENT
     echo "queued_resources: $NAME is $now" >&2
     case $now in
         ABSENT) create || true ;;
         FAILED | SUSPENDED) delete || true ;;
         ACTIVE)
-            run_now=$(run_status) || return 0
-            case $run_now in
-                ended*) exit "${run_now#ended }" ;;
-                lost) start_workers || true ;;
+            workers=$(run_status | grep -xE 'new|lost|running|ended [0-9]+' | sort -u) || return 0
+            code=$(sed -n 's/^ended //p' <<<"$workers" | sort -n | tail -n 1)
+            case $workers in
                 new) install_workers && start_workers || true ;;
+                # On all of them again: where it runs, a second start is refused.
+                *new* | *lost*) set_up_workers && start_workers || true ;;
+                *running*) ;;
+                *) if [ -z "$FIRST_LOOK" ] || [ "$code" = 0 ]; then exit "$code"; fi
+                    install_workers && start_workers || true ;;
             esac
+            FIRST_LOOK=""
             ;;
     esac
 }
@@ -154,10 +165,11 @@ keep() {
         create
         echo "# where it is FAILED or SUSPENDED:"
         delete
-        echo "# where it is ACTIVE, with the end of keep where this prints \`ended CODE\`:"
+        echo "# where it is ACTIVE, with the end of keep where every worker prints \`ended CODE\`:"
         run_status
-        echo "# and where that prints \`new\`, the last of them where it prints \`lost\`:"
+        echo "# where every worker prints \`new\`, or at the first look \`ended CODE\` with a code that is not 0:"
         install_workers
+        echo "# and then, or where one of them prints \`lost\` or \`new\`${SETUP:+, after the last of the above}:"
         start_workers
         return
     fi

@@ -4,7 +4,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 if [ "${1:-}" = "--help" ]; then
-    sed -n '2,3s/^# //p' "$0"
+    sed -n '2,3s/^# //p' launch/quickstart.sh
     echo "usage: bash launch/quickstart.sh [--config.section.field=value ...]    RUN=runs/quickstart names the run's folder"
     exit 0
 fi

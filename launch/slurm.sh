@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # Submits a training to SLURM: one process for each GPU. Before its time is up the job saves and queues itself again.
 set -euo pipefail
+cd "$(dirname "$0")/.."
 usage() {
-    sed -n '2s/^# //p' "$0"
+    sed -n '2s/^# //p' launch/slurm.sh
     cat <<TEXT
 usage: bash launch/slurm.sh --nodes=N --gpus-per-node=N --time=TIME [options] -- armd train ...
   --time=24:00:00       the limit of one stay in the queue; the run goes on in the next
@@ -12,7 +13,7 @@ usage: bash launch/slurm.sh --nodes=N --gpus-per-node=N --time=TIME [options] --
   --cpus-per-task=8     cores for each process
   --save-seconds=120    SIGTERM comes so long before the limit: longer than a checkpoint takes
   --max-restarts=20     restarts after a crash; a run that saved is always queued again
-  --setup=COMMAND       run first on the first node, e.g. 'source .venv/run/bin/activate'; repeated, one line each
+  --setup=COMMAND       run first on the first node, e.g. 'source .venv/cuda/bin/activate'; repeated, one line each
   --sbatch-flag=FLAG    one more option for sbatch, e.g. --qos=long; may be repeated
   --dry-run             print the batch script instead of submitting it
 \`scancel\` ends the job for good.
@@ -22,7 +23,6 @@ if [ "${1:-}" = --help ]; then
     usage
     exit 0
 fi
-cd "$(dirname "$0")/.."
 . launch/common.sh
 
 NODES="" GPUS="" TIME="" JOB=armd PARTITION="" ACCOUNT="" CPUS=8 SAVE_SECONDS=120 MAX_RESTARTS=20 SETUP=() FLAGS=()

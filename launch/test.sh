@@ -4,7 +4,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 if [ "${1:-}" = "--help" ]; then
-    sed -n '2,3s/^# //p' "$0"
+    sed -n '2,3s/^# //p' launch/test.sh
     echo "usage: bash launch/test.sh [pytest arguments]"
     exit 0
 fi

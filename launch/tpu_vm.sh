@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # Installs, starts and stops a training on every worker of an existing TPU VM (one slice).
 set -euo pipefail
+cd "$(dirname "$0")/.."
 usage() {
-    sed -n '2s/^# //p' "$0"
+    sed -n '2s/^# //p' launch/tpu_vm.sh
     cat <<TEXT
 usage: bash launch/tpu_vm.sh VERB --name=NAME --project=PROJECT --zone=ZONE [options] [-- armd train ...]
   install    copy the committed state of this repository to every worker and install it there with uv
@@ -11,6 +12,7 @@ usage: bash launch/tpu_vm.sh VERB --name=NAME --project=PROJECT --zone=ZONE [opt
   stop       SIGTERM to every worker; the run saves and the next \`train\` continues it
 options (the environment variables NAME, PROJECT, ZONE and SETUP do the same):
   --worker=0            whose output \`logs\` follows
+  --extras=tpu          what \`install\` installs besides the base, such as tpu,tfds,wandb
   --setup=COMMAND       \`install\` runs it on every worker, e.g. to mount the folder that --workdir lies in
   --max-restarts=10     restarts after a crash
   --gcloud-flag=FLAG    one more option for gcloud, e.g. --internal-ip; may be repeated
@@ -23,11 +25,10 @@ if [ "${1:-}" = --help ]; then
     usage
     exit 0
 fi
-cd "$(dirname "$0")/.."
 . launch/common.sh
 . launch/tpu_workers.sh
 
-NAME=${NAME:-} PROJECT=${PROJECT:-} ZONE=${ZONE:-} SETUP=${SETUP:-} WORKER=0 MAX_RESTARTS=10 FLAGS=()
+NAME=${NAME:-} PROJECT=${PROJECT:-} ZONE=${ZONE:-} SETUP=${SETUP:-} EXTRAS=tpu WORKER=0 MAX_RESTARTS=10 FLAGS=()
 VERB=${1:-}
 case $VERB in
     install | train | logs | stop) shift ;;
@@ -41,6 +42,7 @@ while [ $# -gt 0 ]; do
         --project=*) PROJECT=${1#*=} ;;
         --zone=*) ZONE=${1#*=} ;;
         --worker=*) WORKER=${1#*=} ;;
+        --extras=*) EXTRAS=${1#*=} ;;
         --setup=*) SETUP=${1#*=} ;;
         --max-restarts=*) MAX_RESTARTS=${1#*=} ;;
         --gcloud-flag=*) FLAGS+=("${1#*=}") ;;
@@ -52,6 +54,8 @@ done
 need --name "$NAME" "the TPU VM's name"
 need --project "$PROJECT" "the Google Cloud project"
 need --zone "$ZONE" "the zone, such as us-west4-a"
+need --extras "$EXTRAS" "at least tpu"
+need_number --max-restarts "$MAX_RESTARTS" 0
 
 GROUP=tpu-vm
 WHERE=("--project=$PROJECT" "--zone=$ZONE" ${FLAGS[@]+"${FLAGS[@]}"})

@@ -1,6 +1,8 @@
 # Sourced by tpu_vm.sh and queued_resources.sh: what both do on every worker of a slice, or of several, over ssh.
 #   GROUP         tpu-vm or queued-resources, the gcloud command group
 #   WHERE         project and zone, as gcloud options, and options for ssh and scp
+#   SETUP         a command for every worker, or nothing
+#   EXTRAS        extras of setup.py, with commas
 #   EVERY_WORKER  gcloud options that name every machine: a TPU program starts on all of them or hangs
 
 remote() {
@@ -8,15 +10,19 @@ remote() {
 }
 
 # The committed state of this repository, with Python and the tpu extra, in ~/armd-jax of every worker. The images of
-# TPU VMs bring Python 3.10, so uv brings a newer one.
+# TPU VMs bring Python 3.10, so uv brings a newer one. Joined by &&: `set -e` does not reach into a function whose
+# failure its caller handles.
 install_workers() {
-    run mkdir -p build
-    run git archive --format=tar.gz --output=build/armd-jax.tar.gz HEAD
-    run gcloud compute tpus "$GROUP" scp build/armd-jax.tar.gz "$NAME:armd-jax.tar.gz" "${WHERE[@]}" "${EVERY_WORKER[@]}"
-    remote "mkdir -p armd-jax && tar -xzf armd-jax.tar.gz -C armd-jax && cd armd-jax && python3 -m pip install --quiet --user uv && python3 -m uv venv --quiet --allow-existing --python 3.12 .venv && python3 -m uv pip install --quiet --python .venv/bin/python --editable '.[tpu]'"
-    if [ -n "$SETUP" ]; then
-        remote "$SETUP"
-    fi
+    run mkdir -p build &&
+        run git archive --format=tar.gz --output=build/armd-jax.tar.gz HEAD &&
+        run gcloud compute tpus "$GROUP" scp build/armd-jax.tar.gz "$NAME:armd-jax.tar.gz" "${WHERE[@]}" "${EVERY_WORKER[@]}" &&
+        remote "mkdir -p armd-jax && tar -xzf armd-jax.tar.gz -C armd-jax && cd armd-jax && python3 -m pip install --quiet --user uv && python3 -m uv venv --quiet --allow-existing --python 3.12 .venv && python3 -m uv pip install --quiet --python .venv/bin/python --editable '.[$EXTRAS]'" &&
+        set_up_workers
+}
+
+# What --setup does is gone after a reboot, a mounted folder for one.
+set_up_workers() {
+    [ -z "$SETUP" ] || remote "$SETUP"
 }
 
 # Detached, so that the run outlives this connection; keep_running.sh starts it again after a crash.

@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # Starts a training as an XPK workload, on a GKE cluster that XPK made: every host of every slice runs the command.
 set -euo pipefail
+cd "$(dirname "$0")/.."
 usage() {
-    sed -n '2s/^# //p' "$0"
+    sed -n '2s/^# //p' launch/xpk.sh
     cat <<TEXT
 usage: bash launch/xpk.sh --name=NAME --cluster=CLUSTER --project=PROJECT --zone=ZONE --tpu-type=TYPE --image=IMAGE
            [options] -- armd train ...
@@ -20,7 +21,6 @@ if [ "${1:-}" = --help ]; then
     usage
     exit 0
 fi
-cd "$(dirname "$0")/.."
 . launch/common.sh
 
 NAME=${NAME:-} CLUSTER=${CLUSTER:-} PROJECT=${PROJECT:-} ZONE=${ZONE:-} IMAGE=${IMAGE:-}

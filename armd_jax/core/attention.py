@@ -33,13 +33,12 @@ def attention(
 ) -> jax.Array:
     """softmax(q k^T / sqrt(K)) v over the first len_BQ keys of each query; [B, Q, H, K] in q's dtype.
 
-    Scores and softmax are float32. `auto` takes `dense` while the keys fit in one chunk or the scores of a head are no
-    more than chunk x chunk numbers (a few decoding rows over a long cache), else `chunked`; so do `splash` and `flash`,
-    kernels that come in from outside (`core.splash`, `core.flash`) in training and leave only other calls to this one.
+    Scores and softmax are float32. `auto` takes `dense` while the keys fit in one chunk, else `chunked`; so do `splash`
+    and `flash`, kernels that come in from outside (`core.splash`, `core.flash`) in training and leave only other calls
+    to this one.
     """
     if implementation in ("auto", "splash", "flash"):
-        queries, keys = q_BQHK.shape[1], k_BTHK.shape[1]
-        implementation = "dense" if keys <= chunk or queries * keys <= chunk * chunk else "chunked"
+        implementation = "dense" if k_BTHK.shape[1] <= chunk else "chunked"
     if implementation == "dense":
         return _dense(q_BQHK, k_BTHK, v_BTHK, len_BQ)
     return _chunked(chunk, q_BQHK, k_BTHK, v_BTHK, len_BQ)
@@ -170,7 +169,7 @@ _chunked.defvjp(_chunked_forward, _chunked_backward)
 
 
 def cached_attention(q_BQHK: jax.Array, k_ZKT: jax.Array, v_ZTK: jax.Array, len_BQ: jax.Array) -> jax.Array:
-    """The same over caches whose first axis is batch and heads together."""
+    """The same for a few queries over caches whose first axis is batch and heads together."""
     batch, queries, heads, head_width = q_BQHK.shape
     q_ZQK = jnp.swapaxes(q_BQHK * head_width**-0.5, 1, 2).reshape(-1, queries, head_width)
     s_ZQT = jnp.einsum("ZQK,ZKT->ZQT", q_ZQK, k_ZKT, preferred_element_type=jnp.float32)

@@ -47,7 +47,10 @@ class BlockMask:
 
 
 def build(order: Order) -> BlockMask:
-    """The block mask of an order: the one place that knows the rule. O(N), traceable."""
+    """The block mask of an order. O(N), traceable.
+
+    The rule's only other place is the sampler, whose later calls know where their block begins and ends.
+    """
     block_BN = order.block_BN
     length = block_BN.shape[1]
     index_BN = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), block_BN.shape)
@@ -67,7 +70,7 @@ def build(order: Order) -> BlockMask:
 
 
 def dense(len_BQ: jax.Array, num_keys: int) -> jax.Array:
-    """bool [B, Q, K], True where the query sees the key. For the reference attention and for pictures only."""
+    """bool [B, Q, K], True where the query sees the key. For tests and for pictures only."""
     return jnp.arange(num_keys) < len_BQ[..., None]
 
 

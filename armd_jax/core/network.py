@@ -135,6 +135,11 @@ def _write(
     return jax.lax.dynamic_update_slice_in_dim(buffer, rows, start, axis)
 
 
+def _is_first(start: jax.Array | int) -> bool:
+    """Whether a call's own rows are all that the cache holds after it: long evidence then needs no N x N scores."""
+    return isinstance(start, int) and start == 0
+
+
 class Layer(nn.Module):
     """Pre-norm attention and MLP: the first `num_keys` rows give keys, those from `first_query` on are updated.
 
@@ -175,15 +180,17 @@ class Layer(nn.Module):
         q_BQHK = _rotate(q_BQHK, cos[:, queries], sin[:, queries])
         k_BTHK, v_BTHK = (a[:, :, 0] for a in jax.lax.split(kv_BTcHK, (1, 1), axis=2))
         k_BTHK = _rotate(k_BTHK, cos[:, keys], sin[:, keys])
+        if cache is not None:
+            cache = (
+                _write(cache[0], k_BTHK, start, valid_BX, "BHKT"),
+                _write(cache[1], v_BTHK, start, valid_BX, "BHTK"),
+            )
         if cache is None and self.attend is not None:
             mixed_BQHK = self.attend(q_BQHK, k_BTHK, v_BTHK, len_BQ)
-        elif cache is None:
+        elif cache is None or _is_first(start):
             mixed_BQHK = attention(q_BQHK, k_BTHK, v_BTHK, len_BQ, config.attention, chunk_size(config))
         else:
-            k_ZKT = _write(cache[0], k_BTHK, start, valid_BX, "BHKT")
-            v_ZTK = _write(cache[1], v_BTHK, start, valid_BX, "BHTK")
-            cache = (k_ZKT, v_ZTK)
-            mixed_BQHK = cached_attention(q_BQHK, k_ZKT, v_ZTK, len_BQ)
+            mixed_BQHK = cached_attention(q_BQHK, *cache, len_BQ)
         if isinstance(w_o, Panels):
             out_BQD = linear(mixed_BQHK.reshape(*mixed_BQHK.shape[:2], width), w_o)
         else:
@@ -333,7 +340,7 @@ def forward(
     # Rows are looked up in a table put together along the width: of a sharded one every device would look up its share
     # of the width for the rows of all devices, and the whole batch's activations would travel.
     table_VD = constrain(params["embedding"].astype(dtype), PARAM_AXES["embedding"])
-    embedded = table_VD[jnp.maximum(rows.x_tokens_BX, 0)]
+    embedded = _look_up(table_VD, jnp.maximum(rows.x_tokens_BX, 0))
     x_BXD = jnp.where(rows.x_tokens_BX[..., None] == START, params["start"].astype(dtype), embedded)
     x_BXD = constrain(x_BXD, ROW_AXES)
     g_BGD, aggregate = Aggregator(config).apply(
@@ -393,6 +400,24 @@ def forward(
     return h_BGD, None if cache is None else Cache(x_kv=x_kv, g_kv=g_kv, aggregate=aggregate)
 
 
+@jax.custom_vjp
+def _look_up(table_VD: jax.Array, tokens_BX: jax.Array) -> jax.Array:
+    """Rows of the table; their gradients are summed in float32 and rounded once.
+
+    A frequent token has tens of thousands of them in a batch, and a bfloat16 sum stands still after a few hundred.
+    """
+    return table_VD[tokens_BX]
+
+
+def _look_up_backward(saved: tuple[jax.Array, jax.Array], d_BXD: jax.Array) -> tuple[jax.Array, None]:
+    empty_V0, tokens_BX = saved
+    sums_VD = jnp.zeros((empty_V0.shape[0], d_BXD.shape[-1]), jnp.float32).at[tokens_BX].add(d_BXD.astype(jnp.float32))
+    return sums_VD.astype(empty_V0.dtype), None
+
+
+_look_up.defvjp(lambda table_VD, tokens_BX: (table_VD[tokens_BX], (table_VD[:, :0], tokens_BX)), _look_up_backward)
+
+
 def _run(
     layer: Layer,
     stack: Params | Sequence[Params],
@@ -427,7 +452,9 @@ def _run(
             policies.dots_with_no_batch_dims_saveable, policies.save_only_these_names(KERNEL_OUTPUT)
         )
         policy = {"dots": dots, "full": None}[config.remat]
-        apply = jax.checkpoint(apply, policy=policy, prevent_cse=not _scans(config))
+        # Outside a scan nothing else keeps the compiler from merging the recomputation with the forward pass.
+        in_scan = _scans(config) and caches is None and not isinstance(stack, list)
+        apply = jax.checkpoint(apply, policy=policy, prevent_cse=not in_scan)
     if isinstance(stack, list):
         per_layer = stack
     elif _scans(config) and caches is None:

@@ -5,11 +5,12 @@ each belongs to. Tokens of one block are predicted together, from all earlier bl
 masked diffusion is the case where a block is the set of tokens that share a masking time). Everything here is a pure
 function that can be traced, so orders are drawn on the device inside the jitted training step.
 
-    tokens      t h e   c a t          natural positions 0 .. 6
-    strided, S = 2:   positions 0 4 1 5 2 6 3
-                      block     1 2 3 3 4 4 5
+    tokens      t h e   c a t s        natural positions 0 .. 7
+    strided, S = 2:   positions 0 4 1 5 2 6 3 7
+                      block     1 2 3 3 4 4 5 5
 """
 
+import operator
 from collections.abc import Sequence
 
 import flax.struct
@@ -200,7 +201,10 @@ def from_blocks(blocks: Sequence[Sequence[int]], batch: int = 1) -> Order:
 
     Raises UserError where a block is empty or the positions are not a permutation.
     """
-    positions = [position for block in blocks for position in block]
+    try:
+        positions = [operator.index(position) for block in blocks for position in block]
+    except TypeError as error:
+        raise UserError(f"from_blocks: expected lists of positions, such as [[2, 0], [1, 3]] ({error})") from error
     length = len(positions)
     if not length or any(not len(block) for block in blocks):
         raise UserError("from_blocks: every block needs at least one position")
@@ -245,8 +249,7 @@ def _regroup(order: Order, group_BN: jax.Array, single_BN: jax.Array, within_BN:
     """Stable sort by (group, within), with indices marked `single` in blocks of their own and the rest as before."""
     length = order.shape[1]
     index = jnp.arange(length)
-    rank_BN = jnp.argsort(jnp.argsort(group_BN * length + within_BN, axis=1, stable=True), axis=1)
-    source_BN = jnp.argsort(rank_BN, axis=1)
+    source_BN = jnp.argsort(group_BN * length + within_BN, axis=1, stable=True)
     take = lambda a: jnp.take_along_axis(a, source_BN, axis=1)  # noqa: E731
     label_BN = take(jnp.where(single_BN, length + 1 + index, order.block_BN))
     starts_BN = jnp.concatenate([jnp.ones_like(label_BN[:, :1]), label_BN[:, 1:] != label_BN[:, :-1]], axis=1)

@@ -67,7 +67,7 @@ def figures(nats: float, counts: Counts, lossless: bool) -> dict[str, float | No
 
 
 def _exp(value: float) -> float:
-    return math.exp(value) if value < 700 else math.inf
+    return math.inf if value >= 700 else math.exp(value)  # NaN stays NaN
 
 
 def _left_to_right(key: jax.Array, batch: int, length: int) -> Order:
@@ -103,9 +103,12 @@ def unigram_nats(data: PreparedData, split: str) -> float:
 
 
 def xz_bits_per_byte(data: PreparedData, split: str) -> float | None:
-    """Bits a byte that `xz -9e` needs for the split's text after the training text; None where that cannot be known."""
+    """Bits a byte that `xz -9e` needs for the split's text after the training text; None where that cannot be known.
+
+    Of the training text after itself nothing would be left to compress: None too.
+    """
     counts = [data.counts(name) for name in ("train", split)]
-    if not data.tokenizer.lossless or sum(c.bytes for c in counts) > _XZ_LIMIT:
+    if split == "train" or not data.tokenizer.lossless or sum(c.bytes for c in counts) > _XZ_LIMIT:
         return None
     texts = []
     for name in ("train", split):
@@ -129,9 +132,9 @@ def evaluate(
     """All figures of a split, as written to `eval.json`.
 
     draws: random orders a row. elbo: the masked-diffusion order to bound the likelihood with, None for none.
-    Raises UserError where the model's vocabulary is not the data's.
+    Raises UserError where the model's vocabulary is not the data's, or its rows are longer than the model's.
     """
-    check_vocabulary(lm, data)
+    check_data(lm, data)
     counts, lossless = data.counts(split), data.tokenizer.lossless
 
     def under(make_order: Callable, label: str, repeat: int = 1) -> dict[str, float | None]:
@@ -152,8 +155,13 @@ def evaluate(
     return result
 
 
-def check_vocabulary(lm: LanguageModel, data: PreparedData) -> None:
-    """Raises UserError where the model was made for another vocabulary than the data's."""
+def check_data(lm: LanguageModel, data: PreparedData) -> None:
+    """Raises UserError where the model was made for another vocabulary or for shorter rows than the data's."""
+    if data.length > lm.config.max_length:
+        raise UserError(
+            f"{data.folder}: rows of {data.length} tokens are longer than the model's"
+            f" max_length={lm.config.max_length}; prepare the text at that length"
+        )
     theirs = data.tokenizer
     if lm.config.vocab_size != theirs.vocab_size or (lm.tokenizer is not None and lm.tokenizer.hash != theirs.hash):
         raise UserError(

@@ -87,7 +87,7 @@ def ink_on(color: str) -> str:
 def phases(config: Config) -> list[tuple[str, int, int]]:
     """(name, first step, step after the last) of every phase of the order schedule that has steps."""
     total, schedule = config.training.num_steps, config.order
-    end = total if schedule.kind == "strided" else total - schedule.sbp_steps
+    end = phases_end(config)
     if schedule.kind == "progressive":
         edges = [("identity", 0, schedule.ar_steps), ("rising", schedule.ar_steps, schedule.permute_steps)]
         edges.append(("constant", schedule.permute_steps, end))

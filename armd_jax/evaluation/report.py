@@ -186,6 +186,8 @@ def _order_rows(scores: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     if scores.get("random_orders"):
         draws = scores["random_orders"].get("draws")
         rows.append((f"random orders ({draws} drawn)" if draws else "random orders", scores["random_orders"]))
+    if scores.get("elbo"):
+        rows.append((f"ELBO, T = {scores['elbo'].get('diffusion_steps')}", scores["elbo"]))
     return rows
 
 

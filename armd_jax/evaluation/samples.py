@@ -32,6 +32,7 @@ def draw(
     """
     if lm.tokenizer is None:
         raise UserError("this model has no tokenizer: use lm.generate")
+    lm.check_sampling(batch, length, temperature, top_k, top_p, seed)
     tokenizer = lm.tokenizer
     before, after = tokenizer.encode(prompt), tokenizer.encode(suffix)
     if len(before) + len(after) > length:

@@ -18,6 +18,8 @@ from armd_jax.core.panels import few_rows
 from armd_jax.data.tokenizers import Tokenizer
 from armd_jax.inference import likelihood, sampler
 
+_GREEDY = 1e-30  # temperature from which on logits / temperature fits into float32; below, nothing but the top is drawn
+
 
 @flax.struct.dataclass
 class Generation:
@@ -99,7 +101,7 @@ class LanguageModel:
         Raises UserError where the arguments do not fit one another.
         """
         length = self.config.max_length if length is None else length
-        self._check_sampling(batch, length, temperature, top_k, top_p, seed)
+        self.check_sampling(batch, length, temperature, top_k, top_p, seed)
         known_BN = self._evidence(batch, length, prompt, evidence_BN)
         known = known_BN[0] >= 0
         if ((known_BN >= 0) != known).any():
@@ -111,6 +113,7 @@ class LanguageModel:
             tokens_BN = known_BN.astype(np.int32)
             log_prob_BN = np.asarray(self.log_prob(tokens_BN, order))
             return Generation(tokens_BN, log_prob_BN, order, 0, np.zeros_like(tokens_BN))
+        greedy = temperature < _GREEDY
         table = sampler.block_table(order, num_evidence)
         generated = jnp.take_along_axis(jnp.asarray(np.maximum(known_BN, 0), jnp.int32), order.positions_BN, axis=1)
         state = sampler.generate(
@@ -122,8 +125,8 @@ class LanguageModel:
             table,
             streams=streams,
             num_evidence=num_evidence,
-            temperature=jnp.float32(temperature if temperature else 1.0),
-            greedy=temperature == 0,
+            temperature=jnp.float32(1.0 if greedy else temperature),
+            greedy=greedy,
             top_k=top_k,
             top_p=None if top_p is None else jnp.float32(top_p),
             loop_params=self._loop_params(batch * streams),
@@ -134,10 +137,22 @@ class LanguageModel:
         )
         return Generation(tokens_BN, log_prob_BN, order, int(state.num_calls), call_BN)
 
+    @staticmethod
+    def _whole_numbers(name: str, ids: Sequence | np.ndarray | jax.Array) -> np.ndarray:
+        try:
+            ids = np.asarray(ids)
+        except ValueError as error:
+            raise UserError(f"{name}: its rows differ in length") from error
+        if ids.size and not np.issubdtype(ids.dtype, np.integer):
+            raise UserError(
+                f"{name}: expected token ids, whole numbers (lm.tokenizer.encode gives a text's), got {ids.dtype}"
+            )
+        return ids.astype(np.int64)
+
     def _check(self, tokens_BN: np.ndarray | jax.Array, order: Order) -> jax.Array:
-        tokens_BN = np.asarray(tokens_BN)
-        if tokens_BN.ndim != 2 or not np.issubdtype(tokens_BN.dtype, np.integer):
-            raise UserError(f"tokens: expected whole numbers [B, N], got {tokens_BN.dtype} {tokens_BN.shape}")
+        tokens_BN = self._whole_numbers("tokens", tokens_BN)
+        if tokens_BN.ndim != 2:
+            raise UserError(f"tokens: expected [B, N], got shape {tokens_BN.shape}")
         if tokens_BN.shape != order.shape:
             raise UserError(f"tokens have shape {tokens_BN.shape}, but the order was made for {order.shape}")
         if tokens_BN.shape[1] > self.config.max_length:
@@ -150,9 +165,10 @@ class LanguageModel:
         if wrong.any():
             raise UserError(f"{name}: id {ids[wrong][0]} is outside the vocabulary of {self.config.vocab_size}")
 
-    def _check_sampling(
+    def check_sampling(
         self, batch: int, length: int, temperature: float, top_k: int | None, top_p: float | None, seed: int
     ) -> None:
+        """Raises UserError where `generate` could not take these."""
         if batch < 1:
             raise UserError(f"batch={batch}: must be at least 1")
         if not 1 <= length <= self.config.max_length:
@@ -178,7 +194,7 @@ class LanguageModel:
         if prompt is not None and evidence_BN is not None:
             raise UserError("prompt and evidence_BN: give one of the two; a prompt can be written into the evidence")
         if prompt is not None:
-            ids = np.asarray(prompt, np.int64) if len(prompt) else np.zeros((0,), np.int64)
+            ids = self._whole_numbers("prompt", prompt)
             if ids.ndim not in (1, 2) or (ids.ndim == 2 and ids.shape[0] != batch):
                 raise UserError(f"prompt: expected ids [P] or [{batch}, P], got shape {ids.shape}")
             if ids.shape[-1] > length:
@@ -186,9 +202,9 @@ class LanguageModel:
             self._check_ids("prompt", ids, low=0)
             known_BN[:, : ids.shape[-1]] = ids
         if evidence_BN is not None:
-            ids = np.asarray(evidence_BN)
-            if ids.shape not in ((batch, length), (length,)) or not np.issubdtype(ids.dtype, np.integer):
-                raise UserError(f"evidence_BN: expected whole numbers [{batch}, {length}], got {ids.dtype} {ids.shape}")
+            ids = self._whole_numbers("evidence_BN", evidence_BN)
+            if ids.shape not in ((batch, length), (length,)):
+                raise UserError(f"evidence_BN: expected shape {(batch, length)}, got {ids.shape}")
             self._check_ids("evidence_BN", ids, low=-1)
             known_BN[:] = ids
         return known_BN

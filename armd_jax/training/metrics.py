@@ -25,6 +25,15 @@ def write_atomically(path: pathlib.Path, content: str | bytes) -> None:
         raise
 
 
+def finite(value: Any) -> Any:
+    """The same tree of dicts, lists and numbers with None for what is not finite: JSON has no other word for it."""
+    if isinstance(value, dict):
+        return {name: finite(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def read_rows(path: pathlib.Path) -> list[dict[str, Any]]:
     """The rows of a .jsonl file; a last line cut short by a kill is left out."""
     if not path.exists():
@@ -66,13 +75,12 @@ class MetricWriter:
             try:
                 import wandb
             except ImportError as error:
-                raise UserError("training.wandb_project needs the extra: pip install 'armd-jax[wandb]'") from error
+                raise UserError("training.wandb_project needs the extra: pip install -e '.[wandb]'") from error
             self._wandb = wandb.init(project=config.training.wandb_project, dir=str(workdir), resume="allow")
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        """One row of scalars at a step; what is not finite is null, since JSON has no other word for it."""
-        row = {name: value if math.isfinite(value) else None for name, value in values.items()}
-        self._file.write(json.dumps({"step": step, **row}) + "\n")
+        """One row of scalars at a step."""
+        self._file.write(json.dumps({"step": step, **finite(values)}) + "\n")
         self._file.flush()
         if self._tensorboard is not None:
             for name, value in values.items():

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,7 @@ LENGTH = 6
 
 
 def _five_layers(toy, **changes):
-    return toy.config(vocab_size=7, max_length=LENGTH, num_layers=5, two_stream_layers=3, **changes)
+    return toy.config(**dict(vocab_size=7, max_length=LENGTH, num_layers=5, two_stream_layers=3) | changes)
 
 
 @pytest.fixture(scope="module")
@@ -60,9 +61,32 @@ def test_scan_and_remat_change_nothing(toy, loss_and_gradient, scan, remat, atte
 
 def test_every_parameter_gets_a_gradient(toy, loss_and_gradient):
     """No parameter is dead: every real row and matrix of the tree has a gradient, layer by layer."""
-    _, gradient = loss_and_gradient(_five_layers(toy, dropout=0.3))
+    config = _five_layers(toy, dropout=0.3)
+    _, gradient = loss_and_gradient(config)
     for path, leaf in jax.tree_util.tree_leaves_with_path(network.unstack(gradient)):
-        assert np.any(np.asarray(leaf) != 0), jax.tree_util.keystr(path)
+        for part in np.moveaxis(leaf, 1, 0) if path[-1].key == "key_value" else [np.asarray(leaf)]:
+            assert np.any(part != 0), jax.tree_util.keystr(path)
+    assert np.all(np.any(np.asarray(gradient["embedding"][: config.vocab_size]) != 0, axis=1))
+
+
+def test_gradients_of_a_frequent_token_add_up(toy):
+    """In bfloat16 too: a sum in that dtype would stand still at 256 of these 5,000 equal gradients."""
+    tokens_BN = jnp.zeros((1, 5_000), jnp.int32)
+    table_VD = jnp.ones((3, 2), jnp.bfloat16)
+    gradient = jax.grad(lambda table: network._look_up(table, tokens_BN).astype(jnp.float32).sum())(table_VD)
+    np.testing.assert_allclose(np.asarray(gradient, np.float32), [[5_000, 5_000], [0, 0], [0, 0]], rtol=2**-8)
+
+
+def test_long_evidence_takes_no_square_of_scores(toy):
+    """The first call of decoding attends in chunks, as training does: no array has queries x keys numbers."""
+    config = _five_layers(toy, max_length=256, attention_chunk=32)
+    params = network.unstack(network.init(jax.random.key(0), config))
+    drawn = order.left_to_right(1, 200)
+    rows = rows_for_training(jnp.zeros((1, 200), jnp.int32), drawn, block_mask.build(drawn))
+    cache = network.init_cache(config, 1, 256)
+    jaxpr = jax.make_jaxpr(lambda params: network.forward(params, config, rows, cache))(params)
+    sizes = [math.prod(v.aval.shape[-2:]) for e in toy.equations(jaxpr) for v in e.outvars if v.aval.ndim >= 2]
+    assert max(sizes) < 200 * 200
 
 
 def test_parameters_do_not_depend_on_how_the_network_is_computed(toy):

@@ -335,6 +335,8 @@ def test_padding_last():
         (lambda: order.masked_diffusion(_key(0), 1, 4, 3, weight="elb"), "weight='elb' .* did you mean 'elbo'"),
         (lambda: order.from_times(jnp.ones((1, 4), jnp.int32), 3, weight="x"), "weight='x' is not known"),
         (lambda: order.alphas(3, "square"), "noise_schedule='square'"),
+        (lambda: order.from_blocks([0, 1]), "expected lists of positions"),
+        (lambda: order.from_blocks([[0.5, 1]]), "expected lists of positions"),
         (lambda: order.from_blocks([]), "at least one position"),
         (lambda: order.from_blocks([[0], [], [1]]), "every block needs at least one position"),
         (lambda: order.from_blocks([[0, 1], [1]]), r"positions 0 \.\. 2 once"),

@@ -12,7 +12,7 @@ import pytest
 from armd_jax import order
 from armd_jax.config import DataConfig, ModelConfig, OrderConfig, UserError
 from armd_jax.core import network
-from armd_jax.data import packing
+from armd_jax.data import loader, packing
 from armd_jax.evaluation import perplexity
 from armd_jax.inference.language_model import LanguageModel
 
@@ -71,6 +71,7 @@ def test_figures_of_a_total():
     assert figures["bits_per_byte"] == pytest.approx(40 / math.log(2) / 50)
     assert perplexity.figures(40.0, counts, lossless=False)["bits_per_byte"] is None
     assert perplexity.figures(1e6, counts, lossless=True)["perplexity_per_word"] == math.inf
+    assert math.isnan(perplexity.figures(math.nan, counts, lossless=True)["perplexity_per_word"])
 
 
 def test_unigram_against_a_hand_count(data):
@@ -88,6 +89,15 @@ def test_evaluate_reports_all_figures(data, lm):
     assert result["tokens"] == data.counts("test").tokens and result["bytes"] == data.counts("test").bytes
     assert list(result["strided"]) == ["2"]  # 16 is not divisible by 3
     assert result["random_orders"]["draws"] == 2 and result["elbo"]["diffusion_steps"] == 4
+    tokens, valid = (np.concatenate(parts) for parts in zip(*loader.eval_batches(data, "test", 4), strict=True))
+    strided = order.padding_last(order.strided(*tokens.shape, 2), jnp.asarray(valid))
+    expected = -np.asarray(lm.log_prob(tokens, strided))[valid].sum() / result["tokens"]
+    assert result["strided"]["2"]["nats_per_token"] == pytest.approx(expected, rel=1e-5)
+    one_step = dataclasses.replace(elbo, diffusion_steps=1)  # all tokens of a row at once
+    bound = perplexity.evaluate(lm, data, "test", streams=(), draws=0, elbo=one_step, progress=False)["elbo"]
+    at_once = order.from_blocks([list(range(tokens.shape[1]))], len(tokens))
+    expected = -np.asarray(lm.log_prob(tokens, order.padding_last(at_once, jnp.asarray(valid))))[valid].sum()
+    assert bound["nats_per_token"] == pytest.approx(expected / result["tokens"], rel=1e-5)
     bits = [result[name]["bits_per_byte"] for name in ("left_to_right", "random_orders", "elbo")]
     assert all(0 < value < 40 for value in [*bits, result["strided"]["2"]["bits_per_byte"]])
     assert 0 < result["xz_bits_per_byte"] < result["unigram"]["bits_per_byte"]
@@ -112,3 +122,15 @@ def test_another_vocabulary_is_a_user_error(data, lm):
     other = dataclasses.replace(lm, config=dataclasses.replace(lm.config, vocab_size=lm.config.vocab_size - 1))
     with pytest.raises(UserError, match="another vocabulary"):
         perplexity.evaluate(other, data, "test", progress=False)
+
+
+def test_rows_longer_than_the_model_are_a_user_error(data, lm):
+    """RoPE would go on beyond the lengths that were trained, and say nothing."""
+    shorter = dataclasses.replace(lm, config=dataclasses.replace(lm.config, max_length=LENGTH - 1))
+    with pytest.raises(UserError, match=f"longer than the model's max_length={LENGTH - 1}"):
+        perplexity.evaluate(shorter, data, "test", progress=False)
+
+
+def test_training_text_has_no_number_of_the_compressor(data):
+    """After itself nothing is left of it to compress."""
+    assert perplexity.xz_bits_per_byte(data, "train") is None and perplexity.xz_bits_per_byte(data, "test") > 0

@@ -43,6 +43,7 @@ def _evaluation() -> dict:
         "left_to_right": _scores(1.7531),
         "random_orders": {**_scores(2.1049), "draws": 4},
         "strided": {"2": _scores(1.771), "4": _scores(1.812), "8": _scores(1.956)},
+        "elbo": {**_scores(2.2222), "diffusion_steps": 64},
         "unigram": _scores(4.321),
         "xz_bits_per_byte": 1.8412,
     }
@@ -106,7 +107,20 @@ def test_page_is_complete_and_self_contained(reported):
     links = re.findall(r'(?:src|href)="?([^">]{0,40})', page)
     assert len(links) == len(PNGS) - 1 and all(link.startswith("data:image/png;base64,") for link in links)
     assert "url(" not in page and "@import" not in page and "<link" not in page
-    for number in ("1.753", "1.841", "2.105", "1.771", "1.812", "1.956", "4.321", "1,234", "×2.83", "×1.41", "283"):
+    for number in (
+        "1.753",
+        "1.841",
+        "2.105",
+        "1.771",
+        "1.812",
+        "1.956",
+        "2.222",
+        "4.321",
+        "1,234",
+        "×2.83",
+        "×1.41",
+        "283",
+    ):
         assert number in page, number
     for facts in ("40 of 40 training steps, resumed 1 time", "<td>16</td>", "<td>9</td>", "<td>7</td>"):
         assert facts in page, facts

@@ -187,6 +187,8 @@ def test_greedy_and_truncated_sampling():
     greedy = lm.generate(BATCH, streams=2, temperature=0)
     assert _likelier(lm, greedy).max() == 0
     np.testing.assert_array_equal(greedy.tokens_BN, lm.generate(BATCH, streams=2, top_k=1, seed=9).tokens_BN)
+    for cold in (1e-20, 1e-40, 1e-300):  # the last two are less than float32 can divide by
+        np.testing.assert_array_equal(greedy.tokens_BN, lm.generate(BATCH, streams=2, temperature=cold).tokens_BN)
     nucleus = _likelier(lm, lm.generate(BATCH, streams=2, top_p=0.6, seed=9))
     assert 0 < nucleus.max() < 0.6
     assert _likelier(lm, lm.generate(BATCH, streams=2, seed=9)).max() >= 0.6
@@ -238,6 +240,10 @@ def test_seeds_make_samples():
         ({"top_p": 0.0}, "top_p"),
         ({"top_k": 0}, "top_k"),
         ({"batch": 0}, "batch"),
+        ({"prompt": "abc"}, "prompt: expected token ids"),
+        ({"prompt": [1.5, 2.0]}, "prompt: expected token ids"),
+        ({"prompt": [[1, 2], [3]]}, "prompt: its rows differ in length"),
+        ({"evidence_BN": np.zeros((BATCH, LENGTH))}, "evidence_BN: expected token ids"),
     ],
 )
 def test_impossible_requests_are_user_errors(options, names):

@@ -25,3 +25,14 @@ def test_a_run_survives_what_is_done_to_it(tmp_path):
     assert re.search(r"disk full +(SKIPPED: no tmpfs|\d+ arrays and \d+ rows of metrics equal)", done.stdout)
     events = done.stdout.splitlines()[-1]
     assert "1 start" in events and "1 end" in events and "1 stop" in events and " skip" in events
+
+
+def test_no_other_folder_is_emptied(tmp_path):
+    """A folder that holds anything else is named in one line and stays as it is."""
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "my_run").mkdir()
+    command = [sys.executable, str(ROOT / "launch" / "chaos.py"), "--kills=1", f"--folder={tmp_path}"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: ") and "my_run" in done.stderr and len(done.stderr.splitlines()) == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["broken", "my_run"]

@@ -1,5 +1,6 @@
 """launch/keep_running.sh with real, small commands."""
 
+import os
 import pathlib
 import signal
 import subprocess
@@ -56,6 +57,20 @@ def test_a_stop_is_passed_on_and_final(tmp_path):
     assert running.wait(timeout=30) == 75
     assert (tmp_path / "saved").exists()
     assert (tmp_path / "status").read_text() == "ended 75\n"
+
+
+def test_ctrl_c_reaches_the_command_once(tmp_path):
+    """A terminal sends SIGINT to the whole process group, and the command must still have time to save: `armd train`
+    leaves at once at a second signal."""
+    saves = (
+        "trap 'echo x >>signals' TERM INT; echo >ready; until [ -e signals ]; do sleep 0.05; done; sleep 0.5; exit 75"
+    )
+    command = ["bash", SCRIPT, "--pause=0", "--", "bash", "-c", saves]
+    running = subprocess.Popen(command, cwd=tmp_path, start_new_session=True)
+    wait_for(tmp_path / "ready")
+    os.killpg(running.pid, signal.SIGINT)
+    assert running.wait(timeout=30) == 75
+    assert (tmp_path / "signals").read_text() == "x\n"
 
 
 def test_a_stop_between_two_tries(tmp_path):

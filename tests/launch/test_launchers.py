@@ -29,7 +29,9 @@ CASES = {
     "prove": ["prove.sh"],
     "prove_scaling": ["prove.sh", "--scaling"],
     "keep_running": ["keep_running.sh", "--max-restarts=3", *TRAIN],
-    "tpu_vm_install": ["tpu_vm.sh", "install", *PLACE, "--setup=sudo mount -t nfs 10.0.0.2:/runs /mnt/runs"],
+    "tpu_vm_install": [
+        "tpu_vm.sh", "install", *PLACE, "--extras=tpu,tfds", "--setup=sudo mount -t nfs 10.0.0.2:/runs /mnt/runs",
+    ],
     "tpu_vm_train": ["tpu_vm.sh", "train", *PLACE, "--gcloud-flag=--internal-ip", *TRAIN],
     "tpu_vm_logs": ["tpu_vm.sh", "logs", *PLACE, "--worker=3"],
     "tpu_vm_stop": ["tpu_vm.sh", "stop", *PLACE],
@@ -46,7 +48,7 @@ CASES = {
         "queued_resources.sh", "keep", *PLACE, "--topology=v5e:16x16", "--slices=2", "--spot", *TRAIN,
     ],
     "xpk": ["xpk.sh", *XPK, "--slices=2", "--xpk-flag=--priority=high", *TRAIN],
-    "slurm": ["slurm.sh", *SLURM, "--partition=gpu", "--setup=source .venv/run/bin/activate", *TRAIN],
+    "slurm": ["slurm.sh", *SLURM, "--partition=gpu", "--setup=source .venv/cuda/bin/activate", *TRAIN],
     "gke_jobset": [
         "gke_jobset.py", "--name=owt", "--image=registry/armd:1", "--topology=v5e:16x16", "--slices=2", "--claim=runs",
         "--queue=tpus", "--", "armd", "train", "--config=experiments/owt_small.py", "--workdir=/runs/owt",
@@ -84,6 +86,8 @@ def test_help(script):
     """--help says what the script does and how it is used, every option of the script in it."""
     result = start(script, "--help")
     assert (result.returncode, result.stderr) == (0, "")
+    elsewhere = [sys.executable if script.endswith(".py") else "bash", script, "--help"]
+    assert subprocess.run(elsewhere, cwd=ROOT / "launch", capture_output=True, text=True).stdout == result.stdout
     program = "python" if script.endswith(".py") else "bash"
     assert f"usage: {program} launch/{script}" in result.stdout
     source = (ROOT / "launch" / script).read_text()
@@ -210,33 +214,83 @@ def test_remote_commands_start_and_stop_a_run(tmp_path):
     assert (again.returncode, again.stdout.splitlines()[-1]) == (0, "ended 75")
 
 
-# In gcloud's place: the state of the request and the status of the run are the next lines of two files.
+# In gcloud's place: the state of the request, the status of the run on two workers and whether a copy arrives are the
+# next lines of three files.
 CLOUD = """#!/bin/bash
-next() { line=$(head -n 1 "$ANSWERS/$1"); sed -i 1d "$ANSWERS/$1"; [ "$line" != none ] && echo "$line"; }
+next() { line=$(head -n 1 "$ANSWERS/$1"); sed -i 1d "$ANSWERS/$1"; [ "$line" != none ] && tr , "\\n" <<<"$line"; }
 case "${0##*/} $*" in
     *" describe "*) next states; exit ;;
     *"echo new"*) next runs; exit ;;
     gcloud*keep_running*) echo start >>"$RECORDED" ;;
-    gcloud*scp*) echo copy >>"$RECORDED" ;;
+    gcloud*scp*) echo copy >>"$RECORDED"; next copies >&2; exit ;;
+    gcloud*pip*) echo install >>"$RECORDED" ;;
+    gcloud*mounted*) echo setup >>"$RECORDED" ;;
     gcloud*create*) echo create >>"$RECORDED" ;;
     gcloud*delete*) echo delete >>"$RECORDED" ;;
 esac
 """
+INSTALL = ["copy", "install", "setup"]
 
 
-def test_keep_asks_again_for_a_slice_that_was_taken_away(tmp_path):
-    """No request: create. ACTIVE and new: install and start. Taken away: delete, create, install and start again, until
-    the run has ended, with its code."""
+@pytest.mark.parametrize(
+    ("states", "runs", "copies", "code", "done"),
+    [
+        pytest.param(
+            "none WAITING_FOR_RESOURCES ACTIVE ACTIVE SUSPENDED none ACTIVE ACTIVE",
+            "new,new|running,running|new,new|ended 0,ended 0",
+            "x x",
+            0,
+            ["create", *INSTALL, "start", "delete", "create", *INSTALL, "start"],
+            id="taken away: asked for again",
+        ),
+        pytest.param(
+            "ACTIVE ACTIVE ACTIVE ACTIVE ACTIVE",
+            "running,running|running,lost|running,running|ended 1,running|ended 1,ended 75",
+            "",
+            75,
+            ["setup", "start"],
+            id="one worker rebooted: set up and started on all; the end is that of all",
+        ),
+        pytest.param(
+            "ACTIVE ACTIVE ACTIVE",
+            "new,new|running,new|ended 0,ended 0",
+            "x",
+            0,
+            [*INSTALL, "start", "setup", "start"],
+            id="one worker not reached: started again",
+        ),
+        pytest.param(
+            "ACTIVE ACTIVE ACTIVE ACTIVE",
+            "new,new|new,new|running,running|ended 2,ended 2",
+            "none x",
+            2,
+            ["copy", *INSTALL, "start"],
+            id="nothing starts where the installation failed",
+        ),
+        pytest.param(
+            "ACTIVE ACTIVE ACTIVE",
+            "ended 75,ended 75|running,running|ended 0,ended 0",
+            "x",
+            0,
+            [*INSTALL, "start"],
+            id="the same command continues a stopped run",
+        ),
+        pytest.param("ACTIVE", "ended 0,ended 0", "", 0, [], id="a run that is done stays done"),
+    ],
+)
+def test_keep_looks_after_a_run(tmp_path, states, runs, copies, code, done):
+    """What `keep` does, step by step, until the run has ended on every worker."""
     answers = tmp_path / "answers"
     answers.mkdir()
-    states = "none WAITING_FOR_RESOURCES ACTIVE ACTIVE SUSPENDED none ACTIVE ACTIVE ACTIVE"
-    (answers / "states").write_text(states.replace(" ", "\n"))
-    (answers / "runs").write_text("new\nrunning\nnew\nlost\nended 0\n")
-    environment = recorders(tmp_path / "bin", "gcloud", "git", "mkdir", "sleep", text=CLOUD) | {"ANSWERS": str(answers)}
-    result = start("queued_resources.sh", "keep", *PLACE, "--topology=v5e:4x4", "--spot", *TRAIN, env=environment)
-    assert result.returncode == 0, result.stderr
-    done = pathlib.Path(environment["RECORDED"]).read_text().split()
-    assert done == ["create", "copy", "start", "delete", "create", "copy", "start", "start"]
+    (answers / "states").write_text(states.replace(" ", "\n") + "\n")
+    (answers / "runs").write_text(runs.replace("|", "\n") + "\n")
+    (answers / "copies").write_text(copies.replace(" ", "\n") + "\n")
+    environment = recorders(tmp_path / "bin", "gcloud", "git", "mkdir", "sleep", text=CLOUD)
+    options = ["--topology=v5e:4x4", "--spot", "--setup=echo mounted"]
+    result = start("queued_resources.sh", "keep", *PLACE, *options, *TRAIN, env=environment | {"ANSWERS": str(answers)})
+    assert result.returncode == code, result.stderr
+    recorded = pathlib.Path(environment["RECORDED"])
+    assert (recorded.read_text().split() if recorded.exists() else []) == done
 
 
 @pytest.mark.parametrize(
@@ -287,7 +341,14 @@ def test_keep_asks_for_the_runs_status(tmp_path, state, answer):
         ],
         (["slurm.sh", *SLURM], "the command is missing"),
         (["keep_running.sh"], "the command is missing"),
-        (["keep_running.sh", "--max-restarts=x", "--", "true"], "--max-restarts=x must be a whole number"),
+        (
+            ["keep_running.sh", "--max-restarts=x", "--", "true"],
+            "--max-restarts=x must be a whole number of at least 0",
+        ),
+        (["tpu_vm.sh", "train", *PLACE, "--max-restarts=-1", *TRAIN], "--max-restarts=-1 must be a whole number"),
+        (["queued_resources.sh", "status", *PLACE, "--max-restarts=x"], "--max-restarts=x must be a whole number"),
+        (["queued_resources.sh", "status", *PLACE, "--every=010"], "--every=010 must be a whole number of at least 1"),
+        (["queued_resources.sh", "status", *PLACE, "--extras="], "--extras is missing"),
     ],
 )
 def test_mistakes_are_one_line(command, message):
@@ -359,7 +420,9 @@ def test_dockerfile_extras_exist():
     """The values of EXTRA are extras of setup.py."""
     setup = (ROOT / "setup.py").read_text()
     dockerfile = (ROOT / "launch" / "Dockerfile").read_text()
-    [names] = re.findall(r"^ +([a-z |]+)\) pip install --no-cache-dir \"\.\[\$EXTRA\]\"", dockerfile, re.M)
+    [names] = re.findall(
+        r"^ +([a-z |]+)\) pip install --no-cache-dir \"\.\[\$EXTRA\$\{EXTRAS:\+,\$EXTRAS\}\]\"", dockerfile, re.M
+    )
     assert all(f'"{name}": [' in setup for name in names.split(" | "))
 
 

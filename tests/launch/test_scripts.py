@@ -9,7 +9,7 @@ import pytest
 from armd_jax.compilation import topology
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-SCRIPTS = [ROOT / "launch" / name for name in ("quickstart.sh", "test.sh", "prove.sh")]
+SCRIPTS = [ROOT / "launch" / name for name in ("quickstart.sh", "test.sh", "prove.sh", "chaos.sh")]
 
 
 @pytest.mark.parametrize("script", [*SCRIPTS, ROOT / "launch" / "environment.sh", ROOT / ".ci" / "run"])
@@ -20,8 +20,9 @@ def test_shell_syntax(script):
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_help(script):
-    """--help says what the script does and how it is used, and does nothing."""
-    result = subprocess.run(["bash", script, "--help"], check=True, capture_output=True, text=True)
+    """--help says what the script does and how it is used, and does nothing; from the script's own folder too."""
+    command = ["bash", script.name, "--help"]
+    result = subprocess.run(command, check=True, capture_output=True, text=True, cwd=script.parent)
     assert f"usage: bash launch/{script.name}" in result.stdout
     assert len(result.stdout.splitlines()) >= 2
 
