@@ -4,6 +4,7 @@ import os
 import pathlib
 import signal
 import subprocess
+import sys
 import time
 
 import pytest
@@ -59,13 +60,26 @@ def test_a_stop_is_passed_on_and_final(tmp_path):
     assert (tmp_path / "status").read_text() == "ended 75\n"
 
 
+# A shell that starts with SIGINT ignored cannot trap it, and Python can.
+SAVES_ON_A_SIGNAL = """
+import pathlib, signal, sys, time
+def note(*_):
+    with open("signals", "a") as file:
+        file.write("x\\n")
+for number in (signal.SIGTERM, signal.SIGINT):
+    signal.signal(number, note)
+pathlib.Path("ready").touch()
+while not pathlib.Path("signals").exists():
+    time.sleep(0.05)
+time.sleep(0.5)
+sys.exit(75)
+"""
+
+
 def test_ctrl_c_reaches_the_command_once(tmp_path):
     """A terminal sends SIGINT to the whole process group, and the command must still have time to save: `armd train`
     leaves at once at a second signal."""
-    saves = (
-        "trap 'echo x >>signals' TERM INT; echo >ready; until [ -e signals ]; do sleep 0.05; done; sleep 0.5; exit 75"
-    )
-    command = ["bash", SCRIPT, "--pause=0", "--", "bash", "-c", saves]
+    command = ["bash", SCRIPT, "--pause=0", "--", sys.executable, "-c", SAVES_ON_A_SIGNAL]
     running = subprocess.Popen(command, cwd=tmp_path, start_new_session=True)
     wait_for(tmp_path / "ready")
     os.killpg(running.pid, signal.SIGINT)
