@@ -10,7 +10,6 @@ import errno
 import json
 import pathlib
 import re
-import shutil
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -203,18 +202,9 @@ def _train_here(args: argparse.Namespace, config: "Config", shown: str) -> int:
     primary = jax.process_index() == 0
     if primary:
         print(f"resolved config:\n{shown}", file=sys.stderr)
-    fresh = not (args.workdir / "config.json").exists()
-    kept = next((path for path in (args.workdir / "data", args.workdir) if path.exists()), None)
     try:
-        params = _initial_params(config, args.workdir) if config.training.init_from and fresh else None
-        result = train.train(config, args.workdir, params, debug_nans=args.debug_nans)
-    except UserError:
-        if primary and not (args.workdir / "config.json").exists():  # no run yet, only data prepared just now
-            if kept is None:
-                shutil.rmtree(args.workdir, ignore_errors=True)
-            elif kept == args.workdir:
-                shutil.rmtree(args.workdir / "data", ignore_errors=True)
-        raise
+        start = _initial_params if config.training.init_from else None
+        result = train.train(config, args.workdir, start, debug_nans=args.debug_nans)
     except RunFailed as error:
         return _failed(str(error), 1)
     last = config.training.num_steps
@@ -231,30 +221,26 @@ def _train_here(args: argparse.Namespace, config: "Config", shown: str) -> int:
     return STOPPED if result.stopped else 0
 
 
-def _initial_params(config: "Config", workdir: pathlib.Path) -> Any:
-    """The weights of `training.init_from`, checked against the new run's model and tokenizer."""
+def _initial_params(config: "Config", data: Any, mesh: Any) -> Any:
+    """The weights of `training.init_from` on the mesh, checked against the new run's model and tokenizer."""
     import dataclasses
 
-    from armd_jax.interop.load import load
-    from armd_jax.training import train
+    from armd_jax.data import tokenizers
+    from armd_jax.interop.load import load, read_config
 
-    lm = load(config.training.init_from)
-    data, config = train.prepare_data(config, workdir)
+    source = pathlib.Path(config.training.init_from)
     shape = ("vocab_size", "num_layers", "two_stream_layers", "width", "num_heads", "mlp_width", "mlp", "norm")
     shape += ("aggregator", "positional_width", "tie_embeddings", "rope_base")
-    theirs, ours = dataclasses.asdict(lm.config), dataclasses.asdict(config.model)
+    theirs, ours = dataclasses.asdict(read_config(source).model), dataclasses.asdict(config.model)
     for name in shape:
         if theirs[name] != ours[name]:
-            raise UserError(
-                f"training.init_from={config.training.init_from}: model.{name} is {theirs[name]!r} there,"
-                f" {ours[name]!r} here"
-            )
-    if lm.tokenizer is None or lm.tokenizer.hash != data.tokenizer.hash:
+            raise UserError(f"training.init_from={source}: model.{name} is {theirs[name]!r} there, {ours[name]!r} here")
+    if tokenizers.load(source / "tokenizer").hash != data.tokenizer.hash:
         raise UserError(
-            f"training.init_from={config.training.init_from}: another vocabulary than the data's; set"
-            f" data.tokenizer={pathlib.Path(config.training.init_from) / 'tokenizer'}"
+            f"training.init_from={source}: another vocabulary than the data's; set"
+            f" data.tokenizer={source / 'tokenizer'}"
         )
-    return lm.params
+    return load(source, mesh=mesh).params
 
 
 def _whole_numbers(text: str, flag: str) -> list[int]:

@@ -216,13 +216,6 @@ def from_config_dict(config: ml_collections.ConfigDict | dict[str, Any]) -> Conf
     return built
 
 
-def model_config_from_dict(values: dict[str, Any]) -> ModelConfig:
-    """A validated `ModelConfig` from a plain dict, as stored in `config.json`."""
-    model = _build(ModelConfig, values, "model")
-    validate_model(model)
-    return model
-
-
 def to_json(config: Config) -> str:
     """The resolved config as stored in a run's `config.json`."""
     return json.dumps(dataclasses.asdict(config), indent=2) + "\n"

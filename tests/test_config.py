@@ -189,13 +189,3 @@ def test_possible_values_at_the_edge():
     _with(order__sbp_steps=400_000, order__permute_steps=9_000, optimizer__clip_norm=0)
     _with(optimizer__ema_decay=0.0, optimizer__warmup_steps=0)
     _with(mesh__data=2, mesh__fsdp=-1)
-
-
-def test_model_config_from_stored_dict():
-    """A stored model section is validated like any other."""
-    stored = dataclasses.asdict(ModelConfig(vocab_size=9))
-    assert config_lib.model_config_from_dict(stored) == ModelConfig(vocab_size=9)
-    with pytest.raises(UserError, match=r"unknown field 'model\.depth'"):
-        config_lib.model_config_from_dict({"depth": 3})
-    with pytest.raises(UserError, match=r"model\.width=0"):
-        config_lib.model_config_from_dict({"width": 0})

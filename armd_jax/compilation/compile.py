@@ -142,7 +142,10 @@ def report(
     """
     config = with_vocabulary(config)
     mesh = sharding.make_mesh(config.mesh, topology.devices(where))
-    sharding.check_divisible(config, mesh)
+    if what == "train":
+        sharding.check_divisible(config, mesh)
+    else:
+        sharding.check_model_divisible(config.model, mesh)
     result: dict[str, Any] = {
         "config": name,
         "what": what,
@@ -278,9 +281,12 @@ def table(result: dict[str, Any]) -> str:
     ]
     if not result["fits"]:
         hint = result["suggestion"]
-        lines.append(
-            f"  try            {hint}" if hint else "  no slice of this chip holds it: use fewer rows or remat"
-        )
+        if result["what"] == "sample":
+            lines.append("  try            a smaller --batch, or a mesh with a larger fsdp or tensor axis")
+        else:
+            lines.append(
+                f"  try            {hint}" if hint else "  no slice of this chip holds it: use fewer rows or remat"
+            )
         return "\n".join(lines)
     for entry in result["collectives"]:
         kind = entry["kind"] + (" between slices" if entry["between_slices"] else "")

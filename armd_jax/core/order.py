@@ -10,7 +10,6 @@ function that can be traced, so orders are drawn on the device inside the jitted
                       block     1 2 3 3 4 4 5 5
 """
 
-import operator
 from collections.abc import Sequence
 
 import flax.struct
@@ -202,9 +201,11 @@ def from_blocks(blocks: Sequence[Sequence[int]], batch: int = 1) -> Order:
     Raises UserError where a block is empty or the positions are not a permutation.
     """
     try:
-        positions = [operator.index(position) for block in blocks for position in block]
+        positions = [position for block in blocks for position in block]
     except TypeError as error:
         raise UserError(f"from_blocks: expected lists of positions, such as [[2, 0], [1, 3]] ({error})") from error
+    if wrong := [position for position in positions if not isinstance(position, int | np.integer)]:
+        raise UserError(f"from_blocks: expected lists of positions, such as [[2, 0], [1, 3]], got {wrong[0]!r} in one")
     length = len(positions)
     if not length or any(not len(block) for block in blocks):
         raise UserError("from_blocks: every block needs at least one position")

@@ -7,7 +7,6 @@ import grain
 import numpy as np
 from grain.experimental import index_shuffle
 
-from armd_jax.config import UserError
 from armd_jax.data.packing import PreparedData, Rows
 
 PREFETCH_THREADS = 2
@@ -34,9 +33,12 @@ def batch_indices(step: int, batch_size: int, seed: int, num_rows: int) -> np.nd
 class _Batches:
     """A Grain source whose item k is the whole batch of step k: faster than rows that Grain gathers."""
 
-    def __init__(self, rows: Rows, num_rows: int, batch_size: int, seed: int, start_step: int, part: slice) -> None:
+    def __init__(
+        self, rows: Rows, num_rows: int, batch_size: int, seed: int, start_step: int, part: np.ndarray | None
+    ) -> None:
         self._rows, self._num_rows, self._batch_size = rows, num_rows, batch_size
-        self._seed, self._start_step, self._part = seed, start_step, part
+        self._seed, self._start_step = seed, start_step
+        self._part = slice(None) if part is None else part
 
     def __len__(self) -> int:
         return sys.maxsize
@@ -77,19 +79,14 @@ def train_batches(
     batch_size: int,
     seed: int,
     start_step: int = 0,
-    num_processes: int = 1,
-    process_index: int = 0,
+    part: np.ndarray | None = None,
 ) -> TrainBatches:
-    """Training batches from `start_step` on: (step, tokens int32[batch_size / num_processes, N]), read ahead.
+    """Training batches from `start_step` on: (step, tokens int32[batch_size, N]), read ahead.
 
-    Every process gets its contiguous part of the same global batch. Only full rows are used: a partly filled last row
-    would train on padding. Raises UserError where the batch does not divide among the processes.
+    part: places in the batch, of which alone rows are read: a process's part of the same global batch. Only full rows
+    are used: a partly filled last row would train on padding.
     """
-    if batch_size % num_processes:
-        raise UserError(f"training.batch_size={batch_size} is not divisible by {num_processes} processes")
     num_rows = prepared.counts("train").tokens // prepared.length
-    size = batch_size // num_processes
-    part = slice(process_index * size, (process_index + 1) * size)
     return TrainBatches(_Batches(prepared.rows("train"), num_rows, batch_size, seed, start_step, part), start_step)
 
 

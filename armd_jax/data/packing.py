@@ -6,7 +6,9 @@ end-of-text; how many of its tokens are real follows from the token count. A pre
 `tokenizer/` and ArrayRecord shards of little-endian rows; it appears whole, by a rename, or not at all.
 """
 
+import contextlib
 import dataclasses
+import fcntl
 import functools
 import hashlib
 import json
@@ -14,6 +16,7 @@ import os
 import secrets
 import shutil
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -31,6 +34,7 @@ from armd_jax.data.tokenizers import Tokenizer
 
 TOKENIZER_FOLDER = "tokenizer"
 BATCH_CHARACTERS = 1 << 22  # encoded at a time: enough to keep all cores busy, little enough to hold as Python ints
+JUST_MADE = 60  # seconds in which a neighbour's new folder may not be locked yet
 OPEN_SHARDS = 256  # readers kept open: a large corpus has more shards than a process may open files
 HASHED_AT_ONCE = 1 << 30  # bytes of shards, a second or two of sha256; of larger data each shard is hashed at first use
 
@@ -56,6 +60,12 @@ class PreparedData:
     @property
     def splits(self) -> tuple[str, ...]:
         return tuple(self.manifest["splits"])
+
+    @property
+    def digest(self) -> str:
+        """sha256 of what decides the training batches besides seed and step: the training rows and the tokenizer."""
+        shards = [shard["sha256"] for shard in self.manifest["splits"]["train"]["shards"]]
+        return hashlib.sha256("\0".join([self.tokenizer.hash, *shards]).encode()).hexdigest()
 
     def counts(self, split: str) -> Counts:
         """Raises UserError where there is no such split; so do `num_rows` and `rows`."""
@@ -216,13 +226,15 @@ def _build(config: DataConfig, corpus: Corpus, request: str, length: int, folder
     partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}-{secrets.token_hex(4)}")
     try:
         partial.mkdir(parents=True)
-        _write(config, corpus, request, length, partial, progress)
-        try:
-            partial.rename(folder)
-        except OSError:
-            if not (folder / MANIFEST_FILE).is_file():
-                raise
-            shutil.rmtree(partial)  # another process was faster; what it made is the same
+        with _held(partial):
+            _remove_abandoned(folder)
+            _write(config, corpus, request, length, partial, progress)
+            try:
+                partial.rename(folder)
+            except OSError:
+                if not (folder / MANIFEST_FILE).is_file():
+                    raise
+                shutil.rmtree(partial)  # another process was faster; what it made is the same
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
         for parent in made:
@@ -231,6 +243,25 @@ def _build(config: DataConfig, corpus: Corpus, request: str, length: int, folder
         if isinstance(error, OSError):
             raise UserError(f"cannot write prepared data to {folder}: {error.strerror or error}") from error
         raise
+
+
+@contextlib.contextmanager
+def _held(folder: Path) -> Iterator[None]:
+    """Locks a folder while it is written; the kernel drops the lock of a process that dies. BlockingIOError if held."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _remove_abandoned(folder: Path) -> None:
+    """Removes what killed preparations of `folder` left beside it."""
+    for left in folder.parent.glob(f".{folder.name}.partial-*"):
+        if time.time() - left.stat().st_mtime > JUST_MADE:
+            with contextlib.suppress(BlockingIOError), _held(left):
+                shutil.rmtree(left, ignore_errors=True)
 
 
 def _write(config: DataConfig, corpus: Corpus, request: str, length: int, folder: Path, progress: bool) -> None:

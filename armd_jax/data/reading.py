@@ -63,7 +63,7 @@ def read_files(files: list[Path], text_field: str) -> Iterator[Item]:
         line = 0
         try:
             with opener(file, "rb") as stream:
-                if ".jsonl" not in file.suffixes[-2:]:
+                if not file.name.endswith((".jsonl", ".jsonl.gz")):
                     yield decode(stream.read(), str(file))
                     continue
                 for line, content in enumerate(stream, start=1):

@@ -3,20 +3,23 @@
 import os
 import pathlib
 
+import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from armd_jax.config import Config, UserError
 from armd_jax.core.network import Params
 from armd_jax.data import tokenizers
 from armd_jax.inference.language_model import LanguageModel
 from armd_jax.interop import safetensors_format
-from armd_jax.training import checkpoints
+from armd_jax.training import checkpoints, sharding
 
 
-def load(path: str | os.PathLike[str], ema: bool = True) -> LanguageModel:
+def load(path: str | os.PathLike[str], ema: bool = True, mesh: Mesh | None = None) -> LanguageModel:
     """The model in `path`: a training run (its newest whole checkpoint) or a folder written by `armd export`.
 
     ema: take the averaged weights of a run that keeps them. An export holds the weights that were exported.
+    mesh: spread the weights over it as in training; None puts them on one device.
     Raises UserError where `path` is neither.
     """
     folder = pathlib.Path(path)
@@ -29,8 +32,10 @@ def load(path: str | os.PathLike[str], ema: bool = True) -> LanguageModel:
         )
     if (folder / safetensors_format.WEIGHTS).is_file():
         params = safetensors_format.read(folder, config.model)
+        if mesh is not None:
+            params = jax.device_put(params, sharding.param_shardings(mesh, params))
     else:
-        state = checkpoints.restore_for_inference(folder, config)
+        state = checkpoints.restore_for_inference(folder, config, mesh)
         params = without_padding(state.eval_params if ema else state.params, config)
     return LanguageModel(config.model, params, tokenizer)
 

@@ -42,7 +42,9 @@ class Checkpointer:
         self._begun: int | None = None  # the step of a save that may still be under way
         self._last_failed = False
         training = config.training
-        keep = [checkpoint_managers.LatestN(training.keep_checkpoints)]
+        # A rollback goes back to a checkpoint of the interval: the newest stays, however many stops come after it.
+        every = checkpoint_managers.EveryNSteps(training.checkpoint_every, max_to_keep=1)
+        keep = [checkpoint_managers.LatestN(training.keep_checkpoints), every]
         if training.keep_every:
             keep.append(checkpoint_managers.EveryNSteps(training.keep_every))
         self._manager = ocp.CheckpointManager(
@@ -239,7 +241,7 @@ def _one_device() -> Mesh:
 
 
 def restore_for_inference(run: pathlib.Path, config: Config, mesh: Mesh | None = None) -> TrainState:
-    """The newest whole state of a run, on this machine's devices."""
+    """The newest whole state of a run, over the mesh or on one device."""
     logging.getLogger("absl").setLevel(logging.ERROR)
     if not (run / "checkpoints").is_dir():
         raise UserError(f"{run}: has no checkpoints yet")

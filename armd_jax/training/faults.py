@@ -1,6 +1,7 @@
 """What went wrong numerically: the first tensor of a step that is not finite, and the report about it."""
 
 import dataclasses
+import functools
 import json
 import pathlib
 import traceback
@@ -13,6 +14,7 @@ from jax.sharding import Mesh
 
 from armd_jax.config import Config
 from armd_jax.core import network, objective
+from armd_jax.core import order as orders
 from armd_jax.training import sharding, step
 from armd_jax.training.metrics import write_atomically
 from armd_jax.training.state import TrainState
@@ -28,12 +30,16 @@ def first_non_finite(config: Config, mesh: Mesh, state: TrainState, tokens_BN: j
     Looks at the parameters, the log-probabilities of the batch (with its rows and positions), and the gradients.
     `tensor` is "none" where the numbers of this step are finite (a spike, or a fault that did not come again).
     """
+    config = sharding.for_mesh(config, mesh)  # the step's own attention kernel, in which the fault may lie
     order = step.draw_order(config, state.step, tokens_BN.shape[1])
+    attend = sharding.attend(config, mesh, orders.patterns(config.order))
 
-    @jax.jit
+    @functools.partial(jax.jit, out_shardings=sharding.replicated(mesh))
     def tensors(params: network.Params, tokens_BN: jax.Array) -> tuple[Any, jax.Array, Any, Any]:
         constrain = sharding.constrain(mesh)
-        log_probs_BN, _ = objective.generation_log_probs(params, config.model, tokens_BN, order, constrain=constrain)
+        log_probs_BN, _ = objective.generation_log_probs(
+            params, config.model, tokens_BN, order, constrain=constrain, attend=attend
+        )
         nll_BN = objective.to_natural(order, log_probs_BN)
         grads, sums = step.gradients(params, config, tokens_BN, order, state.step, mesh)
         whole = lambda tree: jax.tree.map(lambda leaf: jnp.isfinite(leaf).all(), tree)  # noqa: E731
@@ -63,6 +69,7 @@ def pinpoint(config: Config, mesh: Mesh, state: TrainState, at: int, tokens_BN: 
     every operation checked by itself.
     """
     at_fault = dataclasses.replace(state, step=jnp.full_like(state.step, at))
+    config = sharding.for_mesh(config, mesh)
     found = first_non_finite(config, mesh, at_fault, tokens_BN)
     order = step.draw_order(config, at_fault.step, tokens_BN.shape[1])
     try:

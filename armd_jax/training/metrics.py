@@ -4,6 +4,7 @@ import json
 import math
 import os
 import pathlib
+import secrets
 import tempfile
 from typing import Any
 
@@ -76,7 +77,11 @@ class MetricWriter:
                 import wandb
             except ImportError as error:
                 raise UserError("training.wandb_project needs the extra: pip install -e '.[wandb]'") from error
-            self._wandb = wandb.init(project=config.training.wandb_project, dir=str(workdir), resume="allow")
+            name = workdir / "wandb-run-id"  # the same W&B run in every life
+            if not name.exists():
+                write_atomically(name, secrets.token_hex(4))
+            project = config.training.wandb_project
+            self._wandb = wandb.init(project=project, dir=str(workdir), id=name.read_text(), resume="allow")
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """One row of scalars at a step."""

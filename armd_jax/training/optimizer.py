@@ -20,7 +20,7 @@ def learning_rate(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
     elif config.schedule == "cosine":
         after = optax.cosine_decay_schedule(peak, rest, alpha=config.final_fraction)
     else:
-        decay = max(round(config.decay_fraction * num_steps), 1)
+        decay = min(max(round(config.decay_fraction * num_steps), 1), rest)
         end = optax.linear_schedule(peak, peak * config.final_fraction, decay)
         after = optax.join_schedules([optax.constant_schedule(peak), end], [max(rest - decay, 0)])
     # The first update already has a rate above zero: step t of the warm-up takes (t + 1) / warmup of the peak.

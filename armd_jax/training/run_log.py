@@ -77,6 +77,8 @@ class RunLog:
         if not (force or done % self._config.training.checkpoint_every == 0):
             return
         self.flush()
+        if self._skipped and not force:  # a rollback needs the checkpoint from before, and these would push it out
+            return
         if self._writer:
             self._writer.sync()
         if checkpointer.save(state, done, force):
@@ -88,8 +90,8 @@ class RunLog:
         self._pending = (done, metrics)
         return self._skipped
 
-    def restored(self, done: int) -> None:
-        """Forgets the skipped updates and the metrics of the step that a rollback replaced."""
+    def restored(self) -> None:
+        """Notes the step that a rollback replaces, and forgets the skipped updates."""
         self.flush()
         self._skipped = 0
 
@@ -127,7 +129,7 @@ class RunLog:
             self._writer.write(done, values)
 
     def evaluated(self, done: int, values: dict[str, float]) -> None:
-        self._clock = None  # the rate is of training alone
+        self._clock = (done, time.perf_counter())  # the rate is of training alone
         if values:
             self._shown["eval"] = f"{values['eval/nll']:.4f}"
             self.bar.set_postfix(self._shown, refresh=False)

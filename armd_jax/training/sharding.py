@@ -13,7 +13,7 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from armd_jax.config import Config, MeshConfig, UserError
+from armd_jax.config import Config, MeshConfig, ModelConfig, UserError
 from armd_jax.core import network, objective
 from armd_jax.core.network import Attend, Constrain
 
@@ -126,11 +126,16 @@ def check_divisible(config: Config, mesh: Mesh) -> None:
         raise UserError(
             f"training.batch_size / training.microbatches = {rows} is not divisible by mesh data x fsdp = {batch_parts}"
         )
+    check_model_divisible(config.model, mesh)
+
+
+def check_model_divisible(model: ModelConfig, mesh: Mesh) -> None:
+    """Raises UserError where width, heads, MLP or vocabulary cannot be divided over the mesh."""
     for field, size, axis in (
-        ("model.width", config.model.width, "fsdp"),
-        ("model.num_heads", config.model.num_heads, "tensor"),
-        ("model.mlp_width", network.mlp_width(config.model), "tensor"),
-        ("the padded vocabulary", network.padded_vocab(config.model), "tensor"),
+        ("model.width", model.width, "fsdp"),
+        ("model.num_heads", model.num_heads, "tensor"),
+        ("model.mlp_width", network.mlp_width(model), "tensor"),
+        ("the padded vocabulary", network.padded_vocab(model), "tensor"),
     ):
         if size % mesh.shape[axis]:
             raise UserError(f"{field}={size} is not divisible by mesh.{axis}={mesh.shape[axis]}")
@@ -144,6 +149,21 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Rows of a batch over the data and fsdp axes."""
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+
+def rows_here(mesh: Mesh, batch_size: int) -> np.ndarray:
+    """int64: which rows of a global batch the devices of this process hold, in order."""
+    places = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
+    return np.unique(np.concatenate([np.arange(batch_size)[place] for place in places]))
+
+
+def global_rows(mesh: Mesh, batch_size: int, here: np.ndarray, rows: np.ndarray) -> jax.Array:
+    """The global batch of which this process gives `rows`, those that `rows_here` names."""
+
+    def part(place: tuple[slice, ...]) -> np.ndarray:
+        return rows[np.searchsorted(here, np.arange(batch_size)[place[0]])]
+
+    return jax.make_array_from_callback((batch_size, *rows.shape[1:]), batch_sharding(mesh), part)
 
 
 def param_shardings(mesh: Mesh, params: network.Params) -> network.Params:

@@ -1,5 +1,6 @@
 """One optimizer update: order, loss, gradients, AdamW, average. A pure function of (state, tokens)."""
 
+import dataclasses
 from collections.abc import Callable
 
 import jax
@@ -116,8 +117,9 @@ def make_train_step(config: Config, mesh: Mesh) -> Callable[[TrainState, jax.Arr
 
 def make_eval_step(config: Config, mesh: Mesh) -> Callable[[Params, jax.Array, jax.Array], LossSums]:
     """The jitted (params, tokens_BN, valid_BN) -> LossSums of the exact left-to-right likelihood."""
-
-    config = sharding.for_mesh(config, mesh)
+    # Evaluation takes the batch at once: its logits must not be sized for a microbatch.
+    whole = dataclasses.replace(config.training, microbatches=1)
+    config = sharding.for_mesh(dataclasses.replace(config, training=whole), mesh)
     # Left to right and with padding behind, every block is one token.
     places = {"constrain": sharding.constrain(mesh), "attend": sharding.attend(config, mesh, (1,))}
 

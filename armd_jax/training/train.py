@@ -6,7 +6,7 @@ import logging
 import pathlib
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +28,9 @@ from armd_jax.training.metrics import write_atomically
 from armd_jax.training.preemption import Preemption
 from armd_jax.training.run_log import RunLog
 from armd_jax.training.state import TrainState
+
+# Makes the weights that a new run starts from, of its resolved config, its data and its mesh.
+InitialParams = Callable[[Config, PreparedData, Mesh], Params]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +66,7 @@ def with_vocabulary(config: Config, data: PreparedData) -> Config:
 def train(
     config: Config,
     workdir: pathlib.Path,
-    initial_params: Params | None = None,
+    initial_params: InitialParams | None = None,
     progress: bool = True,
     debug_nans: bool = False,
 ) -> Result:
@@ -71,8 +74,8 @@ def train(
 
     Raises UserError where the input cannot work, RunFailed where the run cannot go on by itself.
 
-    initial_params: weights to start from where the run is new (fine-tuning). debug_nans: waits for every step, and ends
-    the run at the first update that had to be skipped, with the operation that is to blame.
+    initial_params: called for the weights to start from where there is no checkpoint yet (fine-tuning). debug_nans:
+    waits for every step, and ends the run at the first update that had to be skipped, with the operation to blame.
     """
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax tells every save in several lines
     workdir = workdir.absolute()
@@ -86,30 +89,33 @@ def train(
             workdirs.check_continuation(old, config, workdir)
         if primary:
             stack.enter_context(workdirs.locked(workdir))
+            stack.enter_context(workdirs.left_as_found(workdir))
             data, config = prepare_data(config, workdir, progress)
         multihost_utils.sync_global_devices("data prepared")
         if not primary:
             data, config = prepare_data(config, workdir, progress=False)
         sharding.check_divisible(config, mesh)
+        if old is not None:
+            workdirs.check_same_data(workdir, data)
 
         # --- state: the newest checkpoint, else given weights, else random ones ------------------------------------
         log = RunLog(config, primary and progress)
         checkpointer = stack.enter_context(checkpoints.Checkpointer(workdir, config, on_failed_save=log.save_failed))
         target = states.abstract(config, mesh)
         state = checkpointer.restore_newest(target, log.damaged)
+        resumed = state is not None
+        if state is None:
+            state = states.create(config, mesh, initial_params and initial_params(config, data, mesh))
         if primary:
             data.tokenizer.save(workdir / "tokenizer")
             write_atomically(workdir / "config.json", configs.to_json(config))
-        resumed = state is not None
-        if state is None:
-            state = states.create(config, mesh, initial_params)
         first_step, last_step = int(state.step), config.training.num_steps
         if first_step >= last_step:
             return Result(state, config, 0)
 
         # --- what the run writes -----------------------------------------------------------------------------------
         log.open(stack, workdir if primary else None, first_step, int(state.skipped))
-        log.event("resume" if resumed else "start", first_step, time=time.time())
+        log.event("resume" if resumed else "start", first_step, time=time.time(), data=data.digest)
         if primary and progress and mesh.size > 1:
             print(sharding.placement(state.params), file=sys.stderr)
 
@@ -128,9 +134,8 @@ def train(
             if debug_nans and int(state.skipped):
                 raise RunFailed(f"step {done}: {faults.pinpoint(config, mesh, state, number, tokens_BN)}")
             if config.training.eval_every and (done % config.training.eval_every == 0 or done == last_step):
-                values = evaluate(state.eval_params)
                 log.flush()
-                log.evaluated(done, values)
+                log.evaluated(done, evaluate(state.eval_params))
             stopped = done < last_step and preemption.requested(done)
             log.save(checkpointer, state, done, force=stopped or done == last_step)
             log.bar.update()
@@ -145,18 +150,11 @@ def train(
 
 @contextlib.contextmanager
 def _global_batches(config: Config, data: PreparedData, mesh: Mesh, first: int) -> Iterator[Iterator]:
-    """Batches from step `first` on as global arrays; each process loads its own rows only."""
-    rows = sharding.batch_sharding(mesh)
-    shape = (config.training.batch_size, config.model.max_length)
-    with loader.train_batches(
-        data,
-        config.training.batch_size,
-        config.training.seed,
-        first,
-        num_processes=jax.process_count(),
-        process_index=jax.process_index(),
-    ) as batches:
-        yield ((n, jax.make_array_from_process_local_data(rows, tokens, shape)) for n, tokens in batches)
+    """Batches from step `first` on as global arrays; each process loads the rows of its own devices only."""
+    size = config.training.batch_size
+    here = sharding.rows_here(mesh, size)
+    with loader.train_batches(data, size, config.training.seed, first, here) as batches:
+        yield ((n, sharding.global_rows(mesh, size, here, tokens)) for n, tokens in batches)
 
 
 class _Recovery:
@@ -179,6 +177,8 @@ class _Recovery:
     def __call__(self, state: TrainState, done: int) -> TrainState:
         """The parameters of the last good checkpoint, at step `done`: past the batches that failed.
 
+        Only checkpoints of the config's interval count, not those of a stop: so a run that was stopped on the way goes
+        back to where an unbroken one would. The learning rate goes by the updates that count, the order by `done`.
         Raises RunFailed where there is no such checkpoint, where nothing went well since the last rollback, and where
         the config says stop.
         """
@@ -198,7 +198,7 @@ class _Recovery:
                 f"updates {failed + 1} to {done - 1} were skipped, and no checkpoint is older than they; see {report}"
             )
         self._rolled_back_at = done
-        self._log.restored(done)
+        self._log.restored()
         back = int(restored.step)
         self._log.event("rollback", done, to=back, report=str(report))
         self._log.tell(f"step {done}: back to the parameters of step {back}, past the batches; see {report}")
@@ -234,15 +234,11 @@ class _Evaluation:
     def __call__(self, params: Params) -> dict[str, float]:
         if "valid" not in self._data.splits:
             return {}
-        rows = sharding.batch_sharding(self._mesh)
-        training = self._config.training
-        share = training.batch_size // jax.process_count()
-        mine = slice(jax.process_index() * share, (jax.process_index() + 1) * share)
-        shape = (training.batch_size, self._config.model.max_length)
+        size, limit = self._config.training.batch_size, self._config.training.eval_batches or None
+        here = sharding.rows_here(self._mesh, size)
         nll = tokens = 0.0
-        limit = training.eval_batches or None
-        for batch, valid in loader.eval_batches(self._data, "valid", training.batch_size, limit):
-            arrays = (jax.make_array_from_process_local_data(rows, np.asarray(a[mine]), shape) for a in (batch, valid))
+        for batch, valid in loader.eval_batches(self._data, "valid", size, limit):
+            arrays = (sharding.global_rows(self._mesh, size, here, a[here]) for a in (batch, valid))
             sums = self._step(params, *arrays)
             nll, tokens = nll + float(sums.nll), tokens + float(sums.tokens)
         return {"eval/nll": nll / tokens, "eval/perplexity": float(np.exp(nll / tokens))}

@@ -5,11 +5,15 @@ import dataclasses
 import fcntl
 import os
 import pathlib
+import shutil
 import socket
 import time
 from collections.abc import Iterator
 
 from armd_jax.config import Config, UserError
+from armd_jax.data import tokenizers
+from armd_jax.data.packing import PreparedData
+from armd_jax.training.metrics import read_rows
 
 # What may differ between a run and its continuation; anything else would make it another run.
 MAY_CHANGE = {
@@ -47,6 +51,23 @@ def check_continuation(old: Config, new: Config, workdir: pathlib.Path) -> None:
         raise UserError(f"{workdir} holds a run of another config ({'; '.join(wrong)}): use another --workdir")
 
 
+def check_same_data(workdir: pathlib.Path, data: PreparedData) -> None:
+    """Raises UserError where the run in `workdir` was trained on other rows, or with another tokenizer, than `data`.
+
+    The config names a source, not its content: files may have changed, and the embedded corpus is another's in another
+    Python.
+    """
+    begun = [row.get("data") for row in read_rows(workdir / "events.jsonl") if row["event"] == "start"]
+    tokenizer = workdir / "tokenizer"
+    other_tokenizer = tokenizer.is_dir() and tokenizers.load(tokenizer).hash != data.tokenizer.hash
+    if other_tokenizer or (begun and begun[-1] not in (None, data.digest)):
+        what = "with another tokenizer" if other_tokenizer else "on other text"
+        raise UserError(
+            f"{workdir} holds a run {what} than data.path and data.tokenizer give now: what they name has changed"
+            " since; bring it back, or use another --workdir"
+        )
+
+
 def check_writable(workdir: pathlib.Path) -> None:
     """Raises UserError where the workdir could not be written, without creating anything."""
     if workdir.exists() and not workdir.is_dir():
@@ -66,9 +87,10 @@ def locked(workdir: pathlib.Path) -> Iterator[None]:
 
     The kernel drops the lock of a process that dies, however it dies: no stale lock is ever in the way.
     """
-    workdir.mkdir(parents=True, exist_ok=True)
+    made = [folder for folder in (workdir, *workdir.parents) if not folder.exists()]
     path = workdir / ".lock"
     while True:
+        workdir.mkdir(parents=True, exist_ok=True)
         handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -86,3 +108,20 @@ def locked(workdir: pathlib.Path) -> Iterator[None]:
     finally:
         path.unlink(missing_ok=True)
         os.close(handle)
+        for folder in made:
+            with contextlib.suppress(OSError):
+                folder.rmdir()  # where nothing came to lie in it
+
+
+@contextlib.contextmanager
+def left_as_found(workdir: pathlib.Path) -> Iterator[None]:
+    """Where a UserError keeps a run from beginning, removes what came into the workdir; to be used under its lock."""
+    before = {path.name for path in workdir.iterdir()}
+    try:
+        yield
+    except UserError:
+        if not (workdir / "config.json").exists():
+            for path in workdir.iterdir():
+                if path.name not in before:
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+        raise

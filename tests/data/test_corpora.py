@@ -154,7 +154,8 @@ def test_text_is_kept_byte_for_byte(tmp_path):
     (tmp_path / "a.txt").write_bytes(text.encode())
     (tmp_path / "b.txt.gz").write_bytes(gzip.compress(text.encode()))
     write_jsonl(tmp_path / "c.jsonl", [{"body": text}, {"body": " \n"}])
-    for name in ("a.txt", "b.txt.gz", "c.jsonl"):
+    (tmp_path / "notes.jsonl.txt").write_bytes(text.encode())  # text, whatever it is about
+    for name in ("a.txt", "b.txt.gz", "c.jsonl", "notes.jsonl.txt"):
         config = DataConfig(path=str(tmp_path / name), text_field="body", valid_fraction=0.0, test_fraction=0.0)
         assert texts(open_corpus(config)) == {"train": [text]}
 

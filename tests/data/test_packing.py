@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 
@@ -183,6 +184,7 @@ def test_interrupted_preparation_leaves_nothing(config, tmp_path, monkeypatch):
 
 
 def test_killed_preparation_is_not_reused(config, tmp_path):
+    """What a killed process left is no prepared data, and the next preparation of the same removes it."""
     program = (
         "import os, sys\n"
         "from armd_jax.config import DataConfig\n"
@@ -197,7 +199,13 @@ def test_killed_preparation_is_not_reused(config, tmp_path):
     assert len(left) == 1 and left[0].name.startswith(".")
     with pytest.raises(UserError, match="no prepared data"):
         packing.load(left[0])
-    assert packing.prepare(config, LENGTH, tmp_path / "cache", progress=False).folder not in left
+    busy = left[0].with_name(left[0].name[:-1] + "x")  # of another process that is at work
+    busy.mkdir()
+    for folder in (*left, busy):
+        os.utime(folder, (0, 0))
+    with packing._held(busy):
+        folder = packing.prepare(config, LENGTH, tmp_path / "cache", progress=False).folder
+    assert set((tmp_path / "cache").iterdir()) == {folder, busy}  # what the dead one left is gone
 
 
 def test_process_that_comes_second_takes_the_winners_folder(config, tmp_path, monkeypatch):

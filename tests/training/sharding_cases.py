@@ -46,6 +46,8 @@ def main(out: str) -> None:
             results["flash/kernels"] = np.asarray(program.count("pallas_call["))
         for path, leaf in jax.tree_util.tree_leaves_with_path(jax.jit(gradients)(now.params, first)):
             results[f"{name}/gradient{jax.tree_util.keystr(path)}"] = np.asarray(leaf)
+        here = sharding.rows_here(mesh, BATCH)
+        results[f"{name}/batch"] = np.asarray(sharding.global_rows(mesh, BATCH, here, tokens[0][here]) == first)
         weight = now.params["causal"]["mlp_in"]
         results[f"{name}/parts"] = np.asarray(len(weight.sharding.device_set))
         results[f"{name}/share"] = np.asarray(weight.addressable_shards[0].data.size / weight.size)

@@ -99,6 +99,52 @@ def test_two_processes_train_like_one(tmp_path, smoke_config, corpus, one_proces
     assert events == [("start", 0), ("end", 4), ("resume", 4), ("end", 8), ("resume", 8), ("end", 12)]
 
 
+def test_a_tensor_axis_across_processes(tmp_path, smoke_run, smoke_config, corpus):
+    """Two processes that hold halves of the weights read the same rows, begin with weights from elsewhere, spread over
+    both, and train like one process."""
+    base = [sys.executable, "-m", "armd_jax.cli", "train", f"--config={smoke_config}", f"--config.data.path={corpus}"]
+    base += [f"--config.training.init_from={smoke_run}", "--config.training.num_steps=3", "--config.order.sbp_steps=0"]
+    for name, processes in (("one", 1), ("two", 2)):
+        command = [*base, f"--workdir={tmp_path / name}", f"--config.mesh.tensor={processes}"]
+        ended = _end(_start(command, processes, tmp_path, devices=1))
+        assert [code for code, _ in ended] == [0] * processes, ended
+    ours, theirs = _losses(tmp_path / "two"), _losses(tmp_path / "one")
+    assert list(ours) == [1, 2, 3] and theirs[1] < 4  # an untrained model has ln 257 = 5.5
+    for step, loss in theirs.items():
+        assert ours[step] == pytest.approx(loss, rel=1e-4), step
+
+
+_DIAGNOSIS = """
+import dataclasses, sys
+import jax, numpy as np
+from armd_jax import config as configs
+from armd_jax.training import distributed, faults, sharding, state
+distributed.initialize("auto", sys.argv[1].split("=")[1], *(int(word.split("=")[1]) for word in sys.argv[2:]))
+values = configs.default_config_dict()
+values.model.update(vocab_size=9, max_length=8, num_layers=2, two_stream_layers=1, width=16, num_heads=2)
+values.order.update(max_permuted=4)
+values.training.update(batch_size=4)
+config = configs.from_config_dict(values)
+mesh = sharding.make_mesh(config.mesh)
+here, tokens = sharding.rows_here(mesh, 4), np.zeros((4, 8), np.int32)
+tokens[3, 5] = 10**6  # no such token: NaN
+batch = sharding.global_rows(mesh, 4, here, tokens[here])
+print(faults.first_non_finite(config, mesh, state.create(config, mesh), batch))
+"""
+
+
+def test_a_fault_is_found_wherever_it_is(tmp_path):
+    """Every process names the same rows and places, also where another process has them: all go on together."""
+    processes = _start([sys.executable, "-c", _DIAGNOSIS], 2, tmp_path)
+    try:
+        ended = [process.communicate(timeout=120) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    for out, err in ended:
+        assert "{'tensor': 'nll', 'rows': [3], 'positions': [5]}" in out, err
+
+
 def test_sigterm_to_one_stops_both(tmp_path, smoke_config, corpus):
     """Both save the same step and leave with code 75; the next life resumes from that step."""
     workdir = tmp_path / "run"

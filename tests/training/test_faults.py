@@ -14,7 +14,7 @@ from armd_jax import cli
 from armd_jax import config as configs
 from armd_jax.config import Config
 from armd_jax.data import loader
-from armd_jax.training import faults, sharding, state, step, train
+from armd_jax.training import checkpoints, faults, sharding, state, step, train
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -138,6 +138,24 @@ def test_rollback_to_the_last_good_checkpoint(tmp_path, corpus, poisoned):
             if number == 15:
                 break
     assert _same(now, result.state)
+
+
+def test_the_checkpoint_to_go_back_to_is_kept(tmp_path, corpus, poisoned):
+    """However few checkpoints a run keeps: none is made while updates are skipped, and those of stops push none out."""
+    config = _config(corpus, checkpoint_every=2, keep_checkpoints=1)
+    poisoned.update(range(6, 10))
+    train.train(config, tmp_path / "run", progress=False)
+    rows = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
+    assert [(row["step"], row["to"]) for row in rows if row["event"] == "rollback"] == [(11, 6)]
+    assert [row["step"] for row in rows if row["event"] == "save"] == [2, 4, 6, 12, 14, 16]
+
+    config, now, _ = _device_state(config)
+    with checkpoints.Checkpointer(tmp_path / "stopped", config) as checkpointer:
+        for at in (2, 4, 5, 7):
+            now = dataclasses.replace(now, step=jnp.int32(at))
+            assert checkpointer.save(now, at, force=at % 2 == 1)
+        checkpointer.wait()
+        assert checkpointer.steps() == [4, 7]
 
 
 def test_no_way_on_is_an_error_with_a_report(tmp_path, corpus, poisoned):

@@ -43,6 +43,12 @@ def test_meshes_train_like_one_device(results, mesh, share):
     assert len(results["one/losses"]) == 20 and results["one/losses"][-1] < results["one/losses"][0] - 0.3
 
 
+def test_the_rows_of_a_process_make_its_batch(results):
+    """Rows read by their place in the global batch lie there, on every mesh."""
+    for name in ("one", "data", "fsdp", "mixed", "tensor"):
+        assert results[f"{name}/batch"].all() and results[f"{name}/batch"].shape == (8, 16), name
+
+
 def test_the_flash_mesh_runs_kernels(results):
     """Forward, and the gradients of queries and of keys and values, of the two-stream layer and of the causal one."""
     assert results["flash/kernels"] == 2 * 3

@@ -1,9 +1,11 @@
 """The training loop: resuming, accumulating, schedules, averages, checkpoints and fine-tuning."""
 
+import contextlib
 import dataclasses
 import json
 import pathlib
 import shutil
+import types
 from typing import Any
 
 import jax
@@ -17,7 +19,7 @@ from armd_jax.config import Config, OptimizerConfig, UserError
 from armd_jax.core import network
 from armd_jax.data import loader
 from armd_jax.interop.load import load
-from armd_jax.training import checkpoints, metrics, optimizer, sharding, state, step, train
+from armd_jax.training import checkpoints, metrics, optimizer, run_log, sharding, state, step, train
 from armd_jax.training.state import TrainState
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -69,6 +71,10 @@ def unbroken(tmp_path_factory, corpus, quick_compilation) -> tuple[pathlib.Path,
 
 class _PowerCut(Exception):
     pass
+
+
+def _power_cut(*_: Any) -> None:
+    raise _PowerCut
 
 
 def test_resumed_run_equals_an_unbroken_one(tmp_path, monkeypatch, corpus, unbroken):
@@ -182,6 +188,8 @@ def test_learning_rate_schedules():
     np.testing.assert_allclose(rates()[4:], 1.0)
     cosine = 0.1 + 0.9 * (1 + np.cos(np.pi * np.arange(21) / 20)) / 2
     np.testing.assert_allclose(rates(schedule="cosine", final_fraction=0.1)[4:], cosine, rtol=1e-5)
+    all_decay = rates(schedule="wsd", decay_fraction=1.0, final_fraction=0.0)  # no longer than what warm-up leaves
+    np.testing.assert_allclose(all_decay[4:], 1 - np.arange(21) / 20, atol=1e-6)
     wsd = rates(schedule="wsd", decay_fraction=0.25, final_fraction=0.0)
     np.testing.assert_allclose(wsd[4:19], 1.0)
     np.testing.assert_allclose(wsd[18:], 1 - np.arange(7) / 6, atol=1e-6)
@@ -222,12 +230,20 @@ def test_weight_decay_is_for_matrices_only():
     assert shrunk == {"query", "key_value", "attention_out", "mlp_in", "mlp_gate", "mlp_out", "head"}
 
 
-def test_fine_tuning_starts_from_the_weights_of_another_run(tmp_path, smoke_run, smoke_config, corpus):
+@pytest.mark.parametrize("died", [False, True], ids=["at once", "again after a death before the first checkpoint"])
+def test_fine_tuning_starts_from_the_weights_of_another_run(
+    tmp_path, monkeypatch, smoke_run, smoke_config, corpus, died
+):
     """The first loss of a run with `training.init_from` and another order is that of the weights it came from."""
     workdir = tmp_path / "run"
     command = ["train", f"--config={smoke_config}", f"--workdir={workdir}", f"--config.data.path={corpus}"]
     command += [f"--config.training.init_from={smoke_run}", "--config.order.kind=uniform", "--config.order.sbp_steps=0"]
     command += ["--config.training.num_steps=2", "--config.optimizer.learning_rate=1e-9"]
+    if died:
+        with monkeypatch.context() as patched, pytest.raises(_PowerCut):
+            patched.setattr(metrics.MetricWriter, "write", _power_cut)
+            cli.main(command)
+        assert (workdir / "config.json").exists() and not any((workdir / "checkpoints").iterdir())
     assert cli.main(command) == 0
     lm, config = load(smoke_run), checkpoints.read_config(workdir)
     data, _ = train.prepare_data(config, workdir, progress=False)
@@ -246,3 +262,60 @@ def test_fine_tuning_needs_the_same_model(tmp_path, capsys, smoke_run, smoke_con
     command = ["train", f"--config={smoke_config}", f"--workdir={tmp_path / 'run'}", f"--config.data.path={corpus}"]
     assert cli.main([*command, f"--config.training.init_from={smoke_run}", f"--config.model.{field}={value}"]) == 2
     assert f"model.{field}" in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("tokenizer", ["bytes", "sentencepiece"])
+def test_a_run_is_not_continued_on_other_text(tmp_path, capsys, corpus, smoke_config, tokenizer):
+    """Where the files that `data.path` names have changed, nothing is trained and the run stays as it is; with the old
+    text back it goes on. A tokenizer trained on the text would give its ids other meanings."""
+    text, run = tmp_path / "text.jsonl", tmp_path / "run"
+    shutil.copy(corpus, text)
+    command = ["train", f"--config={smoke_config}", f"--workdir={run}", f"--config.data.path={text}"]
+    command += [f"--config.data.tokenizer={tokenizer}", "--config.data.vocab_size=300"]
+    assert cli.main([*command, "--config.training.num_steps=2", "--config.order.sbp_steps=0"]) == 0
+    command += ["--config.training.num_steps=4", "--config.order.sbp_steps=0"]
+    before = _files(run)
+    with text.open("a") as file:
+        file.writelines(json.dumps({"text": f"zebra {number} quartz"}) + "\n" for number in range(40))
+    capsys.readouterr()
+    assert cli.main(command) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("error: ") and ("another tokenizer" if tokenizer != "bytes" else "other text") in last
+    after = _files(run)
+    assert {name: after[name] for name in before} == before
+    assert all(name.startswith("data/") for name in after.keys() - before.keys())
+    shutil.copy(corpus, text)
+    assert cli.main(command) == 0
+    assert ("resume", 2) in _events(run)
+
+
+def test_the_rate_is_of_training_alone(monkeypatch):
+    """Tokens a second leave out what an evaluation between two rows took; every row but the first has them."""
+    now = [0.0]
+    monkeypatch.setattr(run_log.time, "perf_counter", lambda: now[0])
+    config = configs.from_config_dict({"training": {"batch_size": 2, "log_every": 1, "tensorboard": False}})
+    log, rates = run_log.RunLog(config, progress=False), []
+    with contextlib.ExitStack() as stack:
+        log.open(stack, None, 0, 0)
+        log._writer = types.SimpleNamespace(write=lambda _, values: rates.append(values.get("train/tokens_per_second")))
+        for done in (1, 2, 3):
+            log.read(done, {"train/loss": 1.0, "train/grad_norm": 1.0, "train/skipped": 0.0})
+            now[0] += 2.0
+            log.flush()
+            if done == 2:
+                now[0] += 100.0
+                log.evaluated(done, {})
+    tokens = 2 * config.model.max_length
+    assert rates == [None, tokens / 2.0, tokens / 2.0]
+
+
+def test_evaluation_takes_the_whole_batch_at_once(monkeypatch, corpus):
+    """Its chunk of logits is sized for that, and not for a microbatch."""
+    seen = []
+    monkeypatch.setattr(
+        step.sharding, "for_mesh", lambda config, _: seen.append(config.training.microbatches) or config
+    )
+    config = _config(corpus, microbatches=2)
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=257))
+    step.make_eval_step(config, sharding.make_mesh(config.mesh))
+    assert seen == [1]

@@ -21,18 +21,20 @@ def test_a_second_training_is_refused(tmp_path, capsys, corpus, smoke_config):
     holder = subprocess.Popen([sys.executable, "-c", _HOLD, str(run)], stdout=subprocess.PIPE, text=True)
     try:
         assert holder.stdout.readline() == "held\n"
+        (run / "data").mkdir()  # what the first one is preparing
+        (run / "data" / "rows").write_text("rows")
         command = ["train", f"--config={smoke_config}", f"--config.data.path={corpus}", f"--workdir={run}"]
         assert cli.main(command) == 2
         error = capsys.readouterr().err.splitlines()[-1]
         assert error.startswith("error: ") and f"process {holder.pid}" in error
-        assert [path.name for path in run.iterdir()] == [".lock"]
+        assert sorted(path.name for path in run.rglob("*")) == [".lock", "data", "rows"]
     finally:
         holder.send_signal(signal.SIGKILL)
         holder.wait()
     assert (run / ".lock").exists()  # left by the dead process
     with workdirs.locked(run), pytest.raises(UserError, match="a training is running in it"), workdirs.locked(run):
         pass
-    assert list(run.iterdir()) == []
+    assert [path.name for path in run.iterdir()] == ["data"]
 
 
 def test_every_field_is_decided():
