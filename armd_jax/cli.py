@@ -204,6 +204,8 @@ def _train_here(args: argparse.Namespace, config: "Config", shown: str) -> int:
         print(f"resolved config:\n{shown}", file=sys.stderr)
     try:
         start = _initial_params if config.training.init_from else None
+        if start and not (args.workdir / "config.json").exists():
+            _check_initial(config)
         result = train.train(config, args.workdir, start, debug_nans=args.debug_nans)
     except RunFailed as error:
         return _failed(str(error), 1)
@@ -221,20 +223,27 @@ def _train_here(args: argparse.Namespace, config: "Config", shown: str) -> int:
     return STOPPED if result.stopped else 0
 
 
-def _initial_params(config: "Config", data: Any, mesh: Any) -> Any:
-    """The weights of `training.init_from` on the mesh, checked against the new run's model and tokenizer."""
+def _check_initial(config: "Config") -> None:
+    """UserError where the model of `training.init_from` is not the new run's: before any text is prepared."""
     import dataclasses
 
-    from armd_jax.data import tokenizers
-    from armd_jax.interop.load import load, read_config
+    from armd_jax.interop.load import read_config
 
     source = pathlib.Path(config.training.init_from)
-    shape = ("vocab_size", "num_layers", "two_stream_layers", "width", "num_heads", "mlp_width", "mlp", "norm")
+    shape = ("num_layers", "two_stream_layers", "width", "num_heads", "mlp_width", "mlp", "norm")
     shape += ("aggregator", "positional_width", "tie_embeddings", "rope_base")
     theirs, ours = dataclasses.asdict(read_config(source).model), dataclasses.asdict(config.model)
     for name in shape:
         if theirs[name] != ours[name]:
             raise UserError(f"training.init_from={source}: model.{name} is {theirs[name]!r} there, {ours[name]!r} here")
+
+
+def _initial_params(config: "Config", data: Any, mesh: Any) -> Any:
+    """The weights of `training.init_from` on the mesh; UserError where their tokenizer is not the data's."""
+    from armd_jax.data import tokenizers
+    from armd_jax.interop.load import load
+
+    source = pathlib.Path(config.training.init_from)
     if tokenizers.load(source / "tokenizer").hash != data.tokenizer.hash:
         raise UserError(
             f"training.init_from={source}: another vocabulary than the data's; set"

@@ -148,7 +148,7 @@ class TrainingConfig:
     eval_every: int = 1000
     eval_batches: int = 16
     checkpoint_every: int = 1000
-    keep_checkpoints: int = 2  # the newest so many
+    keep_checkpoints: int = 2  # the newest so many, and always the newest of the interval
     keep_every: int = 0  # and one every so many steps for ever; 0: none
     max_skipped: int = 10  # updates skipped in a row (loss or gradient not finite, or a spike) before after_skipped
     after_skipped: str = "rollback"  # to the last checkpoint and past the batches that failed; or stop
@@ -214,6 +214,16 @@ def from_config_dict(config: ml_collections.ConfigDict | dict[str, Any]) -> Conf
     built = _build(Config, values, "")
     validate(built)
     return built
+
+
+def check_new_run(config: Config) -> None:
+    """Raises UserError where a new run should not be trained like this, though runs that were can be read."""
+    order = config.order
+    if order.kind == "masked_diffusion" and order.weight == "simple" and order.noise_schedule == "geometric":
+        raise UserError(
+            "order.weight='simple' with order.noise_schedule='geometric': a rare step would weigh 100,000 times as much"
+            " as others, and one token decide an update; take weight='elbo' or another schedule"
+        )
 
 
 def to_json(config: Config) -> str:
@@ -372,11 +382,6 @@ def validate(config: Config) -> None:
         raise UserError(
             "model.attention='splash': the blocks of order.kind='masked_diffusion' are drawn, no mask is known before;"
             " use auto or chunked"
-        )
-    if order.kind == "masked_diffusion" and order.weight == "simple" and order.noise_schedule == "geometric":
-        raise UserError(
-            "order.weight='simple' with order.noise_schedule='geometric': a rare step would weigh 100,000 times as much"
-            " as others, and one token decide an update; take weight='elbo' or another schedule"
         )
     if not 0 <= order.sbp_steps <= training.num_steps:
         raise UserError(f"order.sbp_steps={order.sbp_steps}: must be in [0, training.num_steps={training.num_steps}]")

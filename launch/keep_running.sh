@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Runs a command until it is done: again after a crash, not after a mistake (code 2) and not once SIGTERM or SIGINT
-# came. The signal goes on to the command, which saves and ends; its code is this script's code.
+# Runs a command until it is done: again after a crash, not after a mistake (code 2) and not once SIGTERM, SIGINT
+# or SIGHUP came. The signal goes on to the command, which saves and ends; its code is this script's code.
 set -euo pipefail
 usage() {
     sed -n '2,3s/^# //p' "$0"
@@ -56,7 +56,7 @@ set_status running $$
 
 child="" stopped=""
 # An empty child: the signal came between two tries.
-trap 'stopped=1; if [ -n "$child" ]; then kill -TERM "$child" 2>/dev/null || true; fi' TERM INT
+trap 'stopped=1; if [ -n "$child" ]; then kill -TERM "$child" 2>/dev/null || true; fi' TERM INT HUP
 restarts=0
 while :; do
     # In a process group of its own: Ctrl-C then comes to this script alone, and to the command once, by the trap.

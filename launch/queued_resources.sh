@@ -150,7 +150,7 @@ look() {
                 *new* | *lost*) set_up_workers && start_workers || true ;;
                 *running*) ;;
                 *) if [ -z "$FIRST_LOOK" ] || [ "$code" = 0 ]; then exit "$code"; fi
-                    install_workers && start_workers || true ;;
+                    install_workers && start_workers || return 0 ;;
             esac
             FIRST_LOOK=""
             ;;

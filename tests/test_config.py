@@ -189,3 +189,11 @@ def test_possible_values_at_the_edge():
     _with(order__sbp_steps=400_000, order__permute_steps=9_000, optimizer__clip_norm=0)
     _with(optimizer__ema_decay=0.0, optimizer__warmup_steps=0)
     _with(mesh__data=2, mesh__fsdp=-1)
+
+
+def test_what_no_new_run_should_do_can_still_be_read():
+    """A pair of settings that is refused for training is a valid config: runs that were trained so stay readable."""
+    wild = _with(order__kind="masked_diffusion", order__weight="simple", order__noise_schedule="geometric")
+    with pytest.raises(UserError, match=r"order\.weight='simple' with order\.noise_schedule='geometric'"):
+        config_lib.check_new_run(wild)
+    config_lib.check_new_run(_with(order__kind="masked_diffusion", order__weight="simple"))

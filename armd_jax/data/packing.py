@@ -10,11 +10,13 @@ import contextlib
 import dataclasses
 import fcntl
 import functools
+import glob
 import hashlib
 import json
 import os
 import secrets
 import shutil
+import socket
 import sys
 import time
 from collections.abc import Iterator
@@ -223,7 +225,7 @@ def _require(folder: Path, what: str, fields: str, found: Any, wanted: Any) -> N
 def _build(config: DataConfig, corpus: Corpus, request: str, length: int, folder: Path, progress: bool) -> None:
     """Prepares into a neighbour of `folder` that takes its name when it is complete."""
     made = [parent for parent in folder.parents if not os.path.exists(parent)]
-    partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}-{secrets.token_hex(4)}")
+    partial = folder.with_name(f".{folder.name}.partial-{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}")
     try:
         partial.mkdir(parents=True)
         with _held(partial):
@@ -257,11 +259,12 @@ def _held(folder: Path) -> Iterator[None]:
 
 
 def _remove_abandoned(folder: Path) -> None:
-    """Removes what killed preparations of `folder` left beside it."""
-    for left in folder.parent.glob(f".{folder.name}.partial-*"):
-        if time.time() - left.stat().st_mtime > JUST_MADE:
-            with contextlib.suppress(BlockingIOError), _held(left):
-                shutil.rmtree(left, ignore_errors=True)
+    """Removes what killed preparations of `folder` on this machine left beside it; others' locks are not seen here."""
+    for left in folder.parent.glob(f".{folder.name}.partial-{glob.escape(socket.gethostname())}-*"):
+        with contextlib.suppress(OSError):  # held, gone already, or somebody else's
+            if time.time() - left.stat().st_mtime > JUST_MADE:
+                with _held(left):
+                    shutil.rmtree(left, ignore_errors=True)
 
 
 def _write(config: DataConfig, corpus: Corpus, request: str, length: int, folder: Path, progress: bool) -> None:

@@ -71,6 +71,8 @@ def pinpoint(config: Config, mesh: Mesh, state: TrainState, at: int, tokens_BN: 
     at_fault = dataclasses.replace(state, step=jnp.full_like(state.step, at))
     config = sharding.for_mesh(config, mesh)
     found = first_non_finite(config, mesh, at_fault, tokens_BN)
+    if jax.process_count() > 1:  # operations checked one by one would stop in one process and leave the others waiting
+        return str(found)
     order = step.draw_order(config, at_fault.step, tokens_BN.shape[1])
     try:
         with jax.debug_nans(True):

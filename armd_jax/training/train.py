@@ -83,6 +83,8 @@ def train(
     with contextlib.ExitStack() as stack:
         # --- config and data -------------------------------------------------------------------------------------
         old = checkpoints.read_config(workdir) if (workdir / "config.json").exists() else None
+        if old is None:
+            configs.check_new_run(config)
         workdirs.check_writable(workdir)
         mesh = sharding.make_mesh(config.mesh)
         if old is not None:

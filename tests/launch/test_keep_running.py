@@ -1,5 +1,6 @@
 """launch/keep_running.sh with real, small commands."""
 
+import functools
 import os
 import pathlib
 import signal
@@ -80,11 +81,18 @@ def test_ctrl_c_reaches_the_command_once(tmp_path):
     """A terminal sends SIGINT to the whole process group, and the command must still have time to save: `armd train`
     leaves at once at a second signal."""
     command = ["bash", SCRIPT, "--pause=0", "--", sys.executable, "-c", SAVES_ON_A_SIGNAL]
-    running = subprocess.Popen(command, cwd=tmp_path, start_new_session=True)
-    wait_for(tmp_path / "ready")
-    os.killpg(running.pid, signal.SIGINT)
-    assert running.wait(timeout=30) == 75
-    assert (tmp_path / "signals").read_text() == "x\n"
+    # A shell that is itself started with SIGINT ignored, as from a script's background, could not trap it either.
+    listen = functools.partial(signal.signal, signal.SIGINT, signal.default_int_handler)
+    running = subprocess.Popen(command, cwd=tmp_path, start_new_session=True, preexec_fn=listen)
+    try:
+        wait_for(tmp_path / "ready")
+        os.killpg(running.pid, signal.SIGINT)
+        assert running.wait(timeout=30) == 75
+        assert (tmp_path / "signals").read_text() == "x\n"
+    finally:
+        (tmp_path / "signals").touch()  # ends the command in any case
+        running.kill()
+        running.wait()
 
 
 def test_a_stop_between_two_tries(tmp_path):

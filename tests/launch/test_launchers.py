@@ -275,6 +275,14 @@ INSTALL = ["copy", "install", "setup"]
             [*INSTALL, "start"],
             id="the same command continues a stopped run",
         ),
+        pytest.param(
+            "ACTIVE ACTIVE ACTIVE ACTIVE",
+            "ended 75,ended 75|ended 75,ended 75|running,running|ended 0,ended 0",
+            "none x",
+            0,
+            ["copy", *INSTALL, "start"],
+            id="also where the first installation failed",
+        ),
         pytest.param("ACTIVE", "ended 0,ended 0", "", 0, [], id="a run that is done stays done"),
     ],
 )
@@ -424,6 +432,25 @@ def test_dockerfile_extras_exist():
         r"^ +([a-z |]+)\) pip install --no-cache-dir \"\.\[\$EXTRA\$\{EXTRAS:\+,\$EXTRAS\}\]\"", dockerfile, re.M
     )
     assert all(f'"{name}": [' in setup for name in names.split(" | "))
+
+
+@pytest.mark.parametrize(
+    ("extra", "extras", "installed"),
+    [
+        ("cpu", "", "."),
+        ("cpu", "wandb", ".[wandb]"),
+        ("tpu", "", ".[tpu]"),
+        ("cuda", "tfds,wandb", ".[cuda,tfds,wandb]"),
+    ],
+)
+def test_dockerfile_installs_the_extras(tmp_path, extra, extras, installed):
+    """The layer's shell command, run with a recorder in pip's place: what it installs is something that pip takes."""
+    environment = recorders(tmp_path / "bin", "pip", text='#!/bin/bash\necho "${@: -1}" >>"$RECORDED"\n')
+    dockerfile = (ROOT / "launch" / "Dockerfile").read_text().replace("\\\n", " ")
+    [command] = [line.removeprefix("RUN ") for line in dockerfile.splitlines() if "case" in line]
+    settings = os.environ | environment | {"EXTRA": extra, "EXTRAS": extras}
+    subprocess.run(["sh", "-c", command], cwd=tmp_path, env=settings, check=True)
+    assert pathlib.Path(environment["RECORDED"]).read_text().split() == [installed, "armd-jax"]
 
 
 def test_page_names_every_launcher():

@@ -257,8 +257,9 @@ def test_fine_tuning_starts_from_the_weights_of_another_run(
 
 
 @pytest.mark.parametrize(("field", "value"), [("width", 16), ("two_stream_layers", 0), ("aggregator", "mean")])
-def test_fine_tuning_needs_the_same_model(tmp_path, capsys, smoke_run, smoke_config, corpus, field, value):
-    """Weights of another model are refused by the name of the field that differs."""
+def test_fine_tuning_needs_the_same_model(tmp_path, monkeypatch, capsys, smoke_run, smoke_config, corpus, field, value):
+    """Weights of another model are refused by the name of the field that differs, before hours of preparing text."""
+    monkeypatch.setattr(train, "prepare_data", lambda *_: pytest.fail("text was prepared"))
     command = ["train", f"--config={smoke_config}", f"--workdir={tmp_path / 'run'}", f"--config.data.path={corpus}"]
     assert cli.main([*command, f"--config.training.init_from={smoke_run}", f"--config.model.{field}={value}"]) == 2
     assert f"model.{field}" in capsys.readouterr().err.splitlines()[-1]
