@@ -132,7 +132,8 @@ run_status() {
 }
 
 # One look at the request and, where the slices are there, at the run. Failures of gcloud itself are looked at again.
-# The first look of `keep` is a restart: it takes up a run that was stopped, or whose mistake has been mended.
+# The first look of `keep` is a restart: it takes up a run that was stopped, whose mistake has been mended, or that is to
+# go on for longer.
 FIRST_LOOK=yes
 look() {
     local now workers code
@@ -149,7 +150,7 @@ look() {
                 # On all of them again: where it runs, a second start is refused.
                 *new* | *lost*) set_up_workers && start_workers || true ;;
                 *running*) ;;
-                *) if [ -z "$FIRST_LOOK" ] || [ "$code" = 0 ]; then exit "$code"; fi
+                *) if [ -z "$FIRST_LOOK" ]; then exit "$code"; fi
                     install_workers && start_workers || return 0 ;;
             esac
             FIRST_LOOK=""
@@ -167,7 +168,7 @@ keep() {
         delete
         echo "# where it is ACTIVE, with the end of keep where every worker prints \`ended CODE\`:"
         run_status
-        echo "# where every worker prints \`new\`, or at the first look \`ended CODE\` with a code that is not 0:"
+        echo "# where every worker prints \`new\`, or at the first look \`ended CODE\`:"
         install_workers
         echo "# and then, or where one of them prints \`lost\` or \`new\`${SETUP:+, after the last of the above}:"
         start_workers

@@ -283,7 +283,14 @@ INSTALL = ["copy", "install", "setup"]
             ["copy", *INSTALL, "start"],
             id="also where the first installation failed",
         ),
-        pytest.param("ACTIVE", "ended 0,ended 0", "", 0, [], id="a run that is done stays done"),
+        pytest.param(
+            "ACTIVE ACTIVE",
+            "ended 0,ended 0|ended 0,ended 0",
+            "x",
+            0,
+            [*INSTALL, "start"],
+            id="a run that is done finds that out by itself",
+        ),
     ],
 )
 def test_keep_looks_after_a_run(tmp_path, states, runs, copies, code, done):
