@@ -337,10 +337,7 @@ def forward(
     dtype = activation_dtype(config)
     num_x = rows.x_tokens_BX.shape[1]
     num_two = config.two_stream_layers
-    # Rows are looked up in a table put together along the width: of a sharded one every device would look up its share
-    # of the width for the rows of all devices, and the whole batch's activations would travel.
-    table_VD = constrain(params["embedding"].astype(dtype), PARAM_AXES["embedding"])
-    embedded = _look_up(table_VD, jnp.maximum(rows.x_tokens_BX, 0))
+    embedded = _look_up(dtype, constrain, params["embedding"], jnp.maximum(rows.x_tokens_BX, 0))
     x_BXD = jnp.where(rows.x_tokens_BX[..., None] == START, params["start"].astype(dtype), embedded)
     x_BXD = constrain(x_BXD, ROW_AXES)
     g_BGD, aggregate = Aggregator(config).apply(
@@ -400,22 +397,28 @@ def forward(
     return h_BGD, None if cache is None else Cache(x_kv=x_kv, g_kv=g_kv, aggregate=aggregate)
 
 
-@jax.custom_vjp
-def _look_up(table_VD: jax.Array, tokens_BX: jax.Array) -> jax.Array:
-    """Rows of the table; their gradients are summed in float32 and rounded once.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _look_up(dtype: jnp.dtype, constrain: Constrain, embedding_VD: jax.Array, tokens_BX: jax.Array) -> jax.Array:
+    """Rows of the float32 table in the activations' dtype; their gradients are summed in float32.
 
     A frequent token has tens of thousands of them in a batch, and a bfloat16 sum stands still after a few hundred.
     """
-    return table_VD[tokens_BX]
+    # Rows are looked up in a table put together along the width: of a sharded one every device would look up its share
+    # of the width for the rows of all devices, and the whole batch's activations would travel.
+    return constrain(embedding_VD.astype(dtype), PARAM_AXES["embedding"])[tokens_BX]
 
 
-def _look_up_backward(saved: tuple[jax.Array, jax.Array], d_BXD: jax.Array) -> tuple[jax.Array, None]:
-    empty_V0, tokens_BX = saved
-    sums_VD = jnp.zeros((empty_V0.shape[0], d_BXD.shape[-1]), jnp.float32).at[tokens_BX].add(d_BXD.astype(jnp.float32))
-    return sums_VD.astype(empty_V0.dtype), None
+def _look_up_forward(dtype, constrain, embedding_VD, tokens_BX):
+    return _look_up(dtype, constrain, embedding_VD, tokens_BX), (embedding_VD.shape[0], tokens_BX)
 
 
-_look_up.defvjp(lambda table_VD, tokens_BX: (table_VD[tokens_BX], (table_VD[:, :0], tokens_BX)), _look_up_backward)
+def _look_up_backward(dtype, constrain, saved, d_BXD):
+    vocab, tokens_BX = saved
+    sums_VD = jnp.zeros((vocab, d_BXD.shape[-1]), jnp.float32).at[tokens_BX].add(d_BXD.astype(jnp.float32))
+    return constrain(sums_VD, PARAM_AXES["embedding"]), None
+
+
+_look_up.defvjp(_look_up_forward, _look_up_backward)
 
 
 def _run(
