@@ -21,13 +21,14 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
-import flax.struct
 import jax
 import jax.numpy as jnp
 
 from armd_jax.config import ModelConfig
 from armd_jax.core.aggregation import Aggregator
 from armd_jax.core.attention import KERNEL_OUTPUT, attention, cached_attention, chunk_size
+from armd_jax.core.cache import Cache, write
+from armd_jax.core.embedding import look_up
 from armd_jax.core.linear import linear
 from armd_jax.core.panels import Panels, cut
 from armd_jax.core.rows import START, Rows, single_row
@@ -51,21 +52,6 @@ PARAM_AXES = {
     "mlp_gate": ("embed", "mlp"),
     "mlp_out": ("mlp", "embed"),
 }
-
-
-@flax.struct.dataclass
-class Cache:
-    """Decoding state of the network. One buffer a layer: separate buffers are updated in place.
-
-    x_kv: for every two-stream layer (k [B H, K, N], v [B H, N, K]), batch and heads on one axis: the layout that the
-        matrix products of decoding read as it lies.
-    g_kv: the same for every causal layer.
-    aggregate: state of the aggregation: positional [B, P, D], mean [B, D], shift none; float32.
-    """
-
-    x_kv: tuple[tuple[jax.Array, jax.Array], ...]
-    g_kv: tuple[tuple[jax.Array, jax.Array], ...]
-    aggregate: jax.Array | None
 
 
 def padded_vocab(config: ModelConfig) -> int:
@@ -118,23 +104,6 @@ def _rotate(a_BRHK: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     return turned.astype(a_BRHK.dtype)
 
 
-def _write(
-    buffer: jax.Array, rows_BRHK: jax.Array, start: jax.Array | int, valid_BR: jax.Array | None, axes: str
-) -> jax.Array:
-    """Writes rows at key index `start` of a buffer [B H, ...] with these axes; padding rows leave what is there."""
-    axis = axes.index("T") - 1
-
-    def as_buffer(a_BTHK):
-        a = jnp.einsum(f"BTHK->{axes}", a_BTHK)
-        return a.reshape(-1, *a.shape[2:])
-
-    rows = as_buffer(rows_BRHK).astype(buffer.dtype)
-    if valid_BR is not None:
-        old = jax.lax.dynamic_slice_in_dim(buffer, start, rows.shape[axis], axis)
-        rows = jnp.where(as_buffer(jnp.broadcast_to(valid_BR[..., None, None], rows_BRHK.shape)), rows, old)
-    return jax.lax.dynamic_update_slice_in_dim(buffer, rows, start, axis)
-
-
 def _is_first(start: jax.Array | int) -> bool:
     """Whether a call's own rows are all that the cache holds after it: long evidence then needs no N x N scores."""
     return isinstance(start, int) and start == 0
@@ -181,10 +150,7 @@ class Layer(nn.Module):
         k_BTHK, v_BTHK = (a[:, :, 0] for a in jax.lax.split(kv_BTcHK, (1, 1), axis=2))
         k_BTHK = _rotate(k_BTHK, cos[:, keys], sin[:, keys])
         if cache is not None:
-            cache = (
-                _write(cache[0], k_BTHK, start, valid_BX, "BHKT"),
-                _write(cache[1], v_BTHK, start, valid_BX, "BHTK"),
-            )
+            cache = (write(cache[0], k_BTHK, start, valid_BX, "BHKT"), write(cache[1], v_BTHK, start, valid_BX, "BHTK"))
         if cache is None and self.attend is not None:
             mixed_BQHK = self.attend(q_BQHK, k_BTHK, v_BTHK, len_BQ)
         elif cache is None or _is_first(start):
@@ -301,24 +267,6 @@ def in_panels(params: Params, both_streams: bool, one_stream: bool) -> Params:
     return jax.tree_util.tree_map_with_path(panels, unstack(params))
 
 
-def init_cache(config: ModelConfig, batch: int, length: int) -> Cache:
-    """An empty cache for `length` tokens."""
-    dtype = activation_dtype(config)
-    heads, head_width = config.num_heads, config.width // config.num_heads
-    k_BHKT = jnp.zeros((batch * heads, head_width, length), dtype)
-    v_BHTK = jnp.zeros((batch * heads, length, head_width), dtype)
-    pairs = lambda count: tuple((k_BHKT, v_BHTK) for _ in range(count))  # noqa: E731
-    state = {
-        "positional": (batch, config.positional_width, config.width),
-        "mean": (batch, config.width),
-    }.get(config.aggregator)
-    return Cache(
-        x_kv=pairs(config.two_stream_layers),
-        g_kv=pairs(config.num_layers - config.two_stream_layers),
-        aggregate=None if state is None else jnp.zeros(state, jnp.float32),
-    )
-
-
 def forward(
     params: Params,
     config: ModelConfig,
@@ -337,7 +285,8 @@ def forward(
     dtype = activation_dtype(config)
     num_x = rows.x_tokens_BX.shape[1]
     num_two = config.two_stream_layers
-    embedded = _look_up(dtype, constrain, params["embedding"], jnp.maximum(rows.x_tokens_BX, 0))
+    constrain_table = functools.partial(constrain, axes=PARAM_AXES["embedding"])
+    embedded = look_up(dtype, constrain_table, params["embedding"], jnp.maximum(rows.x_tokens_BX, 0))
     x_BXD = jnp.where(rows.x_tokens_BX[..., None] == START, params["start"].astype(dtype), embedded)
     x_BXD = constrain(x_BXD, ROW_AXES)
     g_BGD, aggregate = Aggregator(config).apply(
@@ -395,30 +344,6 @@ def forward(
         )
     h_BGD = _norm(config, "final_norm").apply({"params": params["final_norm"]}, g_BGD)
     return h_BGD, None if cache is None else Cache(x_kv=x_kv, g_kv=g_kv, aggregate=aggregate)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _look_up(dtype: jnp.dtype, constrain: Constrain, embedding_VD: jax.Array, tokens_BX: jax.Array) -> jax.Array:
-    """Rows of the float32 table in the activations' dtype; their gradients are summed in float32.
-
-    A frequent token has tens of thousands of them in a batch, and a bfloat16 sum stands still after a few hundred.
-    """
-    # Rows are looked up in a table put together along the width: of a sharded one every device would look up its share
-    # of the width for the rows of all devices, and the whole batch's activations would travel.
-    return constrain(embedding_VD.astype(dtype), PARAM_AXES["embedding"])[tokens_BX]
-
-
-def _look_up_forward(dtype, constrain, embedding_VD, tokens_BX):
-    return _look_up(dtype, constrain, embedding_VD, tokens_BX), (embedding_VD.shape[0], tokens_BX)
-
-
-def _look_up_backward(dtype, constrain, saved, d_BXD):
-    vocab, tokens_BX = saved
-    sums_VD = jnp.zeros((vocab, d_BXD.shape[-1]), jnp.float32).at[tokens_BX].add(d_BXD.astype(jnp.float32))
-    return constrain(sums_VD, PARAM_AXES["embedding"]), None
-
-
-_look_up.defvjp(_look_up_forward, _look_up_backward)
 
 
 def _run(

@@ -19,7 +19,9 @@ import numpy as np
 
 from armd_jax.config import ModelConfig
 from armd_jax.core import block_mask, network, objective
-from armd_jax.core.network import Cache, Params
+from armd_jax.core import cache as caches
+from armd_jax.core.cache import Cache
+from armd_jax.core.network import Params
 from armd_jax.core.order import Order
 from armd_jax.core.rows import START, Rows
 
@@ -143,7 +145,7 @@ def generate(
         g_previous_len_BG=mask.previous_len_BN[:, first],
         g_len_BG=mask.g_len_BN[:, first],
     )
-    cache = network.init_cache(config, batch, length + streams)
+    cache = caches.empty(config, network.activation_dtype(config), batch, length + streams)
     h_BGD, cache = network.forward(params, config, rows, cache)
     head_B1, head_log_prob_B1 = sample(call_keys[0], network.head_logits(params, config, h_BGD[:, -1:]))
     log_prob_B1 = head_log_prob_B1

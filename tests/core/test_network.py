@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 
 from armd_jax.core import block_mask, network, objective, order
+from armd_jax.core import cache as caches
+from armd_jax.core.embedding import look_up
 from armd_jax.core.rows import rows_for_training
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -72,8 +74,8 @@ def test_every_parameter_gets_a_gradient(toy, loss_and_gradient):
 def test_gradients_of_a_frequent_token_add_up(toy):
     """In bfloat16 too: a sum in that dtype would stand still at 256 of these 5,000 equal gradients."""
     tokens_BN = jnp.zeros((1, 5_000), jnp.int32)
-    look_up = functools.partial(network._look_up, jnp.bfloat16, network.no_constraint)
-    gradient = jax.grad(lambda table_VD: look_up(table_VD, tokens_BN).astype(jnp.float32).sum())(jnp.ones((3, 2)))
+    in_bfloat16 = functools.partial(look_up, jnp.bfloat16, lambda table: table)
+    gradient = jax.grad(lambda table_VD: in_bfloat16(table_VD, tokens_BN).astype(jnp.float32).sum())(jnp.ones((3, 2)))
     np.testing.assert_array_equal(gradient, [[5_000, 5_000], [0, 0], [0, 0]])
 
 
@@ -83,7 +85,7 @@ def test_long_evidence_takes_no_square_of_scores(toy):
     params = network.unstack(network.init(jax.random.key(0), config))
     drawn = order.left_to_right(1, 200)
     rows = rows_for_training(jnp.zeros((1, 200), jnp.int32), drawn, block_mask.build(drawn))
-    cache = network.init_cache(config, 1, 256)
+    cache = caches.empty(config, jnp.float32, 1, 256)
     jaxpr = jax.make_jaxpr(lambda params: network.forward(params, config, rows, cache))(params)
     sizes = [math.prod(v.aval.shape[-2:]) for e in toy.equations(jaxpr) for v in e.outvars if v.aval.ndim >= 2]
     assert max(sizes) < 200 * 200
@@ -311,7 +313,7 @@ def test_cached_calls_equal_the_parallel_forward(toy, aggregator):
     tokens = jax.random.randint(jax.random.key(0), (1, 6), 0, 7)
     rows = rows_for_training(tokens, drawn, block_mask.build(drawn))
     parallel, _ = network.forward(params, config, rows)
-    cache = network.init_cache(config, 1, 8)
+    cache = caches.empty(config, jnp.float32, 1, 8)
     x_first, g_first, x_size = 0, 0, 1
     run = jax.jit(lambda rows, cache: network.forward(unstacked, config, rows, cache))
 

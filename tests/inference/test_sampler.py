@@ -13,6 +13,7 @@ import pytest
 from armd_jax import order
 from armd_jax.config import AGGREGATORS, ModelConfig, UserError
 from armd_jax.core import network
+from armd_jax.core.cache import Cache
 from armd_jax.inference import sampler
 from armd_jax.inference.language_model import Generation, LanguageModel
 
@@ -95,7 +96,7 @@ def test_prompt_is_evidence_at_the_start():
 SPOILED = ["nothing", "x key", "x value", "last x key", "last x value", "g key", "g value", "A", "mean A"]
 
 
-def _spoil(cache: network.Cache, kind: str) -> network.Cache:
+def _spoil(cache: Cache, kind: str) -> Cache:
     def zeroed(pairs, layer, part):
         pairs = [list(pair) for pair in pairs]
         place = (slice(None), 1, 0) if part else (slice(None), 0, 1)  # values are [B H, N, K], keys [B H, K, N]
