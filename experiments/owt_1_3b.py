@@ -3,7 +3,7 @@
 Command:   armd train --config=experiments/owt_1_3b.py --config.data.path=GLOB --config.data.tokenizer=GPT2
                --workdir=runs/owt_1_3b
 Hardware:  two slices of a TPU v5e-256, the weights replicated over the slices and sharded inside each.
-           `armd compile --topology=v5e:16x16 --slices=2`: peak 3.6 of 16 GiB a chip, predicted 128 ms a step at best
+           `armd compile --topology=v5e:16x16 --slices=2`: peak 3.5 of 16 GiB a chip, predicted 128 ms a step at best
            (94% MFU, limited by compute).
 """
 

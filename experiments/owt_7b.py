@@ -2,7 +2,7 @@
 
 Command:   armd train --config=experiments/owt_7b.py --config.data.path=GLOB --config.data.tokenizer=GPT2
                --workdir=runs/owt_7b
-Hardware:  a TPU v5p of 8 x 8 x 8 chips. `armd compile --topology=v5p:8x8x8`: peak 36.2 of 95 GiB a chip, predicted
+Hardware:  a TPU v5p of 8 x 8 x 8 chips. `armd compile --topology=v5p:8x8x8`: peak 35.7 of 95 GiB a chip, predicted
            1118 ms a step at best (96% MFU, limited by compute); with remat "full" 8.9 GiB and 1385 ms.
 """
 

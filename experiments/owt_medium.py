@@ -2,8 +2,8 @@
 
 Command:   armd train --config=experiments/owt_medium.py --config.data.path=GLOB --config.data.tokenizer=GPT2
                --workdir=runs/owt_medium
-Hardware:  a TPU v5e-256. `armd compile --topology=v5e:16x16`: peak 2.8 of 16 GiB a chip, predicted 34 ms a step at
-           best (92% MFU, limited by memory as much as by compute). On other slices set mesh.fsdp.
+Hardware:  a TPU v5e-256. `armd compile --topology=v5e:16x16`: peak 2.7 of 16 GiB a chip, predicted 36 ms a step at
+           best (88% MFU, limited by memory as much as by compute). On other slices set mesh.fsdp.
 Paper:     zero-shot perplexity (LAMBADA / WikiText2 / PTB / WikiText103 / 1BW) after 120K steps
            40.62 / 27.57 / 105.09 / 27.09 / 45.49, after 300K 39.08 / 26.06 / 97.75 / 25.55 / 43.91
            (GPT-2: 35.66 / 31.80 / 123.14 / 31.39 / 55.72).
