@@ -14,7 +14,8 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from armd_jax.config import UserError, from_config_dict
+from armd_jax.config import from_config_dict
+from armd_jax.errors import UserError
 from armd_jax.experiment_file import apply_overrides, load_config_file
 
 if TYPE_CHECKING:
@@ -139,9 +140,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _print(args: argparse.Namespace, result: dict[str, Any], text: str) -> int:
-    from armd_jax.training.metrics import finite
+    from armd_jax import typed
 
-    print(json.dumps(finite(result)) if args.json else text)
+    print(typed.to_json(result) if args.json else text)
     return 0
 
 
@@ -180,7 +181,7 @@ def _train(args: argparse.Namespace, rest: Sequence[str]) -> int:
     from armd_jax.training import distributed
 
     several = distributed.initialize(args.distributed, args.coordinator, args.num_processes, args.process_id)
-    run = lambda: _train_here(args, config, str(values))  # noqa: E731
+    run = lambda: _train_here(args, config)  # noqa: E731
     return distributed.run_together(run) if several else run()
 
 
@@ -192,7 +193,7 @@ def _settle_host_memory() -> None:
         host_memory.keep_freed_memory()
 
 
-def _train_here(args: argparse.Namespace, config: "Config", shown: str) -> int:
+def _train_here(args: argparse.Namespace, config: "Config") -> int:
     import jax
 
     from armd_jax.training import train
@@ -200,8 +201,6 @@ def _train_here(args: argparse.Namespace, config: "Config", shown: str) -> int:
     from armd_jax.training.preemption import STOPPED
 
     primary = jax.process_index() == 0
-    if primary:
-        print(f"resolved config:\n{shown}", file=sys.stderr)
     try:
         start = _initial_params if config.training.init_from else None
         if start and not (args.workdir / "config.json").exists():
@@ -227,13 +226,12 @@ def _check_initial(config: "Config") -> None:
     """UserError where the model of `training.init_from` is not the new run's: before any text is prepared."""
     import dataclasses
 
-    from armd_jax.interop.load import read_config
+    from armd_jax import config as configs
+    from armd_jax.config import read as read_config
 
     source = pathlib.Path(config.training.init_from)
-    shape = ("num_layers", "two_stream_layers", "width", "num_heads", "mlp_width", "mlp", "norm")
-    shape += ("aggregator", "positional_width", "tie_embeddings", "rope_base")
     theirs, ours = dataclasses.asdict(read_config(source).model), dataclasses.asdict(config.model)
-    for name in shape:
+    for name in configs.weight_fields():
         if theirs[name] != ours[name]:
             raise UserError(f"training.init_from={source}: model.{name} is {theirs[name]!r} there, {ours[name]!r} here")
 
@@ -273,9 +271,10 @@ def _eval(args: argparse.Namespace, _: Sequence[str]) -> int:
 
     _settle_host_memory()
 
+    from armd_jax import files, typed
+    from armd_jax.config import read as read_config
     from armd_jax.evaluation import perplexity
-    from armd_jax.interop.load import load, read_config
-    from armd_jax.training.metrics import finite, write_atomically
+    from armd_jax.interop.load import load
 
     config = read_config(args.run)
     wrong = [count for count in streams if config.model.max_length % count]
@@ -289,7 +288,7 @@ def _eval(args: argparse.Namespace, _: Sequence[str]) -> int:
     result = perplexity.evaluate(lm, data, args.split, streams, args.draws, elbo, args.batch, args.seed)
     result["seed"] = args.seed
     if args.data is None:
-        write_atomically(args.run / "eval.json", json.dumps(finite(result), indent=2) + "\n")
+        files.write(args.run / "eval.json", typed.to_json(result, indent=2) + "\n")
     return _print(args, result, perplexity.table(result))
 
 
@@ -327,9 +326,9 @@ def _sample(args: argparse.Namespace, _: Sequence[str]) -> int:
         if not text.isascii() and re.search("[\ud800-\udfff]", text):
             raise UserError(f"{flag}={text!r}: is not UTF-8 text")
 
+    from armd_jax import files
     from armd_jax.evaluation import samples
     from armd_jax.interop.load import load
-    from armd_jax.training.metrics import write_atomically
 
     lm = load(args.run, ema=not args.no_ema)
     result = samples.draw(
@@ -344,13 +343,14 @@ def _sample(args: argparse.Namespace, _: Sequence[str]) -> int:
         suffix=args.suffix,
         seed=args.seed,
     )
-    write_atomically(args.run / "samples.json", json.dumps(result, indent=2) + "\n")
+    files.write(args.run / "samples.json", json.dumps(result, indent=2) + "\n")
     return _print(args, result, samples.table(result))
 
 
 def _export(args: argparse.Namespace, _: Sequence[str]) -> int:
+    from armd_jax.config import read as read_config
     from armd_jax.interop import safetensors_format
-    from armd_jax.interop.load import load, read_config
+    from armd_jax.interop.load import load
 
     config = read_config(args.run)
     safetensors_format.write(load(args.run, ema=not args.no_ema), config, args.out)

@@ -1,174 +1,232 @@
-"""Configuration: frozen dataclasses inside, an `ml_collections.ConfigDict` at the edge.
+"""The configuration of a run: frozen dataclasses that the whole package reads.
 
-An experiment file's `get_config(arg)` starts from `default_config_dict()` and changes fields; the command line
-changes more (`--config.model.width=512`); `from_config_dict` turns the result into the frozen `Config` that the
-rest of the package reads. Unknown names, wrong types and impossible values are `UserError`s of one line each.
+An experiment file's `get_config(arg)` starts from `default_config_dict()`, an `ml_collections.ConfigDict`, and changes
+fields; the command line changes more (`--config.model.width=512`); `from_config_dict` turns the result into the frozen
+`Config`. Unknown names, wrong types and impossible values are `UserError`s of one line each.
+
+Every closed set of names is one `Literal` below. Code that depends on such a name is a `match` that ends in
+`assert_never`, so the type checker finds every place that a new name has to be added to.
 """
 
 import dataclasses
-import difflib
+import functools
 import json
-import math
-import re
-import reprlib
-import typing
-from collections.abc import Sequence
-from typing import Any
+import pathlib
+from collections.abc import Iterator
+from typing import Any, Literal, TypeGuard, assert_never
 
 import ml_collections
 
+from armd_jax import files, typed
+from armd_jax.errors import UserError
 
-class UserError(ValueError):
-    """A mistake in what the user gave. The command line prints it as one line `error: …` and exits with code 2."""
+AggregatorKind = Literal["positional", "mean", "shift"]
+NormKind = Literal["layernorm", "rmsnorm"]
+MlpKind = Literal["gelu", "swiglu"]
+Remat = Literal["none", "dots", "full"]
+PlainAttention = Literal["auto", "dense", "chunked"]  # runs everywhere
+TpuKernel = Literal["splash"]
+GpuKernel = Literal["flash"]
+AttentionKind = Literal[PlainAttention, TpuKernel, GpuKernel]
+Dtype = Literal["auto", "float32", "bfloat16"]
+Switch = Literal["auto", "on", "off"]
+OneTokenOrder = Literal["left_to_right", "progressive", "uniform"]  # every block is one token
+StridedOrder = Literal["strided"]  # the blocks follow from the number of streams
+DrawnBlocksOrder = Literal["masked_diffusion"]  # the blocks themselves are drawn at random
+OrderKind = Literal[OneTokenOrder, StridedOrder, DrawnBlocksOrder]
+Permutation = Literal["scatter", "window", "reinsert"]
+NoiseSchedule = Literal["linear", "cosine", "geometric"]
+OrderWeight = Literal["elbo", "simple"]
+OptimizerKind = Literal["adamw"]
+LearningRateSchedule = Literal["constant", "cosine", "wsd"]
+AfterSkipped = Literal["rollback", "stop"]
+Damaged = Literal["error", "skip"]
 
-
-AGGREGATORS = ("positional", "mean", "shift")
-NORMS = ("layernorm", "rmsnorm")
-MLPS = ("gelu", "swiglu")
-REMATS = ("none", "dots", "full")
-ATTENTIONS = ("auto", "dense", "chunked", "splash", "flash")
-SPLASH_TILE = 128  # the TPU kernel works on tiles of so many rows
-FLASH_WIDEST = 256  # the GPU kernel has tiles for heads up to this width
-DTYPES = ("auto", "float32", "bfloat16")
-SWITCHES = ("auto", "on", "off")
-ORDER_KINDS = ("left_to_right", "progressive", "uniform", "strided", "masked_diffusion")
-PERMUTES = ("scatter", "window", "reinsert")
-NOISE_SCHEDULES = ("linear", "cosine", "geometric")
-ORDER_WEIGHTS = ("elbo", "simple")
-AFTER_SKIPPED = ("rollback", "stop")
-LEARNING_RATE_SCHEDULES = ("constant", "cosine", "wsd")
-DAMAGED = ("error", "skip")
-
+SPLASH_TILE = 128  # the TPU kernel needs rows of a multiple of this length
+FLASH_WIDEST = 256  # the GPU kernel takes heads up to this width
 _LARGEST = 2**31 - 1  # steps, sizes and seeds are int32 on devices
-_shorten = reprlib.Repr()
-_shorten.maxstring = _shorten.maxother = 200
+
+_field = typed.field
+# The field decides which weights a model has or what they mean: weights made with another value cannot be used.
+_weights = functools.partial(typed.field, shapes_weights=True)
+# The field may differ when a run is continued. Every other field is part of what the run is.
+_free = functools.partial(typed.field, may_change=True)
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """The two-stream network. AR is `two_stream_layers=0, aggregator="shift"` with the identity order."""
+    """The two-stream network (paper section 4).
 
-    vocab_size: int = 0  # real tokens only; 0: taken from the tokenizer of the data
-    max_length: int = 1024  # N, tokens a row
-    num_layers: int = 12  # L, two-stream and causal together
-    two_stream_layers: int = 6  # M, the first M of them
-    width: int = 768  # D
-    num_heads: int = 12  # H
-    mlp_width: int = 0  # F; 0: 4 D for gelu, 8/3 D rounded up to a multiple of 64 for swiglu
-    mlp: str = "gelu"
-    norm: str = "layernorm"
-    aggregator: str = "positional"
-    positional_width: int = 128  # P, width of the sinusoidal embedding in the aggregator
-    tie_embeddings: bool = True
-    dropout: float = 0.0  # on embeddings, attention outputs and MLP outputs
-    rope_base: float = 10_000.0
-    dtype: str = "auto"  # of activations; auto: bfloat16 on accelerators, float32 on CPU
-    remat: str = "none"  # what the backward pass recomputes: nothing, all but matrix products, whole layers
-    scan_layers: str = "auto"  # one compiled layer body (flat compile time); auto: on accelerators
-    attention: str = "auto"  # auto: in training flash on GPU, splash on TPU (masks known when tracing); else by size
-    attention_chunk: int = 0  # queries and keys a step of the chunked attention path; 0: 128 on CPU, else 512
-    loss_chunk: int = 0  # positions whose logits exist at once; 0: as many as keep them below 64 MiB
+    An ordinary autoregressive transformer is `two_stream_layers=0, aggregator="shift"`, trained with left-to-right
+    orders.
+    """
+
+    # Vocabulary size, counting real tokens only. 0: taken from the tokenizer of the data.
+    vocab_size: int = _field(0, at_least=0)
+    max_length: int = _field(1024, at_least=1)  # N, tokens per row
+    num_layers: int = _weights(12, at_least=1)  # L, two-stream and causal layers together
+    two_stream_layers: int = _weights(6, at_least=0)  # M, the first M of the L layers
+    width: int = _weights(768, at_least=1)  # D
+    num_heads: int = _weights(12, at_least=1)  # H
+    # F. 0: 4 D for gelu, 8/3 D rounded up to a multiple of 64 for swiglu (about as many parameters).
+    mlp_width: int = _weights(0, at_least=0)
+    mlp: MlpKind = _weights("gelu")
+    norm: NormKind = _weights("layernorm")
+    aggregator: AggregatorKind = _weights("positional")
+    positional_width: int = _weights(128)  # P, width of the aggregator's sinusoidal embedding
+    tie_embeddings: bool = _weights(True)  # the output head is the embedding table, transposed
+    dropout: float = _field(0.0, fraction="open")  # on embeddings, attention outputs and MLP outputs
+    rope_base: float = _weights(10_000.0, above=1)
+    dtype: Dtype = "auto"  # of activations. auto: bfloat16 on accelerators, float32 on CPU
+    # What the backward pass computes again instead of keeping: nothing, all but matrix products, or whole layers.
+    remat: Remat = _free("none")
+    # Compile one layer and loop over it, so that compile time does not grow with depth. auto: on accelerators.
+    scan_layers: Switch = _free("auto")
+    # auto: flash on GPU and splash on TPU for training, if the orders allow it; otherwise chosen by size.
+    attention: AttentionKind = _free("auto")
+    # Queries and keys per step of chunked attention. 0: 128 on CPU, 512 on accelerators.
+    attention_chunk: int = _free(0, at_least=0)
+    # Positions whose logits exist at the same time. 0: as many as keep them below 64 MiB.
+    loss_chunk: int = _free(0, at_least=0)
+
+    @property
+    def head_width(self) -> int:
+        """K."""
+        return self.width // self.num_heads
+
+    @property
+    def plain_attention(self) -> PlainAttention:
+        """The attention of calls that no kernel serves, such as decoding: chosen by size if the config names one."""
+        return self.attention if _is_plain(self.attention) else "auto"
 
     def for_platform(self, platform: str) -> "ModelConfig":
-        """The same with what is `auto` decided for a platform ("cpu", "gpu", "tpu"), whatever backend runs here.
+        """This config with every `auto` decided for a platform ("cpu", "gpu", "tpu"), whichever backend runs now.
 
-        `attention` stays `auto` where the sizes decide between dense and chunked. Splash attention asks for rows of
-        whole 128-token tiles, flash attention for heads that are not too wide.
+        `attention` stays `auto` if no kernel of the platform fits; then sizes decide between dense and chunked.
         """
         accelerated = platform != "cpu"
-        splash = platform == "tpu" and self.max_length % SPLASH_TILE == 0
-        flash = platform == "gpu" and self.width // self.num_heads <= FLASH_WIDEST
-        choices = {"dtype": "bfloat16" if accelerated else "float32", "scan_layers": "on" if accelerated else "off"}
-        choices["attention"] = "splash" if splash else "flash" if flash else "auto"
-        chosen = {name: value for name, value in choices.items() if getattr(self, name) == "auto"}
-        # A core's cache holds the smaller block of scores; an accelerator wants few and large steps.
-        chunk = self.attention_chunk or (512 if accelerated else 128)
-        return dataclasses.replace(self, **chosen, attention_chunk=chunk)
+        kernels: tuple[Any, ...] = {"tpu": typed.choices(TpuKernel), "gpu": typed.choices(GpuKernel)}.get(platform, ())
+        fitting = [kind for kind in kernels if not _kernel_fault(self, kind)]
+        decided: dict[str, Any] = {
+            "dtype": "bfloat16" if accelerated else "float32",
+            "scan_layers": "on" if accelerated else "off",
+            "attention": fitting[0] if fitting else "auto",
+        }
+        decided = {name: value for name, value in decided.items() if getattr(self, name) == "auto"}
+        # A chunk of scores should fit a CPU core's cache; an accelerator prefers few and large steps.
+        decided["attention_chunk"] = self.attention_chunk or (512 if accelerated else 128)
+        return dataclasses.replace(self, **decided)
+
+
+def _is_plain(kind: AttentionKind) -> TypeGuard[PlainAttention]:
+    return kind in typed.choices(PlainAttention)
 
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
     """Where text comes from and how it becomes rows of tokens."""
 
-    path: str = ""  # a file, folder or glob; "tfds:NAME" for a TFDS dataset; empty: the embedded corpus
-    text_field: str = "text"  # of .jsonl objects and TFDS examples
-    tfds_data_dir: str = ""  # where TFDS datasets are kept; empty: TFDS's own default
-    tokenizer: str = "sentencepiece"  # "sentencepiece" (trained), "bytes", or a folder of vocabulary files
-    vocab_size: int = 2048  # of a trained tokenizer
-    valid_fraction: float = 0.05  # of the documents, where the source brings no validation split
-    test_fraction: float = 0.05
-    shard_rows: int = 8192  # rows a file
-    cache_dir: str = ""  # of prepared data; empty: <workdir>/data
-    damaged: str = "error"  # what a document that is not text is: an error, or skipped and counted
+    path: str = ""  # a file, a folder, a glob, or "tfds:NAME" for a TFDS dataset; empty: the embedded corpus
+    text_field: str = "text"  # the field of .jsonl objects and TFDS examples that holds the text
+    tfds_data_dir: str = _free("")  # where TFDS datasets are kept; empty: TFDS's own default
+    tokenizer: str = "sentencepiece"  # "sentencepiece" (trained on the text), "bytes", or a folder of vocabulary files
+    vocab_size: int = _field(2048, at_least=1)  # of a tokenizer that is trained
+    valid_fraction: float = _field(0.05, fraction="open")  # held out for validation if the source brings no such split
+    test_fraction: float = _field(0.05, fraction="open")
+    shard_rows: int = _field(8192, at_least=1)  # rows per file
+    cache_dir: str = _free("")  # where prepared data are kept; empty: <workdir>/data
+    damaged: Damaged = "error"  # what a document that is not text is: an error, or skipped and counted
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW as in the paper's protocol (after SEDD and MDLM)."""
+    """The optimizer. The defaults are the paper's protocol, which follows SEDD and MDLM."""
 
-    learning_rate: float = 3e-4
-    schedule: str = "constant"  # after the warm-up
-    warmup_steps: int = 2500
-    decay_fraction: float = 0.2  # wsd: the last part of training in which the rate falls linearly
-    final_fraction: float = 0.0  # cosine, wsd: last rate over peak rate
-    beta1: float = 0.9
-    beta2: float = 0.999
-    epsilon: float = 1e-8
-    weight_decay: float = 0.0  # on matrices only: norms, biases, embeddings and the start token never decay
-    clip_norm: float = 1.0  # of the global gradient norm; 0: none
-    ema_decay: float = 0.9999  # at step t: min(ema_decay, (1 + t) / (10 + t)); 0: no average is kept
+    kind: OptimizerKind = "adamw"
+    learning_rate: float = _field(3e-4, above=0)
+    schedule: LearningRateSchedule = "constant"  # after the warm-up
+    warmup_steps: int = _field(2500, at_least=0)
+    decay_fraction: float = _field(0.2, fraction="closed")  # wsd: the last part of training, in which the rate falls
+    final_fraction: float = _field(0.0, fraction="closed")  # cosine, wsd: last learning rate divided by the peak
+    beta1: float = _field(0.9, fraction="open")
+    beta2: float = _field(0.999, fraction="open")
+    epsilon: float = _field(1e-8, above=0)
+    weight_decay: float = _field(0.0, at_least=0)  # on matrices only: not on norms, biases, embeddings or start token
+    clip_norm: float = _field(1.0, at_least=0)  # of the global gradient norm; 0: no clipping
+    # Decay of the exponential moving average (EMA) of the weights; at step t it is min(ema_decay, (1 + t) / (10 + t)).
+    # 0: no average is kept.
+    ema_decay: float = _field(0.9999, fraction="open")
 
 
 @dataclasses.dataclass(frozen=True)
 class OrderConfig:
-    """The generation orders drawn in training (paper section on the curriculum; method choices named there)."""
+    """The generation orders drawn during training (the paper's curriculum, and choices that it leaves open)."""
 
-    kind: str = "progressive"
-    permute: str = "scatter"  # progressive: which tokens are shuffled
-    ar_steps: int = 9_000  # progressive: identity order until here (i_AR)
-    permute_steps: int = 48_000  # progressive: shuffled tokens rise linearly until here (i_perm)
-    max_permuted: int = 32  # progressive: and stay at this number (rho)
-    streams: tuple[int, ...] = (1, 2, 4)  # strided: S is drawn from these, one draw a step
-    sbp_steps: int = 0  # the last steps of training use strided orders (SBP fine-tuning)
-    diffusion_steps: int = 64  # masked_diffusion: T
-    noise_schedule: str = "linear"
-    weight: str = "elbo"  # masked_diffusion: gamma
+    kind: OrderKind = "progressive"
+    permute: Permutation = "scatter"  # progressive: which tokens are shuffled
+    ar_steps: int = _field(9_000, at_least=0)  # progressive: left to right until this step (i_AR)
+    permute_steps: int = 48_000  # progressive: the number of shuffled tokens rises linearly until this step (i_perm) …
+    max_permuted: int = _field(32, at_least=1)  # … to this number, and stays there (rho)
+    streams: tuple[int, ...] = (1, 2, 4)  # strided: the number of streams S of each step is drawn from these
+    sbp_steps: int = 0  # the last steps of training use strided orders (strided block-parallel fine-tuning)
+    diffusion_steps: int = _field(64, at_least=1)  # masked_diffusion: T
+    noise_schedule: NoiseSchedule = "linear"  # masked_diffusion
+    weight: OrderWeight = "elbo"  # masked_diffusion: the weights gamma of the loss
+
+
+def block_patterns(order: OrderConfig) -> tuple[int, ...] | None:
+    """The numbers of streams whose strided block structure the orders drawn in training have; 1: one-token blocks.
+
+    Which natural position stands where is drawn, but the blocks, and with them every mask, are those of one of these
+    numbers. None if the blocks themselves are drawn.
+    """
+    if order.kind in typed.choices(DrawnBlocksOrder):
+        return None
+    base = order.streams if order.kind in typed.choices(StridedOrder) else (1,)
+    return tuple(sorted({*base, *(order.streams if order.sbp_steps else ())}))
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainingConfig:
-    """The loop."""
+    """The training loop."""
 
-    num_steps: int = 400_000
-    batch_size: int = 512  # rows a step, over all devices
-    microbatches: int = 1  # the batch is cut into so many pieces, gradients summed
-    z_loss: float = 0.0
-    seed: int = 0
-    log_every: int = 50
-    eval_every: int = 1000
-    eval_batches: int = 16
-    checkpoint_every: int = 1000
-    keep_checkpoints: int = 2  # the newest so many, and always the newest of the interval
-    keep_every: int = 0  # and one every so many steps for ever; 0: none
-    max_skipped: int = 10  # updates skipped in a row (loss or gradient not finite, or a spike) before after_skipped
-    after_skipped: str = "rollback"  # to the last checkpoint and past the batches that failed; or stop
-    spike_nats: float = 0.0  # an update whose loss is so far above its running average is skipped too; 0: never
-    init_from: str = ""  # a run or an export whose weights training starts from (fine-tuning)
-    tensorboard: bool = True  # where tensorboardX is installed
-    wandb_project: str = ""
+    num_steps: int = _free(400_000, at_least=1)
+    batch_size: int = _field(512, at_least=1)  # rows per step, over all devices
+    microbatches: int = _field(1, at_least=1)  # gradient accumulation: the batch is cut into this many parts
+    z_loss: float = _field(0.0, at_least=0)  # weight of the squared log-partition of the logits in the loss
+    seed: int = _field(0, at_least=0)
+    log_every: int = _free(50, at_least=1)
+    eval_every: int = _free(1000, at_least=0)  # 0: never
+    eval_batches: int = _free(16, at_least=0)  # 0: the whole validation split
+    checkpoint_every: int = _free(1000, at_least=1)
+    # How many of the newest checkpoints are kept. The newest one of the interval is always kept.
+    keep_checkpoints: int = _free(2, at_least=1)
+    keep_every: int = _free(0, at_least=0)  # keep one checkpoint per this many steps; 0: none
+    # An update is skipped if its loss or gradient is not finite, or if the loss spikes. If more than this many are
+    # skipped in a row, `after_skipped` says what happens: go back to the last checkpoint and past the batches that
+    # failed (rollback), or stop.
+    max_skipped: int = _free(10, at_least=1)
+    after_skipped: AfterSkipped = _free("rollback")
+    # An update is also skipped if its loss exceeds the running average by this many nats per token; 0: never.
+    spike_nats: float = _field(0.0, at_least=0)
+    init_from: str = ""  # fine-tuning: a run or an export whose weights training starts from
+    tensorboard: bool = _free(True)  # write TensorBoard files if tensorboardX is installed
+    wandb_project: str = _free("")
 
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Devices along each mesh axis; one of them may be -1: all that are left."""
+    """Devices along each axis of the mesh. One axis may be -1: all devices that are left."""
 
-    data: int = -1
-    fsdp: int = 1
-    tensor: int = 1
+    data: int = _free(-1)
+    fsdp: int = _free(1)
+    tensor: int = _free(1)
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
+    """Everything that decides a run."""
+
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -177,131 +235,86 @@ class Config:
     mesh: MeshConfig = MeshConfig()
 
 
+# --- in and out -----------------------------------------------------------------------------------------------------
+
+
 def default_config_dict() -> ml_collections.ConfigDict:
-    """The defaults as a ConfigDict: what experiment files start from."""
+    """The defaults as a ConfigDict, which experiment files start from."""
     return ml_collections.ConfigDict(dataclasses.asdict(Config()))
 
 
-def resolve(config: ml_collections.ConfigDict, arg: str) -> ml_collections.ConfigDict:
-    """What an experiment's `get_config(arg)` returns where `arg` is its plain form or `smoke`; UserError otherwise."""
-    if arg not in ("", "smoke"):
-        raise UserError(f"experiment argument {arg!r} is not known; it takes 'smoke' or what its docstring names")
-    return smoke(config) if arg == "smoke" else config
-
-
-def smoke(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
-    """Shrinks an experiment to a minute on two cores: embedded corpus, tiny model, 40 steps, a checkpoint every 10.
-
-    The code path stays the experiment's own: its order kind, phases, optimizer and model choices are kept.
-    """
-    model, order, training = config.model, config.order, config.training
-    config.data.update(path="", tokenizer="bytes")
-    two_stream = min(model.two_stream_layers, 1)
-    model.update(max_length=64, num_layers=2, two_stream_layers=two_stream, width=32, num_heads=2, mlp_width=0)
-    model.update(positional_width=16, vocab_size=0)
-    order.update(ar_steps=10, permute_steps=20, max_permuted=min(order.max_permuted, 8))
-    order.update(sbp_steps=10 if order.sbp_steps else 0, streams=tuple(s for s in order.streams if 64 % s == 0))
-    training.update(num_steps=40, batch_size=8, microbatches=min(training.microbatches, 2), log_every=1)
-    training.update(eval_every=20, eval_batches=2, checkpoint_every=10)
-    config.optimizer.update(warmup_steps=5, ema_decay=min(config.optimizer.ema_decay, 0.9))
-    config.mesh.update(data=-1, fsdp=1, tensor=1)
-    return config
-
-
 def from_config_dict(config: ml_collections.ConfigDict | dict[str, Any]) -> Config:
-    """Builds and validates the frozen `Config`. Raises UserError on a wrong field, type or value."""
+    """Builds and checks the frozen `Config`. Raises UserError if a field, a type or a value is wrong."""
     values = config.to_dict() if isinstance(config, ml_collections.ConfigDict) else config
-    built = _build(Config, values, "")
-    validate(built)
+    built = typed.build(Config, values, largest=_LARGEST)
+    check(built)
     return built
 
 
-def check_new_run(config: Config) -> None:
-    """Raises UserError where a new run should not be trained like this, though runs that were can be read."""
-    order = config.order
-    if order.kind == "masked_diffusion" and order.weight == "simple" and order.noise_schedule == "geometric":
-        raise UserError(
-            "order.weight='simple' with order.noise_schedule='geometric': a rare step would weigh 100,000 times as much"
-            " as others, and one token decide an update; take weight='elbo' or another schedule"
-        )
-
-
 def to_json(config: Config) -> str:
-    """The resolved config as stored in a run's `config.json`."""
+    """The resolved config as it is stored in the `config.json` of a run or an export."""
     return json.dumps(dataclasses.asdict(config), indent=2) + "\n"
 
 
-def shown(value: Any) -> str:
-    """`repr(value)` for a message: cut where it is long or deep, so that an error stays one readable line."""
-    return _shorten.repr(value)
+def describe(config: Config) -> str:
+    """The resolved config for people, one line per section."""
+    lines = ["resolved config"]
+    for name, section in dataclasses.asdict(config).items():
+        lines.append(f"  {name:<10} " + ", ".join(f"{field}={value!r}" for field, value in section.items()))
+    return "\n".join(lines)
 
 
-def nearest(name: str, known: Sequence[str]) -> str:
-    """`; did you mean 'x'?`, or the list of what is known where nothing is near."""
-    close = difflib.get_close_matches(name[:200], known, n=1, cutoff=0.5)
-    return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"
+def read(folder: pathlib.Path) -> Config:
+    """The resolved config of a run or an export. Raises UserError if the folder has none that can be used."""
+    if not folder.is_dir():
+        raise UserError(f"{folder}: there is no such folder")
+    file = folder / "config.json"
+    if not file.is_file():
+        raise UserError(f"{folder}: neither a training run nor an export (it has no config.json)")
+    values = files.read_json(file)
+    try:
+        return from_config_dict(values)
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from error
 
 
-def _build(cls: type, values: Any, where: str) -> Any:
-    if not isinstance(values, dict):
-        got = type(values).__name__
-        raise UserError(f"{where or 'config'}={shown(values)}: expected a section with fields, got {got}")
-    hints = typing.get_type_hints(cls)
-    for name in values:
-        if name not in hints:
-            prefix = f"{where}." if where else ""
-            close = difflib.get_close_matches(str(name)[:200], list(hints), n=1, cutoff=0.5)
-            hint = f"; did you mean {prefix + close[0]!r}?" if close else f"; known: {', '.join(hints)}"
-            raise UserError(f"unknown field {shown(prefix + str(name))}{hint}")
-    built = {}
-    for name, value in values.items():
-        path = f"{where}.{name}" if where else name
-        hint = hints[name]
-        built[name] = _build(hint, value, path) if dataclasses.is_dataclass(hint) else _coerce(hint, value, path)
-    return cls(**built)
+def weight_fields() -> list[str]:
+    """Names of the `ModelConfig` fields that decide which weights a model has or what they mean."""
+    return [field.name for field in dataclasses.fields(ModelConfig) if field.metadata.get("shapes_weights")]
 
 
-def _coerce(hint: Any, value: Any, where: str) -> Any:
-    """`value` as the field's type; int is accepted for float, a list or single number for a tuple."""
-    if typing.get_origin(hint) is tuple:
-        items = value if isinstance(value, list | tuple) else (value,)
-        return tuple(_coerce(typing.get_args(hint)[0], item, where) for item in items)
-    fits = isinstance(value, hint) and not (isinstance(value, bool) and hint is not bool)
-    if hint in (int, float) and isinstance(value, int) and abs(value) > _LARGEST:
-        size = f"={value}" if value.bit_length() <= 256 else f": a number of {value.bit_length()} bits"
-        raise UserError(f"{where}{size}: must be in -2**31 + 1 .. 2**31 - 1")
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        fits, value = True, float(value)
-    if not fits:
-        raise UserError(f"{where}={shown(value)}: expected {hint.__name__}, got {type(value).__name__}")
-    if hint is float and not math.isfinite(value):
-        raise UserError(f"{where}={value!r}: must be a finite number")
-    if hint is str and re.search("[\0\ud800-\udfff]", value):
-        raise UserError(f"{where}={shown(value)}: holds a NUL or half a surrogate pair, which no name or path does")
-    return value
+def differences(old: Config, new: Config) -> Iterator[tuple[str, Any, Any, bool]]:
+    """(dotted name, old value, new value, whether it may change in a run that is continued) of fields that differ."""
+    for section in dataclasses.fields(Config):
+        before, after = getattr(old, section.name), getattr(new, section.name)
+        for field in dataclasses.fields(before):
+            was, now = getattr(before, field.name), getattr(after, field.name)
+            if was != now:
+                yield f"{section.name}.{field.name}", was, now, bool(field.metadata.get("may_change"))
 
 
-def _choice(where: str, value: str, known: Sequence[str]) -> None:
-    if value not in known:
-        raise UserError(f"{where}={shown(value)} is not known{nearest(value, known)}")
+# --- checks ---------------------------------------------------------------------------------------------------------
 
 
-def _at_least(where: str, value: float, low: float) -> None:
-    if value < low:
-        raise UserError(f"{where}={value}: must be at least {low}")
+def _kernel_fault(model: ModelConfig, kind: AttentionKind, where: str = "model") -> str:
+    """Why an attention kernel cannot compute this model; empty if it can."""
+    match kind:
+        case "splash" if model.max_length % SPLASH_TILE:
+            return f"{where}.max_length={model.max_length} must be a multiple of {SPLASH_TILE}"
+        case "flash" if model.head_width > FLASH_WIDEST:
+            return (
+                f"{where}.width / {where}.num_heads = {model.head_width} is more than {FLASH_WIDEST};"
+                " use auto or chunked"
+            )
+        case "auto" | "dense" | "chunked" | "splash" | "flash":
+            return ""
+        case _:
+            assert_never(kind)
 
 
-def _fraction(where: str, value: float) -> None:
-    if not 0 <= value < 1:
-        raise UserError(f"{where}={value}: must be in [0, 1)")
-
-
-def validate_model(model: ModelConfig, where: str = "model") -> None:
-    """Raises UserError where a model of this config could not be built."""
-    for name in ("max_length", "num_layers", "width", "num_heads"):
-        _at_least(f"{where}.{name}", getattr(model, name), 1)
-    for name in ("vocab_size", "two_stream_layers", "mlp_width", "attention_chunk", "loss_chunk"):
-        _at_least(f"{where}.{name}", getattr(model, name), 0)
+def check_model(model: ModelConfig, where: str = "model") -> None:
+    """Raises UserError if no model of this config could be built."""
+    typed.check(model, where)
     if model.two_stream_layers > model.num_layers:
         raise UserError(
             f"{where}.two_stream_layers={model.two_stream_layers}: cannot exceed {where}.num_layers={model.num_layers}"
@@ -311,97 +324,24 @@ def validate_model(model: ModelConfig, where: str = "model") -> None:
             f"{where}.width={model.width} is not divisible by {where}.num_heads={model.num_heads}:"
             " every head needs the same width"
         )
-    if (model.width // model.num_heads) % 2:
-        raise UserError(
-            f"{where}.width / {where}.num_heads = {model.width // model.num_heads} is odd: RoPE rotates pairs"
-        )
+    if model.head_width % 2:
+        raise UserError(f"{where}.width / {where}.num_heads = {model.head_width} is odd: RoPE rotates pairs")
     if model.positional_width < 2 or model.positional_width % 2:
         raise UserError(f"{where}.positional_width={model.positional_width}: must be even and at least 2")
-    if model.rope_base <= 1:
-        raise UserError(f"{where}.rope_base={model.rope_base}: must be above 1")
-    if model.attention == "splash" and model.max_length % SPLASH_TILE:
-        raise UserError(
-            f"{where}.attention='splash': {where}.max_length={model.max_length} must be a multiple of {SPLASH_TILE}"
-        )
-    if model.attention == "flash" and model.width // model.num_heads > FLASH_WIDEST:
-        raise UserError(
-            f"{where}.attention='flash': {where}.width / {where}.num_heads = {model.width // model.num_heads}"
-            f" is more than {FLASH_WIDEST}; use auto or chunked"
-        )
-    _fraction(f"{where}.dropout", model.dropout)
-    for name, known in (
-        ("mlp", MLPS),
-        ("norm", NORMS),
-        ("aggregator", AGGREGATORS),
-        ("dtype", DTYPES),
-        ("remat", REMATS),
-        ("scan_layers", SWITCHES),
-        ("attention", ATTENTIONS),
-    ):
-        _choice(f"{where}.{name}", getattr(model, name), known)
+    if fault := _kernel_fault(model, model.attention, where):
+        raise UserError(f"{where}.attention={model.attention!r}: {fault}")
 
 
-def validate(config: Config) -> None:
-    """Raises UserError where the config could not be trained."""
-    validate_model(config.model)
-    data, optimizer, order, training = config.data, config.optimizer, config.order, config.training
-    _fraction("data.valid_fraction", data.valid_fraction)
-    _fraction("data.test_fraction", data.test_fraction)
+def check(config: Config) -> None:
+    """Raises UserError if the config could not be trained."""
+    check_model(config.model)
+    for section in dataclasses.fields(config):
+        typed.check(getattr(config, section.name), section.name)
+    data, order, training = config.data, config.order, config.training
     if data.valid_fraction + data.test_fraction >= 1:
         raise UserError("data.valid_fraction + data.test_fraction: must leave something to train on")
-    _choice("data.damaged", data.damaged, DAMAGED)
-    _at_least("data.vocab_size", data.vocab_size, 1)
-    _at_least("data.shard_rows", data.shard_rows, 1)
-
-    _choice("optimizer.schedule", optimizer.schedule, LEARNING_RATE_SCHEDULES)
-    if optimizer.learning_rate <= 0:
-        raise UserError(f"optimizer.learning_rate={optimizer.learning_rate}: must be above 0")
-    if optimizer.epsilon <= 0:
-        raise UserError(f"optimizer.epsilon={optimizer.epsilon}: must be above 0")
-    for name in ("warmup_steps", "weight_decay", "clip_norm"):
-        _at_least(f"optimizer.{name}", getattr(optimizer, name), 0)
-    for name in ("beta1", "beta2", "ema_decay"):
-        _fraction(f"optimizer.{name}", getattr(optimizer, name))
-    for name in ("decay_fraction", "final_fraction"):
-        if not 0 <= getattr(optimizer, name) <= 1:
-            raise UserError(f"optimizer.{name}={getattr(optimizer, name)}: must be in [0, 1]")
-
-    _choice("order.kind", order.kind, ORDER_KINDS)
-    _choice("order.permute", order.permute, PERMUTES)
-    _choice("order.noise_schedule", order.noise_schedule, NOISE_SCHEDULES)
-    _choice("order.weight", order.weight, ORDER_WEIGHTS)
-    _at_least("order.ar_steps", order.ar_steps, 0)
-    _at_least("order.permute_steps", order.permute_steps, order.ar_steps)
-    _at_least("order.max_permuted", order.max_permuted, 1)
-    _at_least("order.diffusion_steps", order.diffusion_steps, 1)
-    if order.kind == "progressive" and order.max_permuted > config.model.max_length:
-        raise UserError(
-            f"order.max_permuted={order.max_permuted}: cannot exceed model.max_length={config.model.max_length}"
-        )
-    if config.model.attention == "splash" and order.kind == "masked_diffusion":
-        raise UserError(
-            "model.attention='splash': the blocks of order.kind='masked_diffusion' are drawn, no mask is known before;"
-            " use auto or chunked"
-        )
-    if not 0 <= order.sbp_steps <= training.num_steps:
-        raise UserError(f"order.sbp_steps={order.sbp_steps}: must be in [0, training.num_steps={training.num_steps}]")
-    if not order.streams:
-        raise UserError("order.streams=(): needs at least one number of streams")
-    if order.kind == "strided" or order.sbp_steps:
-        for streams in order.streams:
-            _at_least("order.streams", streams, 1)
-            if config.model.max_length % streams:
-                raise UserError(
-                    f"model.max_length={config.model.max_length} is not divisible by {streams} streams (order.streams)"
-                )
-
-    for name in ("num_steps", "batch_size", "microbatches", "log_every", "keep_checkpoints", "checkpoint_every"):
-        _at_least(f"training.{name}", getattr(training, name), 1)
-    _choice("training.after_skipped", training.after_skipped, AFTER_SKIPPED)
-    _at_least("training.max_skipped", training.max_skipped, 1)
-    for name in ("eval_every", "eval_batches", "keep_every", "z_loss", "spike_nats"):
-        _at_least(f"training.{name}", getattr(training, name), 0)
-    if not 0 <= training.seed < 2**31:
+    _check_order(order, config)
+    if training.seed >= 2**31:
         raise UserError(f"training.seed={training.seed}: must be in [0, 2**31)")
     if training.batch_size % training.microbatches:
         raise UserError(
@@ -414,3 +354,41 @@ def validate(config: Config) -> None:
     for name, size in axes.items():
         if size != -1 and size < 1:
             raise UserError(f"mesh.{name}={size}: must be at least 1, or -1 for all devices that are left")
+
+
+def _check_order(order: OrderConfig, config: Config) -> None:
+    length, num_steps = config.model.max_length, config.training.num_steps
+    if order.permute_steps < order.ar_steps:
+        raise UserError(f"order.permute_steps={order.permute_steps}: must be at least {order.ar_steps}")
+    if not 0 <= order.sbp_steps <= num_steps:
+        raise UserError(f"order.sbp_steps={order.sbp_steps}: must be in [0, training.num_steps={num_steps}]")
+    if not order.streams:
+        raise UserError("order.streams=(): needs at least one number of streams")
+    match order:
+        case OrderConfig(kind="progressive", max_permuted=permuted) if permuted > length:
+            raise UserError(f"order.max_permuted={permuted}: cannot exceed model.max_length={length}")
+        case _:
+            pass
+    patterns = block_patterns(order)
+    if patterns is None and config.model.attention in typed.choices(TpuKernel):
+        raise UserError(
+            f"model.attention={config.model.attention!r}: the blocks of order.kind={order.kind!r} are drawn at random,"
+            " and this kernel has to know its mask beforehand; use auto or chunked"
+        )
+    for streams in patterns or ():
+        if streams < 1:
+            raise UserError(f"order.streams={streams}: must be at least 1")
+        if length % streams:
+            raise UserError(f"model.max_length={length} is not divisible by {streams} streams (order.streams)")
+
+
+def check_new_run(config: Config) -> None:
+    """Raises UserError if a new run should not be trained like this, although older runs that were can be read."""
+    match config.order:
+        case OrderConfig(kind="masked_diffusion", weight="simple", noise_schedule="geometric"):
+            raise UserError(
+                "order.weight='simple' with order.noise_schedule='geometric': a rare step would weigh 100,000 times as"
+                " much as others, and a single token would decide an update; use weight='elbo' or another schedule"
+            )
+        case _:
+            pass

@@ -1,4 +1,8 @@
-"""The edge of the configuration: experiment files, and `--config.section.field=value` words of the command line."""
+"""The edge of the configuration: experiment files, and `--config.section.field=value` words of the command line.
+
+An experiment file defines `get_config(arg)`, which returns an `ml_collections.ConfigDict`. It may import other files of
+its folder, so that one experiment can start from another: `from owt_small import get_config as owt_small`.
+"""
 
 import ast
 import importlib.machinery
@@ -11,7 +15,7 @@ from typing import Any
 
 import ml_collections
 
-from armd_jax.config import UserError, nearest, shown
+from armd_jax.errors import UserError, nearest, shown
 
 _LONGEST_VALUE = 1000  # characters of a number or a tuple
 
@@ -114,3 +118,35 @@ def _parse(name: str, text: str, old: Any) -> Any:
     if type(value) is not type(old):
         raise UserError(f"{name}={shown(text)}: expected {type(old).__name__} (default {old!r})")
     return value
+
+
+# --- what experiment files are made with ----------------------------------------------------------------------------
+
+
+def plain_or_smoke(config: ml_collections.ConfigDict, arg: str) -> ml_collections.ConfigDict:
+    """What `get_config(arg)` returns: the experiment itself, or for `smoke` the same shrunk to a minute.
+
+    Raises UserError if `arg` is anything else.
+    """
+    if arg not in ("", "smoke"):
+        raise UserError(f"experiment argument {arg!r} is not known; it takes 'smoke' or what its docstring names")
+    return shrink_to_a_minute(config) if arg == "smoke" else config
+
+
+def shrink_to_a_minute(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+    """Shrinks an experiment to a minute on two cores: embedded corpus, tiny model, 40 steps, a checkpoint every 10.
+
+    The code path stays the experiment's own: its order kind, phases, optimizer and model choices are kept.
+    """
+    model, order, training = config.model, config.order, config.training
+    config.data.update(path="", tokenizer="bytes")
+    two_stream = min(model.two_stream_layers, 1)
+    model.update(max_length=64, num_layers=2, two_stream_layers=two_stream, width=32, num_heads=2, mlp_width=0)
+    model.update(positional_width=16, vocab_size=0)
+    order.update(ar_steps=10, permute_steps=20, max_permuted=min(order.max_permuted, 8))
+    order.update(sbp_steps=10 if order.sbp_steps else 0, streams=tuple(s for s in order.streams if 64 % s == 0))
+    training.update(num_steps=40, batch_size=8, microbatches=min(training.microbatches, 2), log_every=1)
+    training.update(eval_every=20, eval_batches=2, checkpoint_every=10)
+    config.optimizer.update(warmup_steps=5, ema_decay=min(config.optimizer.ema_decay, 0.9))
+    config.mesh.update(data=-1, fsdp=1, tensor=1)
+    return config

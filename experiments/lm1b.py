@@ -12,6 +12,7 @@ Order:     i_AR = 100K, i_perm = 300K, rho = 8 (the paper's).
 from ml_collections import ConfigDict
 
 from armd_jax import config as configs
+from armd_jax import experiment_file
 
 
 def get_config(arg: str = "") -> ConfigDict:
@@ -21,4 +22,4 @@ def get_config(arg: str = "") -> ConfigDict:
     config.model.update(max_length=128, num_layers=12, two_stream_layers=6, width=768, num_heads=12, dropout=0.1)
     config.order.update(ar_steps=100_000, permute_steps=300_000, max_permuted=8)
     config.training.update(num_steps=1_000_000, batch_size=512, eval_every=10_000, checkpoint_every=5_000)
-    return configs.resolve(config, arg)
+    return experiment_file.plain_or_smoke(config, arg)

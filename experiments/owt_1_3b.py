@@ -10,6 +10,7 @@ Hardware:  two slices of a TPU v5e-256, the weights replicated over the slices a
 from ml_collections import ConfigDict
 
 from armd_jax import config as configs
+from armd_jax import experiment_file
 
 
 def get_config(arg: str = "") -> ConfigDict:
@@ -23,4 +24,4 @@ def get_config(arg: str = "") -> ConfigDict:
     config.training.update(num_steps=200_000, batch_size=512, eval_every=5_000, checkpoint_every=2_000)
     config.training.keep_every = 20_000
     config.mesh.update(data=-1, fsdp=256)
-    return configs.resolve(config, arg)
+    return experiment_file.plain_or_smoke(config, arg)

@@ -9,6 +9,7 @@ Hardware:  a TPU v5p of 8 x 8 x 8 chips. `armd compile --topology=v5p:8x8x8`: pe
 from ml_collections import ConfigDict
 
 from armd_jax import config as configs
+from armd_jax import experiment_file
 
 
 def get_config(arg: str = "") -> ConfigDict:
@@ -22,4 +23,4 @@ def get_config(arg: str = "") -> ConfigDict:
     config.training.update(num_steps=100_000, batch_size=1024, eval_every=5_000, checkpoint_every=1_000)
     config.training.keep_every = 10_000
     config.mesh.update(data=-1, fsdp=64)
-    return configs.resolve(config, arg)
+    return experiment_file.plain_or_smoke(config, arg)

@@ -13,6 +13,7 @@ Order:     i_AR = 9K, i_perm = 48K, rho = 32 (the paper's).
 from ml_collections import ConfigDict
 
 from armd_jax import config as configs
+from armd_jax import experiment_file
 
 
 def get_config(arg: str = "") -> ConfigDict:
@@ -25,4 +26,4 @@ def get_config(arg: str = "") -> ConfigDict:
     config.training.update(num_steps=300_000, batch_size=512, eval_every=5_000, checkpoint_every=2_000)
     config.training.keep_every = 20_000
     config.mesh.update(data=-1, fsdp=16)
-    return configs.resolve(config, arg)
+    return experiment_file.plain_or_smoke(config, arg)

@@ -14,6 +14,7 @@ Order:     i_AR = 9K, i_perm = 48K, rho = 32 (the paper's). AdamW 3e-4, constant
 from ml_collections import ConfigDict
 
 from armd_jax import config as configs
+from armd_jax import experiment_file
 
 
 def get_config(arg: str = "") -> ConfigDict:
@@ -25,4 +26,4 @@ def get_config(arg: str = "") -> ConfigDict:
     config.training.update(num_steps=400_000, batch_size=512, eval_every=5_000, checkpoint_every=2_000)
     config.model.remat = "dots"
     config.training.update(microbatches=4, keep_every=20_000)
-    return configs.resolve(config, arg)
+    return experiment_file.plain_or_smoke(config, arg)

@@ -10,6 +10,7 @@ Order:     identity, then up to 8 shuffled tokens (the paper's curriculum), then
 from ml_collections import ConfigDict
 
 from armd_jax import config as configs
+from armd_jax import experiment_file
 
 
 def get_config(arg: str = "") -> ConfigDict:
@@ -22,4 +23,4 @@ def get_config(arg: str = "") -> ConfigDict:
     config.order.update(ar_steps=440, permute_steps=710, max_permuted=8, streams=(1, 2, 4, 8), sbp_steps=60)
     config.training.update(num_steps=800, batch_size=8)
     config.training.update(log_every=10, eval_every=200, eval_batches=0, checkpoint_every=200)
-    return configs.resolve(config, arg)
+    return experiment_file.plain_or_smoke(config, arg)

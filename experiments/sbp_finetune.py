@@ -11,6 +11,7 @@ Paper:     generative perplexity sequential / S = 2 / S = 4 (entropy 8.0 bits): 
 from ml_collections import ConfigDict
 
 from armd_jax import config as configs
+from armd_jax import experiment_file
 
 
 def get_config(arg: str = "") -> ConfigDict:
@@ -22,4 +23,4 @@ def get_config(arg: str = "") -> ConfigDict:
     config.training.update(num_steps=50_000, batch_size=512, eval_every=5_000, checkpoint_every=2_000)
     config.model.remat = "dots"
     config.training.microbatches = 4
-    return configs.resolve(config, arg)
+    return experiment_file.plain_or_smoke(config, arg)

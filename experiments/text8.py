@@ -11,6 +11,7 @@ Order:     12 layers of width 768, the size that text8 results of masked diffusi
 from ml_collections import ConfigDict
 
 from armd_jax import config as configs
+from armd_jax import experiment_file
 
 
 def get_config(arg: str = "") -> ConfigDict:
@@ -21,4 +22,4 @@ def get_config(arg: str = "") -> ConfigDict:
     config.optimizer.update(learning_rate=3e-4, warmup_steps=2_500)
     config.order.update(ar_steps=100_000, permute_steps=300_000, max_permuted=8, sbp_steps=10_000)
     config.training.update(num_steps=1_000_000, batch_size=512, eval_every=10_000, checkpoint_every=5_000)
-    return configs.resolve(config, arg)
+    return experiment_file.plain_or_smoke(config, arg)

@@ -13,6 +13,7 @@ Figures:   perplexity per word divides the total nats by the words and line ends
 from ml_collections import ConfigDict
 
 from armd_jax import config as configs
+from armd_jax import experiment_file
 
 
 def get_config(arg: str = "") -> ConfigDict:
@@ -32,4 +33,4 @@ def get_config(arg: str = "") -> ConfigDict:
         config.training.update(num_steps=400, batch_size=8, log_every=10, eval_every=200, eval_batches=20)
         config.training.update(checkpoint_every=100)
         return config
-    return configs.resolve(config, arg)
+    return experiment_file.plain_or_smoke(config, arg)

@@ -267,9 +267,10 @@ class Summary:
         import jax
         import numpy as np
 
+        from armd_jax import config as configs
         from armd_jax.training import checkpoints
 
-        state = checkpoints.restore_for_inference(run.workdir, checkpoints.read_config(run.workdir))
+        state = checkpoints.restore_for_inference(run.workdir, configs.read(run.workdir))
         leaves = jax.tree_util.tree_leaves_with_path(state)
         rows, rates = run.rows("metrics.jsonl"), ("train/tokens_per_second", "train/mfu")
         return Summary(

@@ -6,7 +6,8 @@ import json
 import pytest
 
 from armd_jax import config as config_lib
-from armd_jax.config import Config, ModelConfig, UserError
+from armd_jax.config import Config, ModelConfig
+from armd_jax.errors import UserError
 
 
 def _with(**fields: object) -> Config:

@@ -8,7 +8,8 @@ import pytest
 
 from armd_jax import config as config_lib
 from armd_jax import experiment_file
-from armd_jax.config import Config, UserError
+from armd_jax.config import Config
+from armd_jax.errors import UserError
 
 
 def _message(error: pytest.ExceptionInfo[UserError]) -> str:

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from armd_jax import cli
 from armd_jax import config as configs
-from armd_jax.config import Config, UserError
+from armd_jax.config import Config
+from armd_jax.errors import UserError
 from armd_jax.experiment_file import apply_overrides
 
 SOON = datetime.timedelta(seconds=5)

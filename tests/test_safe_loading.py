@@ -15,8 +15,8 @@ import pytest
 
 import armd_jax as armd
 from armd_jax import cli
-from armd_jax.config import UserError
 from armd_jax.data import tokenizers
+from armd_jax.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

@@ -20,10 +20,12 @@ from jax.sharding import Mesh
 from armd_jax.compilation import roofline, topology
 from armd_jax.compilation.hlo import Program
 from armd_jax.compilation.topology import Topology
-from armd_jax.config import Config, MeshConfig, ModelConfig, UserError
-from armd_jax.core import flops, network, order
-from armd_jax.inference import sampler
-from armd_jax.training import sharding, state, step
+from armd_jax.config import Config, MeshConfig, ModelConfig
+from armd_jax.core import flops, order, parameters
+from armd_jax.errors import UserError
+from armd_jax.inference import sampler, schedule
+from armd_jax.inference.draw import Draw
+from armd_jax.training import divisibility, placement, sharding, state, step
 
 GPT2_VOCABULARY, BERT_VOCABULARY, BYTES_VOCABULARY = 50_257, 30_522, 257
 WHATS = ("train", "sample")
@@ -45,7 +47,7 @@ class DoesNotFit(Exception):
     available: int
 
 
-def with_vocabulary(config: Config) -> Config:
+def assumed_vocabulary(config: Config) -> Config:
     """The config with a vocabulary size: its own, else that of its tokenizer's kind. No tokenizer is read.
 
     A folder of vocabulary files counts as GPT-2's (50257), or as bert-base-uncased's (30522) where its name says bert.
@@ -62,7 +64,7 @@ def lower_train_step(config: Config, mesh: Mesh) -> jax.stages.Lowered:
     """The training step on shapes alone; config with its vocabulary size."""
     rows = (config.training.batch_size, config.model.max_length)
     tokens = jax.ShapeDtypeStruct(rows, jnp.int32, sharding=sharding.batch_sharding(mesh))
-    return step.make_train_step(config, mesh).lower(state.abstract(config, mesh), tokens)
+    return step.make_train_step(placement.for_training(config, mesh)).lower(state.abstract(config, mesh), tokens)
 
 
 def lower_sampler(config: Config, mesh: Mesh, batch: int, streams: int) -> jax.stages.Lowered:
@@ -73,27 +75,22 @@ def lower_sampler(config: Config, mesh: Mesh, batch: int, streams: int) -> jax.s
     if batch % parts:
         raise UserError(f"--batch={batch} is not divisible by mesh data x fsdp = {parts}")
     model = config.model.for_platform("tpu")
-    params = jax.eval_shape(lambda key: network.unstack(network.init(key, model)), jax.random.key(0))
+    params = jax.eval_shape(lambda key: parameters.unstack(parameters.init(key, model)), jax.random.key(0))
     everywhere, rows = sharding.replicated(mesh), sharding.batch_sharding(mesh)
 
     def place(tree, where):
         return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), tree)
 
-    drawn = order.strided(1, length, streams)
-    table = sampler.block_table(drawn, 0)
+    plan = schedule.strided(batch, length, streams)
+    plan = dataclasses.replace(place(plan, everywhere), order=place(plan.order, rows))
+    draw = Draw(jax.ShapeDtypeStruct((), jnp.float32, sharding=everywhere), top_p=None, greedy=False, top_k=None)
     return sampler.generate.lower(
         jax.tree.map(place, params, sharding.param_shardings(mesh, params)),
         model,
         place(jax.eval_shape(lambda: jax.random.key(0)), everywhere),
         jax.ShapeDtypeStruct((batch, length), jnp.int32, sharding=rows),
-        place(jax.eval_shape(lambda: order.strided(batch, length, streams)), rows),
-        place(table, everywhere),
-        streams=streams,
-        num_evidence=0,
-        temperature=jax.ShapeDtypeStruct((), jnp.float32, sharding=everywhere),
-        greedy=False,
-        top_k=None,
-        top_p=None,
+        plan,
+        draw,
     )
 
 
@@ -123,8 +120,8 @@ def state_bytes(config: Config, mesh: Mesh) -> int:
 
 
 @functools.lru_cache(maxsize=4)
-def _parameter_shapes(model: ModelConfig) -> network.Params:
-    return jax.eval_shape(lambda key: network.init(key, model), jax.random.key(0))
+def _parameter_shapes(model: ModelConfig) -> parameters.Params:
+    return jax.eval_shape(lambda key: parameters.init(key, model), jax.random.key(0))
 
 
 def report(
@@ -140,12 +137,12 @@ def report(
 
     name: the experiment, as shown. batch, streams: of the sampler; batch 0: one row a device of data x fsdp.
     """
-    config = with_vocabulary(config)
+    config = assumed_vocabulary(config)
     mesh = sharding.make_mesh(config.mesh, topology.devices(where))
     if what == "train":
-        sharding.check_divisible(config, mesh)
+        divisibility.check(config, mesh)
     else:
-        sharding.check_model_divisible(config.model, mesh)
+        divisibility.check_model(config.model, mesh)
     result: dict[str, Any] = {
         "config": name,
         "what": what,
@@ -258,7 +255,7 @@ def suggest(config: Config, where: Topology, mesh: Mesh, error: DoesNotFit) -> s
             sizes = MeshConfig(data=slices, fsdp=inside // tensor, tensor=tensor)
             try:
                 other = sharding.make_mesh(sizes, topology.devices(candidate))
-                sharding.check_divisible(config, other)
+                divisibility.check(config, other)
             except UserError:
                 continue
             if state_bytes(config, other) + rest_a_row / other.size < error.available:

@@ -12,8 +12,8 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from armd_jax.config import UserError, nearest
 from armd_jax.core.peaks import TPU_FLOPS
+from armd_jax.errors import UserError, nearest
 
 if TYPE_CHECKING:
     import jax

@@ -1,12 +1,130 @@
-"""Prefix aggregation: the first strictly causal vector of every target (paper section 4)."""
+"""Prefix aggregation: the first strictly causal vector of every target (paper section 4).
+
+An aggregator is a Flax module that is called with the rows of a network call and the rows of stream X, and returns G's
+first vectors and its own state. Its other methods say what state decoding keeps for it and what it costs. To add one,
+write such a module, name it in `config.AggregatorKind` and give `make` its case.
+"""
+
+from typing import assert_never
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from armd_jax.config import ModelConfig
-from armd_jax.core.attention import chunk_size
+from armd_jax.core.kernels.attention import attention_chunk
 from armd_jax.core.rows import Rows
+
+
+def make(config: ModelConfig) -> "PrefixSum | PrecedingBlock":
+    """The aggregator that the config names."""
+    match config.aggregator:
+        case "positional":
+            return PrefixSum(config, positional=True)
+        case "mean":
+            return PrefixSum(config, positional=False)
+        case "shift":
+            return PrecedingBlock(config)
+        case _:
+            assert_never(config.aggregator)
+
+
+class PrefixSum(nn.Module):
+    """A sum over all earlier tokens, RMS-normalised and scaled, plus W PE(pos_n) + b.
+
+    positional: the sum of <PE(pos_n), PE(pos_i)> x_i, as in the paper. Otherwise the mean of x_i.
+    """
+
+    config: ModelConfig
+    positional: bool
+
+    @nn.compact
+    def __call__(
+        self, rows: Rows, x_BXD: jax.Array, state: jax.Array | None, decoding: bool
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """G's first vectors [B, G, D] in x's dtype, and the state after all rows of X (None unless decoding)."""
+        config, dtype, strict_BG = self.config, x_BXD.dtype, rows.g_strict_len_BG
+        g_code_BGP = sinusoidal(rows.g_positions_BG, config.positional_width)
+        x_code_BXP = sinusoidal(rows.x_positions_BX, config.positional_width) if self.positional else None
+        codes = (x_code_BXP, g_code_BGP if self.positional else None)
+        from_start = jnp.zeros_like(strict_BG)
+        sum_BGD = _weighted_prefix(x_BXD, *codes, from_start, strict_BG, rows.x_start, attention_chunk(config))
+        if decoding:
+            assert state is not None
+            seen_BXD = x_BXD.astype(jnp.float32)
+            if rows.x_valid_BX is not None:
+                seen_BXD = jnp.where(rows.x_valid_BX[..., None], seen_BXD, 0.0)
+            if x_code_BXP is not None:
+                sum_BGD = sum_BGD + jnp.einsum("BGP,BPD->BGD", g_code_BGP, state)
+                state = state + jnp.einsum("BXP,BXD->BPD", x_code_BXP, seen_BXD)
+            else:
+                sum_BGD = sum_BGD + state[:, None]
+                state = state + seen_BXD.sum(axis=1)
+        if not self.positional:
+            sum_BGD = sum_BGD / strict_BG[..., None]
+        scaled_BGD = nn.RMSNorm(epsilon=1e-6, dtype=jnp.float32, name="norm")(sum_BGD)
+        position_BGD = nn.Dense(
+            config.width, kernel_init=nn.initializers.normal(0.02), dtype=jnp.float32, name="position"
+        )(g_code_BGP)
+        return (scaled_BGD + position_BGD).astype(dtype), state
+
+    def empty_state(self, batch: int) -> jax.Array | None:
+        """The state before any token: positional [B, P, D], mean [B, D], float32."""
+        width = self.config.width
+        shape = (batch, self.config.positional_width, width) if self.positional else (batch, width)
+        return jnp.zeros(shape, jnp.float32)
+
+    def forward_flops(self, visible: float) -> float:
+        """FLOPs per token of a parallel forward pass in which a token sees `visible` others: the sum, and W PE."""
+        code, width = self.config.positional_width, self.config.width
+        return (2 * (code + width) if self.positional else 2 * width) * visible + 2 * code * width
+
+    def decoding_flops(self) -> float:
+        """FLOPs per decoded token: W PE, and the state A [P, D] read and updated once. The mean's state is small."""
+        product = 2 * self.config.positional_width * self.config.width
+        return (3 if self.positional else 1) * product
+
+
+class PrecedingBlock(nn.Module):
+    """The mean of the embeddings of the immediately preceding block, and nothing else: no norm, scale or bias.
+
+    With one-token blocks this is the embedding of the previous token, as in an autoregressive transformer.
+    """
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(
+        self, rows: Rows, x_BXD: jax.Array, state: jax.Array | None, decoding: bool
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """G's first vectors [B, G, D] in x's dtype. There is no state."""
+        del state
+        low_BG, high_BG = rows.g_previous_len_BG, rows.g_strict_len_BG
+
+        def mean() -> jax.Array:
+            chunk = attention_chunk(self.config)
+            sum_BGD = _weighted_prefix(x_BXD, None, None, low_BG, high_BG, rows.x_start, chunk)
+            return sum_BGD / (high_BG - low_BG)[..., None]
+
+        def gather() -> jax.Array:
+            return jnp.take_along_axis(x_BXD, high_BG[..., None] - 1, axis=1).astype(jnp.float32)
+
+        # With one-token blocks, as in an AR model, the mean is one token, and the masked sum can be left out.
+        mean_BGD = mean() if decoding else jax.lax.cond(jnp.all(high_BG - low_BG == 1), gather, mean)
+        return mean_BGD.astype(x_BXD.dtype), None
+
+    def empty_state(self, batch: int) -> None:
+        """No state: the preceding block is among the rows of every call."""
+        del batch
+
+    def forward_flops(self, visible: float) -> float:
+        """Nothing worth counting."""
+        del visible
+        return 0.0
+
+    def decoding_flops(self) -> float:
+        """Nothing worth counting."""
+        return 0.0
 
 
 def sinusoidal(positions: jax.Array, width: int) -> jax.Array:
@@ -26,20 +144,21 @@ def _weighted_prefix(
     first: jax.Array | int,
     chunk: int,
 ) -> jax.Array:
-    """sum over context tokens low <= i < high of <g_code, x_code_i> x_i (weight 1 without codes) [B, G, D] float32.
+    """The sum over context tokens low <= i < high of <g_code, x_code_i> x_i, [B, G, D] float32. No codes: weight 1.
 
-    x row 0 is context token `first`. A scan over chunks of rows; sums of what may be seen, never a difference of sums.
+    Row 0 of x is context token `first`. The sum is a scan over chunks of rows. It adds up what may be seen and never
+    subtracts from a larger sum, because rounding would then let a hidden token leak.
     """
     batch, num_x, _ = x_BXD.shape
     num_chunks = -(-num_x // chunk)
     size = min(chunk, num_x)
 
-    def split(a):
+    def split(a: jax.Array) -> jax.Array:
         padded = jnp.pad(a, ((0, 0), (0, num_chunks * size - num_x), (0, 0)))
         return jnp.moveaxis(padded.reshape(batch, num_chunks, size, a.shape[-1]), 1, 0)
 
     @jax.checkpoint
-    def step(sum_BGD, inputs):
+    def step(sum_BGD: jax.Array, inputs: tuple[jax.Array, jax.Array, jax.Array | None]) -> tuple[jax.Array, None]:
         number, x, code = inputs
         index = first + number * size + jnp.arange(size)
         seen_BGX = (index >= low_BG[..., None]) & (index < high_BG[..., None])
@@ -53,61 +172,3 @@ def _weighted_prefix(
     if num_chunks == 1:
         return step(start, jax.tree.map(lambda a: a[0], inputs))[0]
     return jax.lax.scan(step, start, inputs)[0]
-
-
-class Aggregator(nn.Module):
-    """The first strictly causal vector of every target, from its position and earlier tokens only (paper section 4).
-
-    positional: sum over earlier tokens of <PE(pos_n), PE(pos_i)> x_i, RMS-normalised and scaled, plus W PE(pos_n) + b.
-    mean: their mean, likewise. shift: the mean of the immediately preceding block, nothing else.
-    """
-
-    config: ModelConfig
-
-    @nn.compact
-    def __call__(
-        self, rows: Rows, x_BXD: jax.Array, state: jax.Array | None, decoding: bool
-    ) -> tuple[jax.Array, jax.Array | None]:
-        """G's first vectors [B, G, D] in x's dtype, and the state after all rows of X (None unless decoding)."""
-        config, dtype = self.config, x_BXD.dtype
-        chunk = chunk_size(config)
-        strict_BG = rows.g_strict_len_BG
-        if config.aggregator == "shift":
-            return self._preceding_block(rows, x_BXD, decoding).astype(dtype), None
-
-        positional = config.aggregator == "positional"
-        g_code_BGP = sinusoidal(rows.g_positions_BG, config.positional_width)
-        x_code_BXP = sinusoidal(rows.x_positions_BX, config.positional_width) if positional else None
-        codes = (x_code_BXP, g_code_BGP if positional else None)
-        sum_BGD = _weighted_prefix(x_BXD, *codes, jnp.zeros_like(strict_BG), strict_BG, rows.x_start, chunk)
-        if decoding:
-            seen_BXD = x_BXD.astype(jnp.float32)
-            if rows.x_valid_BX is not None:
-                seen_BXD = jnp.where(rows.x_valid_BX[..., None], seen_BXD, 0.0)
-            if positional:
-                sum_BGD = sum_BGD + jnp.einsum("BGP,BPD->BGD", g_code_BGP, state)
-                state = state + jnp.einsum("BXP,BXD->BPD", x_code_BXP, seen_BXD)
-            else:
-                sum_BGD = sum_BGD + state[:, None]
-                state = state + seen_BXD.sum(axis=1)
-        if not positional:
-            sum_BGD = sum_BGD / strict_BG[..., None]
-        scaled_BGD = nn.RMSNorm(epsilon=1e-6, dtype=jnp.float32, name="norm")(sum_BGD)
-        position_BGD = nn.Dense(
-            config.width, kernel_init=nn.initializers.normal(0.02), dtype=jnp.float32, name="position"
-        )(g_code_BGP)
-        return (scaled_BGD + position_BGD).astype(dtype), state
-
-    def _preceding_block(self, rows: Rows, x_BXD: jax.Array, decoding: bool) -> jax.Array:
-        low_BG, high_BG = rows.g_previous_len_BG, rows.g_strict_len_BG
-
-        def mean() -> jax.Array:
-            chunk = chunk_size(self.config)
-            sum_BGD = _weighted_prefix(x_BXD, None, None, low_BG, high_BG, rows.x_start, chunk)
-            return sum_BGD / (high_BG - low_BG)[..., None]
-
-        def gather() -> jax.Array:
-            return jnp.take_along_axis(x_BXD, high_BG[..., None] - 1, axis=1).astype(jnp.float32)
-
-        # With one-token blocks, as in an AR model, the mean is one token: skip the masked sum.
-        return mean() if decoding else jax.lax.cond(jnp.all(high_BG - low_BG == 1), gather, mean)

@@ -5,16 +5,17 @@ import jax
 import jax.numpy as jnp
 
 from armd_jax.config import ModelConfig
+from armd_jax.core import aggregation
 
 
 @flax.struct.dataclass
 class Cache:
-    """Decoding state of the network. One buffer a layer: separate buffers are updated in place.
+    """The decoding state of the network. Every layer has buffers of its own, which XLA updates in place.
 
-    x_kv: for every two-stream layer (k [B H, K, N], v [B H, N, K]), batch and heads on one axis: the layout that the
-        matrix products of decoding read as it lies.
+    x_kv: for every two-stream layer (k [B H, K, N], v [B H, N, K]). Batch and heads share an axis because the matrix
+        products of decoding read this layout without a transposition.
     g_kv: the same for every causal layer.
-    aggregate: state of the aggregation: positional [B, P, D], mean [B, D], shift none; float32.
+    aggregate: the state of the aggregator (see `core.aggregation`); None if it keeps none.
     """
 
     x_kv: tuple[tuple[jax.Array, jax.Array], ...]
@@ -24,28 +25,26 @@ class Cache:
 
 def empty(config: ModelConfig, dtype: jnp.dtype, batch: int, length: int) -> Cache:
     """A cache for `length` tokens with keys and values in `dtype`."""
-    heads, head_width = config.num_heads, config.width // config.num_heads
+    heads, head_width = config.num_heads, config.head_width
     k_BHKT = jnp.zeros((batch * heads, head_width, length), dtype)
     v_BHTK = jnp.zeros((batch * heads, length, head_width), dtype)
-    pairs = lambda count: tuple((k_BHKT, v_BHTK) for _ in range(count))  # noqa: E731
-    state = {
-        "positional": (batch, config.positional_width, config.width),
-        "mean": (batch, config.width),
-    }.get(config.aggregator)
     return Cache(
-        x_kv=pairs(config.two_stream_layers),
-        g_kv=pairs(config.num_layers - config.two_stream_layers),
-        aggregate=None if state is None else jnp.zeros(state, jnp.float32),
+        x_kv=((k_BHKT, v_BHTK),) * config.two_stream_layers,
+        g_kv=((k_BHKT, v_BHTK),) * (config.num_layers - config.two_stream_layers),
+        aggregate=aggregation.make(config).empty_state(batch),
     )
 
 
 def write(
     buffer: jax.Array, rows_BRHK: jax.Array, start: jax.Array | int, valid_BR: jax.Array | None, axes: str
 ) -> jax.Array:
-    """Writes rows at key index `start` of a buffer [B H, ...] with these axes; padding rows leave what is there."""
+    """Writes rows at key index `start` of a buffer [B H, ...] whose axes are `axes`; padding rows change nothing.
+
+    valid_BR: bool, False for padding rows; None: all rows are valid.
+    """
     axis = axes.index("T") - 1
 
-    def as_buffer(a_BTHK):
+    def as_buffer(a_BTHK: jax.Array) -> jax.Array:
         a = jnp.einsum(f"BTHK->{axes}", a_BTHK)
         return a.reshape(-1, *a.shape[2:])
 

@@ -1,21 +1,23 @@
 """Analytic model FLOPs of a `ModelConfig`: what the mathematics asks for, however it is computed.
 
-A multiply-add is two FLOPs; norms, softmax, rotations and the embedding gather are left out, and an attention query is
-charged for the keys that it may see, (N + 1) / 2 on average, not for masked ones. With one X row and one G row a token,
-the dead work of the last two-stream layer left out, and `layer` = q + kv + o + mlp the weights of one layer:
+A multiply-add is two FLOPs. Norms, softmax, rotations and the embedding lookup are not counted, and an attention
+query counts the keys that it may see, (N + 1) / 2 on average, but no masked ones. Every token has one X row and one G
+row, and the last two-stream layer leaves out the work on X that nobody reads. With `layer` = q + kv + o + mlp, the
+weights of one layer:
 
     projections and MLP   L layer + (M - 1) (layer - kv)   for M >= 1, else L layer
     attention calls       L + M - 1                        for M >= 1, else L
 
-With an MLP of 4 D, kv is a sixth of a layer: L + 5/6 (M - 1) layers of work against an autoregressive model's L.
-Training costs three times the forward pass (the backward pass twice as much again), recomputation not counted.
+With an MLP of 4 D, kv is a sixth of a layer, so an ARMD does the work of L + 5/6 (M - 1) layers and an autoregressive
+model that of L. Training costs three times the forward pass, because the backward pass costs twice as much; what a
+backward pass computes again is not counted.
 """
 
 import dataclasses
 
 from armd_jax.config import ModelConfig
-from armd_jax.core import peaks
-from armd_jax.core.network import mlp_width, padded_vocab
+from armd_jax.core import aggregation, peaks
+from armd_jax.core.sizes import mlp_matrices, mlp_width, padded_vocab
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +41,7 @@ def _forward(config: ModelConfig, length: int, aggregator: float) -> TokenFlops:
     width, mlp = config.width, mlp_width(config)
     keys = (length + 1) / 2
     key_value = 4 * width**2
-    layer = 4 * width**2 + key_value + (6 if config.mlp == "swiglu" else 4) * width * mlp
+    layer = 4 * width**2 + key_value + 2 * mlp_matrices(config) * width * mlp
     extra = max(config.two_stream_layers - 1, 0)
     return TokenFlops(
         projections=config.num_layers * layer + extra * (layer - key_value),
@@ -50,10 +52,7 @@ def _forward(config: ModelConfig, length: int, aggregator: float) -> TokenFlops:
 
 
 def training_flops_per_token(config: ModelConfig, length: int | None = None) -> TokenFlops:
-    """Forward and backward pass of one token in a row of `length` tokens (default: max_length).
-
-    Aggregation is attention without softmax: P and D multiply-adds for every visible token, and W PE.
-    """
+    """Forward and backward pass of one token in a row of `length` tokens (default: max_length)."""
     length = config.max_length if length is None else length
     return forward_flops_per_token(config, length).times(3)
 
@@ -72,20 +71,10 @@ def utilization(config: ModelConfig, tokens_per_second: float, device_kind: str,
 def forward_flops_per_token(config: ModelConfig, length: int | None = None) -> TokenFlops:
     """One token of a parallel forward pass, as in training and scoring."""
     length = config.max_length if length is None else length
-    width, code, keys = config.width, config.positional_width, (length + 1) / 2
-    aggregator = {
-        "positional": 2 * (code + width) * keys + 2 * code * width,
-        "mean": 2 * width * keys + 2 * code * width,
-    }.get(config.aggregator, 0)
-    return _forward(config, length, aggregator)
+    return _forward(config, length, aggregation.make(config).forward_flops((length + 1) / 2))
 
 
 def decoding_flops_per_token(config: ModelConfig, length: int | None = None) -> TokenFlops:
-    """One token decoded with caches, whatever the number of streams: its G row once, its X row once.
-
-    The aggregation state A [P, D] is read and updated once a token; the mean's state costs nothing worth counting.
-    """
+    """One token decoded with caches: its G row once and its X row once, whatever the number of streams."""
     length = config.max_length if length is None else length
-    state = 2 * config.positional_width * config.width
-    aggregator = {"positional": 3 * state, "mean": state}.get(config.aggregator, 0)
-    return _forward(config, length, aggregator)
+    return _forward(config, length, aggregation.make(config).decoding_flops())

@@ -11,13 +11,14 @@ import jax
 import jax.numpy as jnp
 
 from armd_jax.config import ModelConfig
-from armd_jax.core import block_mask, network
-from armd_jax.core.network import Attend, Constrain, Params
+from armd_jax.core import axes, block_mask, network
+from armd_jax.core.context import PLAIN, Context
 from armd_jax.core.order import Order
+from armd_jax.core.parameters import Params
 from armd_jax.core.rows import rows_for_training
+from armd_jax.core.sizes import padded_vocab
 
 _LOGIT_BYTES = 64 * 2**20
-LOGIT_AXES = ("batch", "length", "vocab")
 
 
 @flax.struct.dataclass
@@ -35,9 +36,9 @@ class LossSums:
     z: jax.Array
 
 
-def chunk_size(logits_a_position: int, length: int) -> int:
+def loss_chunk(logits_per_position: int, length: int) -> int:
     """How many of `length` positions keep float32 logits below 64 MiB, at least 1."""
-    return max(1, min(length, _LOGIT_BYTES // (4 * logits_a_position)))
+    return max(1, min(length, _LOGIT_BYTES // (4 * logits_per_position)))
 
 
 def token_log_probs(
@@ -45,7 +46,7 @@ def token_log_probs(
     config: ModelConfig,
     h_BND: jax.Array,
     targets_BN: jax.Array,
-    constrain: Constrain = network.no_constraint,
+    context: Context = PLAIN,
 ) -> tuple[jax.Array, jax.Array]:
     """log p of each target, and the log-partition of its logits; both [B, N] float32.
 
@@ -53,17 +54,17 @@ def token_log_probs(
     """
     batch, length, width = h_BND.shape
 
-    def chunk_log_probs(h, targets):
-        logits = constrain(network.head_logits(params, config, h), LOGIT_AXES)
+    def chunk_log_probs(h: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
+        logits = context.constrain(network.head_logits(params, config, h), axes.LOGITS)
         log_partition = jax.nn.logsumexp(logits, axis=-1)
         return jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0] - log_partition, log_partition
 
-    size = min(config.loss_chunk, length) or chunk_size(batch * network.padded_vocab(config), length)
+    size = min(config.loss_chunk, length) or loss_chunk(batch * padded_vocab(config), length)
     if size == length:
         return chunk_log_probs(h_BND, targets_BN)
     # The head is put together once, not for every chunk.
     head = "embedding" if config.tie_embeddings else "head"
-    params = params | {head: constrain(params[head], network.PARAM_AXES[head])}
+    params = params | {head: context.constrain(params[head], axes.PARAMETERS[head])}
     num_chunks = -(-length // size)
     missing = num_chunks * size - length
     h = jnp.pad(h_BND, ((0, 0), (0, missing), (0, 0))).reshape(batch, num_chunks, size, width)
@@ -79,18 +80,16 @@ def generation_log_probs(
     config: ModelConfig,
     tokens_BN: jax.Array,
     order: Order,
-    dropout_key: jax.Array | None = None,
-    constrain: Constrain = network.no_constraint,
-    attend: Attend | None = None,
+    context: Context = PLAIN,
 ) -> tuple[jax.Array, jax.Array]:
     """log p of every token given all earlier blocks, and the log-partitions; [B, N] float32 in GENERATION order.
 
     tokens_BN: int32 at natural positions.
     """
     rows = rows_for_training(tokens_BN, order, block_mask.build(order))
-    h_BND, _ = network.forward(params, config, rows, dropout_key=dropout_key, constrain=constrain, attend=attend)
+    h_BND, _ = network.forward(params, config, rows, context=context)
     targets_BN = jnp.take_along_axis(tokens_BN, order.positions_BN, axis=1)
-    return token_log_probs(params, config, h_BND, targets_BN, constrain)
+    return token_log_probs(params, config, h_BND, targets_BN, context)
 
 
 def loss_sums(
@@ -98,12 +97,10 @@ def loss_sums(
     config: ModelConfig,
     tokens_BN: jax.Array,
     order: Order,
-    dropout_key: jax.Array | None = None,
-    constrain: Constrain = network.no_constraint,
-    attend: Attend | None = None,
+    context: Context = PLAIN,
 ) -> LossSums:
     """Every sum that losses and metrics are made of. Positions of weight 0 (padding) are left out of all of them."""
-    log_probs_BN, partitions_BN = generation_log_probs(params, config, tokens_BN, order, dropout_key, constrain, attend)
+    log_probs_BN, partitions_BN = generation_log_probs(params, config, tokens_BN, order, context)
     counted_BN = order.weight_BN > 0
     nll_BN = jnp.where(counted_BN, -log_probs_BN, 0.0)
     return LossSums(

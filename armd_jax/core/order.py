@@ -10,14 +10,18 @@ function that can be traced, so orders are drawn on the device inside the jitted
                       block     1 2 3 3 4 4 5 5
 """
 
+import dataclasses
 from collections.abc import Sequence
+from typing import assert_never
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from armd_jax.config import NOISE_SCHEDULES, ORDER_WEIGHTS, PERMUTES, OrderConfig, UserError, nearest
+from armd_jax import typed
+from armd_jax.config import NoiseSchedule, OrderWeight, Permutation
+from armd_jax.errors import UserError
 
 
 @flax.struct.dataclass
@@ -36,7 +40,8 @@ class Order:
     @property
     def shape(self) -> tuple[int, int]:
         """(B, N)."""
-        return self.positions_BN.shape
+        batch, length = self.positions_BN.shape
+        return batch, length
 
 
 def left_to_right(batch: int, length: int, evidence: np.ndarray | None = None) -> Order:
@@ -56,7 +61,7 @@ def progressive(
     batch: int,
     length: int,
     num_permuted: jax.Array | int,
-    permute: str = "scatter",
+    permute: Permutation = "scatter",
     evidence: np.ndarray | None = None,
 ) -> Order:
     """The natural order with `num_permuted` tokens shuffled (the paper's curriculum), one token a block.
@@ -65,17 +70,21 @@ def progressive(
     permute: "scatter" (positions drawn uniformly, permuted among themselves), "window" (one contiguous window) or
         "reinsert" (tokens taken out and put back at random places).
     """
-    if permute not in PERMUTES:
-        raise UserError(f"permute={permute!r} is not known{nearest(permute, PERMUTES)}")
+    typed.check_choice(Permutation, permute, "permute")
     choose_key, shuffle_key, slot_key = jax.random.split(key, 3)
     natural = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (batch, length))
-    if permute == "window":
-        start = jax.random.uniform(choose_key, (batch, 1)) * (length - num_permuted + 1)
-        start = jnp.minimum(start.astype(jnp.int32), length - num_permuted)
-        chosen = (natural >= start) & (natural < start + num_permuted)
-    else:
-        chosen = _random_subset(choose_key, batch, length, num_permuted)
-    slots = _random_subset(slot_key, batch, length, num_permuted) if permute == "reinsert" else chosen
+    match permute:
+        case "scatter":
+            chosen = slots = _random_subset(choose_key, batch, length, num_permuted)
+        case "window":
+            start = jax.random.uniform(choose_key, (batch, 1)) * (length - num_permuted + 1)
+            start = jnp.minimum(start.astype(jnp.int32), length - num_permuted)
+            chosen = slots = (natural >= start) & (natural < start + num_permuted)
+        case "reinsert":
+            chosen = _random_subset(choose_key, batch, length, num_permuted)
+            slots = _random_subset(slot_key, batch, length, num_permuted)
+        case _:
+            assert_never(permute)
     # Chosen tokens in random order, then the others in natural order, go to the chosen slots, then the other slots.
     shuffled = jnp.where(chosen, jax.random.uniform(shuffle_key, (batch, length)), 2.0 + natural)
     tokens = jnp.argsort(shuffled, axis=1).astype(jnp.int32)
@@ -138,8 +147,8 @@ def masked_diffusion(
     batch: int,
     length: int,
     num_steps: int,
-    schedule: str = "linear",
-    weight: str = "elbo",
+    schedule: NoiseSchedule = "linear",
+    weight: OrderWeight = "elbo",
     evidence: np.ndarray | None = None,
 ) -> Order:
     """Masking times drawn independently with P(tau = t) = alpha_{t-1} - alpha_t; tokens masked last come first.
@@ -155,42 +164,49 @@ def masked_diffusion(
     return from_times(tau_BN.astype(jnp.int32), num_steps, schedule, weight, evidence)
 
 
-def alphas(num_steps: int, schedule: str) -> np.ndarray:
+def alphas(num_steps: int, schedule: NoiseSchedule) -> np.ndarray:
     """alpha_0 = 1 .. alpha_T = 0 [T + 1]: the probability that a token is not masked yet after each diffusion step."""
-    if schedule not in NOISE_SCHEDULES:
-        raise UserError(f"noise_schedule={schedule!r} is not known{nearest(schedule, NOISE_SCHEDULES)}")
+    typed.check_choice(NoiseSchedule, schedule, "noise_schedule")
     t = np.arange(num_steps + 1) / num_steps
-    if schedule == "linear":
-        return 1.0 - t
-    if schedule == "cosine":
-        alpha = 1.0 - np.cos(np.pi / 2 * (1.0 - t))
-        alpha[0] = 1.0
-        return alpha
-    # Geometric noise between 1e-3 and 20 (the shape SEDD and MDLM call so), stretched so that alpha_0 = 1, alpha_T = 0.
-    alpha = np.exp(-(1e-3 ** (1.0 - t)) * 20.0**t)
-    return (alpha - alpha[-1]) / (alpha[0] - alpha[-1])
+    match schedule:
+        case "linear":
+            return 1.0 - t
+        case "cosine":
+            alpha = 1.0 - np.cos(np.pi / 2 * (1.0 - t))
+            alpha[0] = 1.0
+            return alpha
+        case "geometric":
+            # Geometric noise between 1e-3 and 20, the shape that SEDD and MDLM call so, stretched so that alpha_0 = 1
+            # and alpha_T = 0.
+            alpha = np.exp(-(1e-3 ** (1.0 - t)) * 20.0**t)
+            return (alpha - alpha[-1]) / (alpha[0] - alpha[-1])
+        case _:
+            assert_never(schedule)
 
 
 def from_times(
     tau_BN: jax.Array,
     num_steps: int,
-    schedule: str = "linear",
-    weight: str = "elbo",
+    schedule: NoiseSchedule = "linear",
+    weight: OrderWeight = "elbo",
     evidence: np.ndarray | None = None,
 ) -> Order:
     """The order of masking times tau_BN (int, 1 .. T, at natural positions): tokens of one time are one block."""
-    if weight not in ORDER_WEIGHTS:
-        raise UserError(f"weight={weight!r} is not known{nearest(weight, ORDER_WEIGHTS)}")
+    typed.check_choice(OrderWeight, weight, "weight")
     positions_BN = jnp.argsort(-tau_BN, axis=1, stable=True).astype(jnp.int32)
     times_BN = jnp.take_along_axis(tau_BN, positions_BN, axis=1)
     starts = jnp.concatenate([jnp.ones_like(times_BN[:, :1]), times_BN[:, 1:] != times_BN[:, :-1]], axis=1)
-    weight_BN = jnp.ones(tau_BN.shape, jnp.float32)
-    if weight == "simple":
-        # The ELBO weighs step t by (alpha_{t-1} - alpha_t) / (1 - alpha_t); this divides that out again, per step.
-        alpha = alphas(num_steps, schedule)
-        drop = alpha[:-1] - alpha[1:]
-        gamma = (1.0 - alpha[1:]) / np.maximum(drop, 1e-12) / num_steps
-        weight_BN = jnp.asarray(gamma, jnp.float32)[times_BN - 1]
+    match weight:
+        case "elbo":
+            weight_BN = jnp.ones(tau_BN.shape, jnp.float32)
+        case "simple":
+            # The ELBO weighs step t by (alpha_{t-1} - alpha_t) / (1 - alpha_t). This divides that out, step by step.
+            alpha = alphas(num_steps, schedule)
+            drop = alpha[:-1] - alpha[1:]
+            gamma = (1.0 - alpha[1:]) / np.maximum(drop, 1e-12) / num_steps
+            weight_BN = jnp.asarray(gamma, jnp.float32)[times_BN - 1]
+        case _:
+            assert_never(weight)
     order = Order(positions_BN, jnp.cumsum(starts, axis=1).astype(jnp.int32), weight_BN)
     return evidence_first(order, evidence)
 
@@ -243,7 +259,7 @@ def padding_last(order: Order, valid_BN: jax.Array) -> Order:
     padding_BN = ~jnp.take_along_axis(valid_BN, order.positions_BN, axis=1)
     moved = _regroup(order, padding_BN.astype(jnp.int32), padding_BN, jnp.zeros_like(order.positions_BN))
     valid_sorted_BN = jnp.take_along_axis(valid_BN, moved.positions_BN, axis=1)
-    return moved.replace(weight_BN=jnp.where(valid_sorted_BN, moved.weight_BN, 0.0))
+    return dataclasses.replace(moved, weight_BN=jnp.where(valid_sorted_BN, moved.weight_BN, 0.0))
 
 
 def _regroup(order: Order, group_BN: jax.Array, single_BN: jax.Array, within_BN: jax.Array) -> Order:
@@ -269,51 +285,3 @@ def _evidence_mask(evidence: np.ndarray | None, length: int) -> np.ndarray:
     if mask.shape != (length,) or mask.dtype != bool:
         raise UserError(f"evidence: expected a bool array of shape ({length},), got {mask.dtype} {mask.shape}")
     return mask
-
-
-def num_permuted(config: OrderConfig, step: jax.Array | int) -> jax.Array:
-    """k of the progressive curriculum at a step: 0 until i_AR, then rising linearly from 1 to rho at i_perm."""
-    ramp = max(config.permute_steps - config.ar_steps, 1)
-    done = jnp.clip((jnp.asarray(step) - config.ar_steps) / ramp, 0.0, 1.0)
-    k = 1 + jnp.round(done * (config.max_permuted - 1)).astype(jnp.int32)
-    return jnp.where(jnp.asarray(step) < config.ar_steps, 0, k)
-
-
-def patterns(config: OrderConfig) -> tuple[int, ...] | None:
-    """The numbers of streams whose strided block structure every order of `for_step` has (1: one-token blocks).
-
-    Which natural position stands where is drawn, but the block structure, and with it every mask, is one of these.
-    None where the blocks themselves are drawn.
-    """
-    if config.kind == "masked_diffusion":
-        return None
-    strided = config.kind == "strided" or config.sbp_steps > 0
-    one_token = config.kind != "strided"
-    return tuple(sorted({*(config.streams if strided else ()), *((1,) if one_token else ())}))
-
-
-def for_step(config: OrderConfig, key: jax.Array, step: jax.Array, num_steps: int, batch: int, length: int) -> Order:
-    """The order trained on at `step` of `num_steps`; `key` already belongs to this step. Shapes as `Order`."""
-    base_key, stream_key = jax.random.split(key)
-
-    def sbp() -> Order:
-        return strided(batch, length, jax.random.choice(stream_key, jnp.asarray(config.streams, jnp.int32)))
-
-    def base() -> Order:
-        match config.kind:
-            case "left_to_right":
-                return left_to_right(batch, length)
-            case "progressive":
-                return progressive(base_key, batch, length, num_permuted(config, step), config.permute)
-            case "uniform":
-                return uniform(base_key, batch, length)
-            case "masked_diffusion":
-                return masked_diffusion(
-                    base_key, batch, length, config.diffusion_steps, config.noise_schedule, config.weight
-                )
-            case _:
-                return sbp()
-
-    if config.kind == "strided" or not config.sbp_steps:
-        return base()
-    return jax.lax.cond(step >= num_steps - config.sbp_steps, sbp, base)

@@ -15,9 +15,10 @@ from pathlib import Path
 
 import numpy as np
 
-from armd_jax.config import DataConfig, UserError
+from armd_jax.config import DataConfig
 from armd_jax.data.embedded import embedded_documents
 from armd_jax.data.reading import LeftOut, Source, hash_file, read_files, read_tfds
+from armd_jax.errors import UserError
 
 SPLITS = ("train", "valid", "test")
 SUFFIXES = (".txt", ".md", ".txt.gz", ".jsonl", ".jsonl.gz")

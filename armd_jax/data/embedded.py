@@ -9,7 +9,7 @@ import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
-from armd_jax.config import UserError
+from armd_jax.errors import UserError
 
 # Left out: tests, what other programs install, what differs from machine to machine, and
 # folders whose docstrings are few or not prose.

@@ -12,8 +12,8 @@ from typing import Any
 
 from array_record.python.array_record_module import ArrayRecordReader
 
-from armd_jax.config import UserError, shown
 from armd_jax.data.reading import LeftOut, hash_file
+from armd_jax.errors import UserError, shown
 
 FORMAT = 2
 MANIFEST_FILE = "manifest.json"

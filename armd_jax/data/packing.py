@@ -27,12 +27,13 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 from tqdm import tqdm
 
-from armd_jax.config import DataConfig, UserError
+from armd_jax.config import DataConfig
 from armd_jax.data import tokenizers
 from armd_jax.data.corpora import Corpus, count_words, open_corpus
 from armd_jax.data.manifest import FORMAT, MANIFEST_FILE, Counts, check_shard, damaged, open_reader, read_manifest
 from armd_jax.data.reading import LeftOut, hash_file
 from armd_jax.data.tokenizers import Tokenizer
+from armd_jax.errors import UserError
 
 TOKENIZER_FOLDER = "tokenizer"
 BATCH_CHARACTERS = 1 << 22  # encoded at a time: enough to keep all cores busy, little enough to hold as Python ints

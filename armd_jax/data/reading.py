@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from armd_jax.config import UserError
+from armd_jax.errors import UserError
 
 Item = str | UserError  # a document, or what is wrong with it
 

@@ -18,7 +18,8 @@ from pathlib import Path
 import sentencepiece
 import tokenizers as library
 
-from armd_jax.config import DataConfig, UserError, shown
+from armd_jax.config import DataConfig
+from armd_jax.errors import UserError, shown
 
 CONFIG_FILE = "tokenizer_config.json"
 MODEL_FILE = "tokenizer.model"

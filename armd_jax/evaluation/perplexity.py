@@ -16,13 +16,14 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from armd_jax.config import OrderConfig, UserError
+from armd_jax.config import OrderConfig
 from armd_jax.core import objective
 from armd_jax.core import order as orders
 from armd_jax.core.order import Order
 from armd_jax.data import loader
 from armd_jax.data.manifest import Counts
 from armd_jax.data.packing import PreparedData
+from armd_jax.errors import UserError
 from armd_jax.inference.language_model import LanguageModel
 
 _XZ_LIMIT = 64 * 2**20  # bytes; beyond this xz -9e takes minutes and its dictionary no longer holds the training text

@@ -15,6 +15,7 @@ import numpy as np
 
 from armd_jax.config import Config
 from armd_jax.core import block_mask, order
+from armd_jax.core import curriculum as curriculum_lib
 from armd_jax.core.order import Order
 from armd_jax.training import step as training_step
 
@@ -86,15 +87,7 @@ def ink_on(color: str) -> str:
 
 def phases(config: Config) -> list[tuple[str, int, int]]:
     """(name, first step, step after the last) of every phase of the order schedule that has steps."""
-    total, schedule = config.training.num_steps, config.order
-    end = phases_end(config)
-    if schedule.kind == "progressive":
-        edges = [("identity", 0, schedule.ar_steps), ("rising", schedule.ar_steps, schedule.permute_steps)]
-        edges.append(("constant", schedule.permute_steps, end))
-    else:
-        edges = [(schedule.kind, 0, end)]
-    edges = [(name, start, min(stop, end)) for name, start, stop in edges] + [("SBP", end, total)]
-    return [(name, start, stop) for name, start, stop in edges if stop > start]
+    return [(p.name, p.first, p.end) for p in curriculum_lib.phases(config.order, config.training.num_steps)]
 
 
 def _shade_phases(axes: Any, config: Config, last: float, labels: bool = True) -> None:
@@ -247,7 +240,7 @@ def curriculum(config: Config) -> bytes:
         base = steps[steps < phases_end(config)]
         axes.plot(
             base,
-            np.asarray(order.num_permuted(config.order, jnp.asarray(base))),
+            np.asarray(curriculum_lib.num_permuted(config.order, jnp.asarray(base))),
             color=BLUE,
             linewidth=2.5,
             drawstyle="steps-post",

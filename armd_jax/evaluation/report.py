@@ -12,9 +12,11 @@ import shlex
 from collections.abc import Sequence
 from typing import Any
 
-from armd_jax.config import Config, UserError, from_config_dict
+from armd_jax.config import Config, from_config_dict
+from armd_jax.errors import UserError
 from armd_jax.evaluation import plots
-from armd_jax.training.metrics import read_rows, write_atomically
+from armd_jax.files import read_json_lines as read_rows
+from armd_jax.files import write as write_atomically
 
 _CSS = """
 :root { color-scheme: light; }

@@ -8,7 +8,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from armd_jax.config import UserError
+from armd_jax.errors import UserError
+from armd_jax.inference.draw import Draw
 from armd_jax.inference.language_model import LanguageModel
 
 
@@ -32,7 +33,8 @@ def draw(
     """
     if lm.tokenizer is None:
         raise UserError("this model has no tokenizer: use lm.generate")
-    lm.check_sampling(batch, length, temperature, top_k, top_p, seed)
+    lm.check_shape(batch, length, seed)
+    Draw.make(temperature, top_k, top_p)
     tokenizer = lm.tokenizer
     before, after = tokenizer.encode(prompt), tokenizer.encode(suffix)
     if len(before) + len(after) > length:

@@ -3,22 +3,24 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from armd_jax.config import ModelConfig, UserError, validate_model
-from armd_jax.core import network, objective
+from armd_jax.config import ModelConfig, check_model
+from armd_jax.core import objective, parameters
 from armd_jax.core import order as orders
-from armd_jax.core.network import Params
+from armd_jax.core.kernels.panels import few_rows
 from armd_jax.core.order import Order
-from armd_jax.core.panels import few_rows
+from armd_jax.core.parameters import Params
+from armd_jax.core.sizes import activation_dtype
 from armd_jax.data.tokenizers import Tokenizer
-from armd_jax.inference import likelihood, sampler
-
-_GREEDY = 1e-30  # temperature from which on logits / temperature fits into float32; below, nothing but the top is drawn
+from armd_jax.errors import UserError
+from armd_jax.inference import likelihood, sampler, schedule
+from armd_jax.inference.draw import Draw
 
 
 @flax.struct.dataclass
@@ -39,7 +41,7 @@ class Generation:
 
 @dataclasses.dataclass(frozen=True)
 class LanguageModel:
-    """A model ready to score and to generate. `params` is the plain nested dict of `core.network.init`."""
+    """A model ready to score and to generate. `params` is the plain nested dict of `core.parameters.init`."""
 
     config: ModelConfig
     params: Params
@@ -47,11 +49,11 @@ class LanguageModel:
 
     @classmethod
     def create(cls, config: ModelConfig, seed: int = 0) -> "LanguageModel":
-        """An untrained model. Raises UserError where the config is impossible."""
-        validate_model(config)
+        """An untrained model. Raises UserError if the config is impossible."""
+        check_model(config)
         if config.vocab_size < 1:
             raise UserError(f"model.vocab_size={config.vocab_size}: must be at least 1")
-        return cls(config, jax.jit(network.init, static_argnums=1)(jax.random.key(seed), config))
+        return cls(config, jax.jit(parameters.init, static_argnums=1)(jax.random.key(seed), config))
 
     def replace(self, params: Params) -> "LanguageModel":
         """A copy with other parameters."""
@@ -59,26 +61,26 @@ class LanguageModel:
 
     @functools.cached_property
     def _layers(self) -> Params:
-        return network.unstack(self.params)
+        return parameters.unstack(self.params)
 
     @functools.cached_property
     def _panels(self) -> Callable[[bool, bool], Params]:
-        """What `network.in_panels` gives, made once for each pair of its switches."""
-        cut = jax.jit(network.in_panels, static_argnums=(1, 2))
+        """What `parameters.in_panels` gives, made once for each pair of its switches."""
+        cut = jax.jit(parameters.in_panels, static_argnums=(1, 2))
         return functools.cache(lambda both_streams, one_stream: cut(self.params, both_streams, one_stream))
 
     def _loop_params(self, rows: int) -> Params | None:
-        """Parameters in the layout for calls with so many rows of each stream; None: as they are."""
+        """Parameters in the layout for calls with this many rows of each stream; None: the ordinary layout."""
         few = few_rows(2 * rows), few_rows(rows)
-        in_float32 = network.activation_dtype(self.config) == jnp.float32
+        in_float32 = activation_dtype(self.config) == jnp.float32
         return self._panels(*few) if any(few) and in_float32 and jax.default_backend() == "cpu" else None
 
     def logits(self, tokens_BN: np.ndarray | jax.Array, order: Order) -> jax.Array:
-        """[B, N, V] float32 at natural positions: row j holds the log-odds of position j given all earlier blocks."""
+        """Logits [B, N, V] float32 at natural positions: row j scores the token at position j given earlier blocks."""
         return likelihood.logits(self.params, self.config, self._check(tokens_BN, order), order)
 
     def log_prob(self, tokens_BN: np.ndarray | jax.Array, order: Order) -> jax.Array:
-        """[B, N] float32, nats, at natural positions; the sum over a row is log p(tokens) under the order."""
+        """[B, N] float32, nats, at natural positions. The sum over a row is log p(tokens) under the order."""
         return likelihood.log_prob(self.params, self.config, self._check(tokens_BN, order), order)
 
     def generate(
@@ -95,50 +97,37 @@ class LanguageModel:
     ) -> Generation:
         """Samples `batch` sequences of `length` tokens (default: the model's max_length) in `streams` parallel streams.
 
-        prompt: token ids [P] or [B, P]. evidence_BN: int32 [B, length] (or [length]), -1 where to generate, the same
-        places in every row. temperature 0 takes the likeliest token. Calls: S + N/S - 1, or S + ceil(R/S) - 1 with
-        evidence and R positions to generate.
-        Raises UserError where the arguments do not fit one another.
+        prompt: token ids [P] or [B, P].
+        evidence_BN: int32 [B, length] (or [length]), known ids, and -1 where to generate; the same places in every row.
+        temperature: 0 takes the likeliest token.
+        The number of network calls is S + N/S - 1, or S + ceil(R/S) - 1 with evidence and R positions to generate.
+        Raises UserError if the arguments do not fit one another.
         """
         length = self.config.max_length if length is None else length
-        self.check_sampling(batch, length, temperature, top_k, top_p, seed)
+        self.check_shape(batch, length, seed)
+        draw = Draw.make(temperature, top_k, top_p)
         known_BN = self._evidence(batch, length, prompt, evidence_BN)
-        known = known_BN[0] >= 0
-        if ((known_BN >= 0) != known).any():
+        known_N = known_BN[0] >= 0
+        if ((known_BN >= 0) != known_N).any():
             raise UserError("evidence_BN: the places to generate (-1) must be the same in every row")
-        num_evidence = int(known.sum())
-        orders.check_streams(length, streams, length - num_evidence)
-        order = orders.strided(batch, length, streams, evidence=known)
-        if num_evidence == length:  # nothing to generate: no call, only the score that every position is promised
+        orders.check_streams(length, streams, int((~known_N).sum()))
+        plan = schedule.strided(batch, length, streams, known_N)
+        order = plan.order
+        if plan.num_evidence == length:  # nothing to generate: no call, only the score that every position is promised
             tokens_BN = known_BN.astype(np.int32)
             log_prob_BN = np.asarray(self.log_prob(tokens_BN, order))
             return Generation(tokens_BN, log_prob_BN, order, 0, np.zeros_like(tokens_BN))
-        greedy = temperature < _GREEDY
-        table = sampler.block_table(order, num_evidence)
-        generated = jnp.take_along_axis(jnp.asarray(np.maximum(known_BN, 0), jnp.int32), order.positions_BN, axis=1)
-        state = sampler.generate(
-            self._layers,
-            self.config,
-            jax.random.key(seed),
-            generated,
-            order,
-            table,
-            streams=streams,
-            num_evidence=num_evidence,
-            temperature=jnp.float32(1.0 if greedy else temperature),
-            greedy=greedy,
-            top_k=top_k,
-            top_p=None if top_p is None else jnp.float32(top_p),
-            loop_params=self._loop_params(batch * streams),
-        )
-        call_BN = jnp.maximum(order.block_BN - num_evidence, 0)
+        generated_BN = jnp.take_along_axis(jnp.asarray(np.maximum(known_BN, 0), jnp.int32), order.positions_BN, axis=1)
+        loop_params = self._loop_params(batch * streams)
+        key = jax.random.key(seed)
+        state = sampler.generate(self._layers, self.config, key, generated_BN, plan, draw, loop_params)
         tokens_BN, log_prob_BN, call_BN = (
-            np.asarray(objective.to_natural(order, a)) for a in (state.tokens_BN, state.log_prob_BN, call_BN)
+            np.asarray(objective.to_natural(order, a)) for a in (state.tokens_BN, state.log_prob_BN, plan.call_BN)
         )
         return Generation(tokens_BN, log_prob_BN, order, int(state.num_calls), call_BN)
 
     @staticmethod
-    def _whole_numbers(name: str, ids: Sequence | np.ndarray | jax.Array) -> np.ndarray:
+    def _whole_numbers(name: str, ids: Sequence[Any] | np.ndarray | jax.Array) -> np.ndarray:
         try:
             ids = np.asarray(ids)
         except ValueError as error:
@@ -165,20 +154,12 @@ class LanguageModel:
         if wrong.any():
             raise UserError(f"{name}: id {ids[wrong][0]} is outside the vocabulary of {self.config.vocab_size}")
 
-    def check_sampling(
-        self, batch: int, length: int, temperature: float, top_k: int | None, top_p: float | None, seed: int
-    ) -> None:
-        """Raises UserError where `generate` could not take these."""
+    def check_shape(self, batch: int, length: int, seed: int) -> None:
+        """Raises UserError if `generate` could not take these."""
         if batch < 1:
             raise UserError(f"batch={batch}: must be at least 1")
         if not 1 <= length <= self.config.max_length:
             raise UserError(f"length={length}: must be in 1 .. {self.config.max_length}, the model's max_length")
-        if not 0 <= temperature < float("inf"):
-            raise UserError(f"temperature={temperature}: must be 0 (greedy) or a positive number")
-        if top_k is not None and top_k < 1:
-            raise UserError(f"top_k={top_k}: must be at least 1")
-        if top_p is not None and not 0 < top_p <= 1:
-            raise UserError(f"top_p={top_p}: must be in (0, 1]")
         if not 0 <= seed < 2**31:
             raise UserError(f"seed={seed}: must be in [0, 2**31)")
 
@@ -189,7 +170,7 @@ class LanguageModel:
         prompt: Sequence[int] | np.ndarray | None,
         evidence_BN: np.ndarray | None,
     ) -> np.ndarray:
-        """Known ids [B, N] int64, -1 where nothing is known."""
+        """Known ids [B, N] int64, and -1 at positions that are to be generated."""
         known_BN = np.full((batch, length), -1, np.int64)
         if prompt is not None and evidence_BN is not None:
             raise UserError("prompt and evidence_BN: give one of the two; a prompt can be written into the evidence")

@@ -6,8 +6,8 @@ import jax
 
 from armd_jax.config import ModelConfig
 from armd_jax.core import block_mask, network, objective
-from armd_jax.core.network import Params
 from armd_jax.core.order import Order
+from armd_jax.core.parameters import Params
 from armd_jax.core.rows import rows_for_training
 
 

@@ -7,9 +7,11 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from armd_jax.config import Config, UserError
-from armd_jax.core.network import Params
+from armd_jax import config as configs
+from armd_jax.config import Config
+from armd_jax.core.parameters import Params
 from armd_jax.data import tokenizers
+from armd_jax.errors import UserError
 from armd_jax.inference.language_model import LanguageModel
 from armd_jax.interop import safetensors_format
 from armd_jax.training import checkpoints, sharding
@@ -23,7 +25,7 @@ def load(path: str | os.PathLike[str], ema: bool = True, mesh: Mesh | None = Non
     Raises UserError where `path` is neither.
     """
     folder = pathlib.Path(path)
-    config = read_config(folder)
+    config = configs.read(folder)
     tokenizer = tokenizers.load(folder / "tokenizer")
     if tokenizer.vocab_size != config.model.vocab_size:
         raise UserError(
@@ -38,18 +40,6 @@ def load(path: str | os.PathLike[str], ema: bool = True, mesh: Mesh | None = Non
         state = checkpoints.restore_for_inference(folder, config, mesh)
         params = without_padding(state.eval_params if ema else state.params, config)
     return LanguageModel(config.model, params, tokenizer)
-
-
-def read_config(folder: pathlib.Path) -> Config:
-    """The resolved config of a run or an export. Raises UserError where there is none."""
-    if not folder.is_dir():
-        raise UserError(f"{folder}: there is no such folder")
-    if not (folder / "config.json").is_file():
-        raise UserError(f"{folder}: neither a training run nor an export (it has no config.json)")
-    try:
-        return checkpoints.read_config(folder)
-    except UserError as error:
-        raise UserError(f"{folder / 'config.json'}: {error}") from error
 
 
 def without_padding(params: Params, config: Config) -> Params:

@@ -5,10 +5,7 @@ order (the first `two_stream_layers` of them two-stream), `aggregator.…`, `fin
 untied. Padding rows of the vocabulary are left out.
 """
 
-import os
 import pathlib
-import shutil
-import tempfile
 
 import jax
 import jax.numpy as jnp
@@ -17,9 +14,12 @@ import safetensors
 import safetensors.numpy
 
 from armd_jax import config as configs
-from armd_jax.config import Config, ModelConfig, UserError
-from armd_jax.core import network
-from armd_jax.core.network import Params
+from armd_jax import files
+from armd_jax.config import Config, ModelConfig
+from armd_jax.core import parameters
+from armd_jax.core.parameters import Params
+from armd_jax.core.sizes import padded_vocab
+from armd_jax.errors import UserError
 from armd_jax.inference.language_model import LanguageModel
 
 WEIGHTS = "model.safetensors"
@@ -27,7 +27,7 @@ WEIGHTS = "model.safetensors"
 
 def flatten(params: Params, config: ModelConfig) -> dict[str, jax.Array]:
     """Parameters under their export names, layers unstacked, vocabulary padding left out. Traceable."""
-    per_layer = network.unstack(params)
+    per_layer = parameters.unstack(params)
     layers = list(per_layer.pop("two_stream", []))
     if "last_two_stream" in per_layer:
         layers.append(per_layer.pop("last_two_stream"))
@@ -51,7 +51,7 @@ def flatten(params: Params, config: ModelConfig) -> dict[str, jax.Array]:
 
 def unflatten(flat: dict[str, np.ndarray], config: ModelConfig) -> Params:
     """The inverse of `flatten`; padding rows become 0."""
-    missing = network.padded_vocab(config) - config.vocab_size
+    missing = padded_vocab(config) - config.vocab_size
     flat = dict(flat, embedding=np.pad(flat["embedding"], ((0, missing), (0, 0))))
     if "head" in flat:
         flat["head"] = np.pad(flat["head"], ((0, 0), (0, missing)))
@@ -78,18 +78,11 @@ def write(lm: LanguageModel, config: Config, out: pathlib.Path) -> None:
         raise UserError(f"--out={out}: exists already; choose another folder or remove it")
     if lm.tokenizer is None:
         raise UserError("this model has no tokenizer to export")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = pathlib.Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
-    try:
-        flat = {name: np.ascontiguousarray(value) for name, value in flatten(lm.params, lm.config).items()}
-        safetensors.numpy.save_file(flat, temporary / WEIGHTS, metadata={"format": "armd-jax"})
-        (temporary / "config.json").write_text(configs.to_json(config))
-        lm.tokenizer.save(temporary / "tokenizer")
-        temporary.chmod(0o755)
-        os.replace(temporary, out)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+    flat = {name: np.ascontiguousarray(value) for name, value in flatten(lm.params, lm.config).items()}
+    with files.new_folder(out) as folder:
+        safetensors.numpy.save_file(flat, folder / WEIGHTS, metadata={"format": "armd-jax"})
+        files.write(folder / "config.json", configs.to_json(config))
+        lm.tokenizer.save(folder / "tokenizer")
 
 
 def read(folder: pathlib.Path, config: ModelConfig) -> Params:
@@ -105,7 +98,7 @@ def read(folder: pathlib.Path, config: ModelConfig) -> Params:
     other = sorted(name for name, value in flat.items() if value.dtype != np.float32)
     if other:
         raise UserError(f"{file}: {other[0]} is {flat[other[0]].dtype}, expected float32")
-    expected = jax.eval_shape(lambda key: flatten(network.init(key, config), config), jax.random.key(0))
+    expected = jax.eval_shape(lambda key: flatten(parameters.init(key, config), config), jax.random.key(0))
     wanted = {name: value.shape for name, value in expected.items()}
     found = {name: value.shape for name, value in flat.items()}
     if wanted != found:

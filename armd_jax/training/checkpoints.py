@@ -6,7 +6,6 @@ read, has the arrays that the config asks for, and every digest is that of what 
 """
 
 import dataclasses
-import json
 import logging
 import os
 import pathlib
@@ -23,7 +22,9 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from orbax.checkpoint import checkpoint_managers
 
-from armd_jax.config import Config, UserError, from_config_dict
+from armd_jax import config as configs
+from armd_jax.config import Config
+from armd_jax.errors import UserError
 from armd_jax.training import sharding
 from armd_jax.training import state as states
 from armd_jax.training.state import TrainState
@@ -98,7 +99,8 @@ class Checkpointer:
 
     def _failed(self, error: Exception) -> None:
         step, self._begun, self._last_failed = self._begun, None, True
-        if self._on_failed_save is None or jax.process_count() > 1:  # a process of several must not go on alone
+        alone = jax.process_count() == 1  # one process of several must not go on by itself
+        if self._on_failed_save is None or step is None or not alone:
             raise error
         self._on_failed_save(step, _line(error))
         self._manager.reload()
@@ -109,7 +111,7 @@ class Checkpointer:
 
     def restore(self, step: int, target: TrainState) -> TrainState:
         """The state of one step, into the shapes and shardings of `target`; UserError where it is not whole."""
-        reason, state = "", None
+        reason, state = "", target
         try:
             self._check_shapes(step, target)
             items = ocp.args.Composite(state=ocp.args.StandardRestore(target), meta=ocp.args.JsonRestore())
@@ -225,17 +227,6 @@ def _numbers(tree: TrainState) -> dict[str, int]:
 # --- reading a run --------------------------------------------------------------------------------------------------
 
 
-def read_config(run: pathlib.Path) -> Config:
-    """The resolved config of a run directory. Raises UserError where there is none."""
-    try:
-        values = json.loads((run / "config.json").read_text(encoding="utf-8"))
-    except RecursionError as error:
-        raise UserError(f"{run}: not a training run: config.json is nested too deeply") from error
-    except (OSError, ValueError) as error:  # ValueError: neither JSON nor UTF-8
-        raise UserError(f"{run}: not a training run: config.json cannot be read ({error})") from error
-    return from_config_dict(values)
-
-
 def _one_device() -> Mesh:
     return Mesh([[[jax.local_devices()[0]]]], sharding.AXES, axis_types=(jax.sharding.AxisType.Auto,) * 3)
 
@@ -270,7 +261,7 @@ class Found:
 def inspect(run: pathlib.Path) -> list[Found]:
     """Every checkpoint of a run, oldest first, each read whole and verified. Raises UserError where there is no run."""
     logging.getLogger("absl").setLevel(logging.ERROR)
-    config = read_config(run)
+    config = configs.read(run)
     if not (run / "checkpoints").is_dir():
         raise UserError(f"{run}: has no checkpoints yet")
     found = []

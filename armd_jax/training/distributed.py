@@ -4,19 +4,20 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Mapping
-from typing import NoReturn
+from typing import NoReturn, assert_never
 
 import jax
 
-from armd_jax.config import UserError
+from armd_jax.config import Switch
+from armd_jax.errors import UserError
 
-# The runtime's own defaults let the others wait for minutes when one process dies without a word.
+# With the runtime's own defaults, the others would wait for minutes after one process died without a word.
 _HEARTBEAT_SECONDS = 20
 _SHUTDOWN_SECONDS = 20
 
 
 def several_expected(environment: Mapping[str, str]) -> bool:
-    """Whether the environment shows one process of several: SLURM, Open MPI, a TPU pod, a Kubernetes JobSet."""
+    """Whether the environment shows one process of several: SLURM, Open MPI, a TPU pod, or a Kubernetes JobSet."""
 
     def number(name: str) -> int:
         value = environment.get(name, "")
@@ -29,24 +30,29 @@ def several_expected(environment: Mapping[str, str]) -> bool:
 
 
 def initialize(
-    mode: str = "auto", coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None
+    mode: Switch = "auto",
+    coordinator: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
 ) -> bool:
-    """Joins the other processes of the job, before anything else touches JAX; True where there are any.
+    """Joins the other processes of the job, before anything else touches JAX. Returns whether there are any.
 
-    mode: `auto` joins where the arguments or the environment tell of several processes, `on` always (JAX then finds
-    TPU metadata, SLURM, Kubernetes or Open MPI by itself), `off` never. The three others come together or not at all.
+    mode: `auto` joins if the environment shows several processes, `on` always joins (JAX then looks for TPU metadata,
+        SLURM, Kubernetes or Open MPI by itself), and `off` never does.
+    coordinator, num_processes, process_id: HOST:PORT of process 0, the number of processes, and which of them this one
+        is; all three or none. They are needed if nothing in the environment tells them, and then decide by themselves.
     """
-    explicit = (coordinator, num_processes, process_id)
-    if any(value is not None for value in explicit):
-        if any(value is None for value in explicit):
-            raise UserError("--coordinator, --num-processes and --process-id go together: give all three or none")
+    given = [value is not None for value in (coordinator, num_processes, process_id)]
+    if any(given) and not all(given):
+        raise UserError("--coordinator, --num-processes and --process-id go together: give all three or none")
+    if coordinator is not None and num_processes is not None and process_id is not None:
         if num_processes < 1 or not 0 <= process_id < num_processes:
             raise UserError(
                 f"--process-id={process_id}, --num-processes={num_processes}: process ids run from 0 to the number - 1"
             )
         if not coordinator.rpartition(":")[0] or not coordinator.rpartition(":")[2].isdigit():
             raise UserError(f"--coordinator={coordinator}: expected HOST:PORT")
-    elif mode == "off" or (mode == "auto" and not several_expected(os.environ)):
+    elif not _joins(mode):
         return False
     try:
         jax.distributed.initialize(
@@ -63,10 +69,22 @@ def initialize(
     return jax.process_count() > 1
 
 
-def run_together(run: Callable[[], int]) -> int | NoReturn:
-    """Runs one process's part; where it fails, the process leaves at once, so that the others notice and end too.
+def _joins(mode: Switch) -> bool:
+    match mode:
+        case "on":
+            return True
+        case "off":
+            return False
+        case "auto":
+            return several_expected(os.environ)
+        case _:
+            assert_never(mode)
 
-    An ordinary exit would wait for the others, who wait for this one in a collective operation.
+
+def run_together(run: Callable[[], int]) -> int | NoReturn:
+    """Runs one process's part of a job. If it fails, the process exits at once, so that the others notice and end too.
+
+    An ordinary exit would wait for the others, which wait for this one in a collective operation.
     """
     try:
         return run()

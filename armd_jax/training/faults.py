@@ -10,38 +10,33 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 
-from armd_jax.config import Config
-from armd_jax.core import network, objective
-from armd_jax.core import order as orders
+from armd_jax import files
+from armd_jax.core import objective
+from armd_jax.core.parameters import Params
 from armd_jax.training import sharding, step
-from armd_jax.training.metrics import write_atomically
+from armd_jax.training.placement import Placement
 from armd_jax.training.state import TrainState
 
 
 class RunFailed(RuntimeError):
-    """The run cannot go on by itself, and nobody's input was wrong: too many skipped updates, a full disk."""
+    """The run cannot go on by itself, although nobody's input was wrong: too many skipped updates, or a full disk."""
 
 
-def first_non_finite(config: Config, mesh: Mesh, state: TrainState, tokens_BN: jax.Array) -> dict[str, Any]:
+def first_non_finite(placement: Placement, state: TrainState, tokens_BN: jax.Array) -> dict[str, Any]:
     """Name and place of the first tensor of a step that is not finite, in the order of the computation.
 
     Looks at the parameters, the log-probabilities of the batch (with its rows and positions), and the gradients.
-    `tensor` is "none" where the numbers of this step are finite (a spike, or a fault that did not come again).
+    `tensor` is "none" if the numbers of this step are finite: a spike, or a fault that did not happen again.
     """
-    config = sharding.for_mesh(config, mesh)  # the step's own attention kernel, in which the fault may lie
+    config, mesh = placement.config, placement.mesh
     order = step.draw_order(config, state.step, tokens_BN.shape[1])
-    attend = sharding.attend(config, mesh, orders.patterns(config.order))
 
     @functools.partial(jax.jit, out_shardings=sharding.replicated(mesh))
-    def tensors(params: network.Params, tokens_BN: jax.Array) -> tuple[Any, jax.Array, Any, Any]:
-        constrain = sharding.constrain(mesh)
-        log_probs_BN, _ = objective.generation_log_probs(
-            params, config.model, tokens_BN, order, constrain=constrain, attend=attend
-        )
+    def tensors(params: Params, tokens_BN: jax.Array) -> tuple[Any, jax.Array, Any, Any]:
+        log_probs_BN, _ = objective.generation_log_probs(params, config.model, tokens_BN, order, placement.context)
         nll_BN = objective.to_natural(order, log_probs_BN)
-        grads, sums = step.gradients(params, config, tokens_BN, order, state.step, mesh)
+        grads, sums = step.gradients(params, placement, tokens_BN, order, state.step)
         whole = lambda tree: jax.tree.map(lambda leaf: jnp.isfinite(leaf).all(), tree)  # noqa: E731
         return whole(params), jnp.isfinite(nll_BN), whole(sums.weighted_nll), whole(grads)
 
@@ -62,33 +57,32 @@ def first_non_finite(config: Config, mesh: Mesh, state: TrainState, tokens_BN: j
     return {"tensor": "none"}
 
 
-def pinpoint(config: Config, mesh: Mesh, state: TrainState, at: int, tokens_BN: jax.Array) -> str:
+def pinpoint(placement: Placement, state: TrainState, at: int, tokens_BN: jax.Array) -> str:
     """The operation, and the line of this package, where the numbers of batch `at` first turn into NaN.
 
-    state: after the skipped update, whose parameters are those from before it. The gradient is computed once more with
-    every operation checked by itself.
+    The gradient is computed once more, with every operation checked by itself.
+    state: after the skipped update, so that its parameters are those from before it.
     """
     at_fault = dataclasses.replace(state, step=jnp.full_like(state.step, at))
-    config = sharding.for_mesh(config, mesh)
-    found = first_non_finite(config, mesh, at_fault, tokens_BN)
-    if jax.process_count() > 1:  # operations checked one by one would stop in one process and leave the others waiting
+    found = first_non_finite(placement, at_fault, tokens_BN)
+    if jax.process_count() > 1:  # checking operations one by one would stop one process and leave the others waiting
         return str(found)
-    order = step.draw_order(config, at_fault.step, tokens_BN.shape[1])
+    order = step.draw_order(placement.config, at_fault.step, tokens_BN.shape[1])
     try:
         with jax.debug_nans(True):
-            jax.jit(lambda p: step.gradients(p, config, tokens_BN, order, at_fault.step, mesh))(state.params)
+            jax.jit(lambda p: step.gradients(p, placement, tokens_BN, order, at_fault.step))(state.params)
     except FloatingPointError as error:
         frames = traceback.extract_tb(error.__traceback__)
         package = pathlib.Path(__file__).parent.parent
         ours = [frame for frame in frames if package in pathlib.Path(frame.filename).parents]
         line = ours[-1]
         return f"{error}, {pathlib.Path(line.filename).relative_to(package)}:{line.lineno} ({line.line}); {found}"
-    return f"no operation gives NaN when it is done by itself; {found}"
+    return f"no operation gives NaN if it is computed by itself; {found}"
 
 
 def write_report(workdir: pathlib.Path, at: int, report: dict[str, Any]) -> pathlib.Path:
     """Writes faults/step-<at>.json and returns its path."""
     path = workdir / "faults" / f"step-{at}.json"
     path.parent.mkdir(exist_ok=True)
-    write_atomically(path, json.dumps(report, indent=2) + "\n")
+    files.write(path, json.dumps(report, indent=2) + "\n")
     return path

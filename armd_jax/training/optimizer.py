@@ -1,28 +1,33 @@
-"""Optax AdamW with a global-norm clip, warm-up and a schedule; the exponential moving average of the weights."""
+"""The update rule from Optax (clipping, optimizer, learning-rate schedule), and the moving average of the weights."""
+
+from typing import Any, assert_never
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from armd_jax.config import OptimizerConfig
-from armd_jax.core.network import Params
+from armd_jax.core.parameters import Params
 
-# Weight decay is for matrices that multiply activations, by the last name of the parameter.
+# Weight decay applies to matrices that multiply activations, by the last part of the parameter's name.
 DECAYED = {"query", "key_value", "attention_out", "mlp_in", "mlp_gate", "mlp_out", "head"}
 
 
 def learning_rate(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
-    """Rate at each step: linear warm-up, then constant, cosine, or constant with a linear end (WSD)."""
+    """The rate at each step: linear warm-up, then constant, cosine, or constant with a linear end (WSD)."""
     peak, warmup = config.learning_rate, config.warmup_steps
     rest = max(num_steps - warmup, 1)
-    if config.schedule == "constant":
-        after = optax.constant_schedule(peak)
-    elif config.schedule == "cosine":
-        after = optax.cosine_decay_schedule(peak, rest, alpha=config.final_fraction)
-    else:
-        decay = min(max(round(config.decay_fraction * num_steps), 1), rest)
-        end = optax.linear_schedule(peak, peak * config.final_fraction, decay)
-        after = optax.join_schedules([optax.constant_schedule(peak), end], [max(rest - decay, 0)])
+    match config.schedule:
+        case "constant":
+            after = optax.constant_schedule(peak)
+        case "cosine":
+            after = optax.cosine_decay_schedule(peak, rest, alpha=config.final_fraction)
+        case "wsd":
+            decay = min(max(round(config.decay_fraction * num_steps), 1), rest)
+            end = optax.linear_schedule(peak, peak * config.final_fraction, decay)
+            after = optax.join_schedules([optax.constant_schedule(peak), end], [max(rest - decay, 0)])
+        case _:
+            assert_never(config.schedule)
     # The first update already has a rate above zero: step t of the warm-up takes (t + 1) / warmup of the peak.
     return optax.join_schedules([lambda step: peak * (step + 1) / max(warmup, 1), after], [warmup])
 
@@ -33,27 +38,31 @@ def make(config: OptimizerConfig, num_steps: int) -> optax.GradientTransformatio
     def decayed(params: Params) -> Params:
         return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key in DECAYED, params)
 
-    adamw = optax.adamw(
-        learning_rate(config, num_steps),
-        b1=config.beta1,
-        b2=config.beta2,
-        eps=config.epsilon,
-        weight_decay=config.weight_decay,
-        mask=decayed,
-    )
-    return optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw) if config.clip_norm else adamw
+    match config.kind:
+        case "adamw":
+            update = optax.adamw(
+                learning_rate(config, num_steps),
+                b1=config.beta1,
+                b2=config.beta2,
+                eps=config.epsilon,
+                weight_decay=config.weight_decay,
+                mask=decayed,
+            )
+        case _:
+            assert_never(config.kind)
+    return optax.chain(optax.clip_by_global_norm(config.clip_norm), update) if config.clip_norm else update
 
 
 def updates_done(opt_state: optax.OptState) -> jax.Array:
-    """int32: the updates that the schedule has counted; skipped ones are not among them."""
+    """int32: how many updates the schedule has counted. Skipped updates are not among them."""
     return optax.tree_utils.tree_get(opt_state, "count", filtering=lambda path, _: _is_schedule(path))
 
 
-def _is_schedule(path: tuple) -> bool:
+def _is_schedule(path: tuple[Any, ...]) -> bool:
     return any(getattr(key, "tuple_name", None) == "ScaleByScheduleState" for key in path)
 
 
 def update_ema(config: OptimizerConfig, ema: Params, params: Params, step: jax.Array) -> Params:
-    """The average after `step` (from 0); decay min(ema_decay, (1 + t) / (10 + t)): short runs forget the start."""
+    """The average after `step` (from 0). With the decay min(ema_decay, (1 + t) / (10 + t)) it forgets the start."""
     decay = jnp.minimum(config.ema_decay, (1.0 + step) / (10.0 + step))
     return jax.tree.map(lambda average, new: average * decay + new * (1.0 - decay), ema, params)

@@ -7,13 +7,15 @@ import time
 from typing import Any
 
 import jax
+import numpy as np
 from tqdm import tqdm
 
 from armd_jax.config import Config
 from armd_jax.core import flops
+from armd_jax.core.parameters import Params
 from armd_jax.training import step
 from armd_jax.training.checkpoints import Checkpointer
-from armd_jax.training.metrics import MetricWriter
+from armd_jax.training.metrics import Event, MetricWriter
 from armd_jax.training.state import TrainState
 
 
@@ -22,6 +24,8 @@ class RunLog:
 
     Reads the metrics of a step after the next one was dispatched, so that the device never waits for the host.
     """
+
+    bar: "tqdm[Any]"
 
     def __init__(self, config: Config, progress: bool) -> None:
         self._config, self._progress = config, progress
@@ -32,10 +36,10 @@ class RunLog:
         self._skipped = 0  # updates skipped in a row, as of the last step that was read
         self._clock: tuple[int, float] | None = None
         self._shown: dict[str, str] = {}
-        self._early: list[tuple[str, int, dict[str, Any]]] = []  # events from before the writer could be opened
+        self._early: list[tuple[Event, int, dict[str, Any]]] = []  # events from before the writer could be opened
 
     def open(self, stack: contextlib.ExitStack, workdir: pathlib.Path | None, first_step: int, skipped: int) -> None:
-        """Opens the files in `workdir` (None: this process writes none) and the bar; the stack closes them."""
+        """Opens the files in `workdir` (None: this process writes none) and the bar. The stack closes them."""
         self._skipped = skipped
         if workdir is not None:
             self._writer = MetricWriter(workdir, self._config, first_step)
@@ -53,7 +57,7 @@ class RunLog:
             )
         )
 
-    def event(self, name: str, at: int, **details: Any) -> None:
+    def event(self, name: Event, at: int, **details: Any) -> None:
         if self._writer:
             self._writer.event(name, at, **details)
 
@@ -85,7 +89,7 @@ class RunLog:
             self.event("save", done)
 
     def read(self, done: int, metrics: step.Metrics) -> int:
-        """Takes a step's metrics and returns how many updates in a row were skipped as of the step before it."""
+        """Takes a step's metrics. Returns how many updates in a row had been skipped as of the step before it."""
         self.flush()
         self._pending = (done, metrics)
         return self._skipped
@@ -96,7 +100,7 @@ class RunLog:
         self._skipped = 0
 
     def flush(self) -> None:
-        """Takes note of the step that is pending, if any, and writes its row where one is due."""
+        """Reads the metrics of the pending step, if there is one, and writes its row if one is due."""
         if self._pending is None:
             return
         (done, metrics), self._pending = self._pending, None
@@ -114,7 +118,7 @@ class RunLog:
         if not due:
             return
         now = time.perf_counter()
-        if self._clock is not None and done > self._clock[0]:  # the first row holds the compilation: no rate
+        if self._clock is not None and done > self._clock[0]:  # no rate from the first row: it includes compilation
             rate = (done - self._clock[0]) * self._tokens / (now - self._clock[1])
             values["train/tokens_per_second"] = rate
             self._shown["tokens/s"] = f"{rate:,.0f}"
@@ -129,9 +133,20 @@ class RunLog:
             self._writer.write(done, values)
 
     def evaluated(self, done: int, values: dict[str, float]) -> None:
-        self._clock = (done, time.perf_counter())  # the rate is of training alone
+        self._clock = (done, time.perf_counter())  # evaluation does not count into the training rate
         if values:
             self._shown["eval"] = f"{values['eval/nll']:.4f}"
             self.bar.set_postfix(self._shown, refresh=False)
             if self._writer:
                 self._writer.write(done, values)
+
+
+def parameter_table(params: Params) -> str:
+    """A table of where the parameters lie: name, shape, mesh axes, bytes per device."""
+    lines = [f"{'parameter':<34} {'shape':<22} {'axes':<28} bytes/device"]
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        name = ".".join(key.key for key in path)
+        local = leaf.sharding.shard_shape(leaf.shape)
+        size = int(np.prod(local)) * leaf.dtype.itemsize
+        lines.append(f"{name:<34} {leaf.shape!s:<22} {tuple(leaf.sharding.spec)!s:<28} {size:,}")
+    return "\n".join(lines)

@@ -1,5 +1,7 @@
 """The training state: everything that a checkpoint holds and a step changes."""
 
+import dataclasses
+
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -7,17 +9,17 @@ import optax
 from jax.sharding import Mesh
 
 from armd_jax.config import Config
-from armd_jax.core import network
-from armd_jax.core.network import Params
+from armd_jax.core import parameters
+from armd_jax.core.parameters import Params
 from armd_jax.training import optimizer, sharding
 
 
 @flax.struct.dataclass
 class TrainState:
-    """Arrays of a run.
+    """The arrays of a run.
 
-    step: int32, batches consumed. ema: averaged parameters, None where no average is kept. skipped: int32, updates
-    skipped in a row up to now. loss_average: float32, running average of the loss of applied updates, inf before any.
+    step: int32, batches consumed. ema: averaged parameters; None if no average is kept. skipped: int32, updates skipped
+    in a row up to now. loss_average: float32, running average of the loss of applied updates; infinite before any.
     """
 
     step: jax.Array
@@ -29,13 +31,13 @@ class TrainState:
 
     @property
     def eval_params(self) -> Params:
-        """The parameters to evaluate with: the average where there is one."""
+        """The parameters to evaluate with: the average if there is one."""
         return self.params if self.ema is None else self.ema
 
 
 def init(config: Config, key: jax.Array, params: Params | None = None) -> TrainState:
-    """A fresh state; `params`: start from these instead of random ones. Traceable."""
-    params = network.init(key, config.model) if params is None else params
+    """A fresh state that starts from `params`, or from random parameters if there are none. Traceable."""
+    params = parameters.init(key, config.model) if params is None else params
     tx = optimizer.make(config.optimizer, config.training.num_steps)
     # A copy: parameters and average are donated to the step together and must not share buffers.
     ema = jax.tree.map(jnp.copy, params) if config.optimizer.ema_decay else None
@@ -50,7 +52,7 @@ def init(config: Config, key: jax.Array, params: Params | None = None) -> TrainS
 
 
 def shardings(config: Config, mesh: Mesh) -> TrainState:
-    """The sharding of every array of the state: optimizer moments and average lie like their parameters."""
+    """The sharding of every array of the state, a tree like it. Moments and average lie like their parameters."""
     abstract = jax.eval_shape(lambda key: init(config, key), jax.random.key(0))
     params = sharding.param_shardings(mesh, abstract.params)
     tx = optimizer.make(config.optimizer, config.training.num_steps)
@@ -58,18 +60,12 @@ def shardings(config: Config, mesh: Mesh) -> TrainState:
     opt_state = optax.tree_map_params(
         tx, lambda _, s: s, abstract.opt_state, params, transform_non_params=lambda _: everywhere
     )
-    return TrainState(
-        step=everywhere,
-        params=params,
-        ema=abstract.ema and params,
-        opt_state=opt_state,
-        skipped=everywhere,
-        loss_average=everywhere,
-    )
+    scalars = jax.tree.map(lambda _: everywhere, abstract)
+    return dataclasses.replace(scalars, params=params, ema=abstract.ema and params, opt_state=opt_state)
 
 
 def create(config: Config, mesh: Mesh, params: Params | None = None) -> TrainState:
-    """A fresh state created sharded: no device ever holds more than its part."""
+    """A fresh state that is created sharded, so that no device ever holds more than its part."""
     make = jax.jit(lambda key, params: init(config, key, params), out_shardings=shardings(config, mesh))
     return make(jax.random.fold_in(jax.random.key(config.training.seed), 0), params)
 

@@ -1,21 +1,22 @@
-"""One optimizer update: order, loss, gradients, AdamW, average. A pure function of (state, tokens)."""
+"""One optimizer update: order, loss, gradients, update rule, average. A pure function of (state, tokens)."""
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh
 
 from armd_jax.config import Config
-from armd_jax.core import objective
+from armd_jax.core import curriculum, objective
 from armd_jax.core import order as orders
-from armd_jax.core.network import Params
 from armd_jax.core.objective import LossSums
 from armd_jax.core.order import Order
+from armd_jax.core.parameters import Params
 from armd_jax.training import optimizer, sharding
 from armd_jax.training import state as states
+from armd_jax.training.placement import Placement
 from armd_jax.training.state import TrainState
 
 # Purposes of random draws, folded into the seed's key before the step number; 0 is initialisation.
@@ -31,32 +32,33 @@ def _key(config: Config, purpose: int, step: jax.Array) -> jax.Array:
 def draw_order(config: Config, step: jax.Array | int, length: int) -> Order:
     """The order of the whole global batch at a step: a pure function of (seed, step)."""
     key = _key(config, _ORDER, jnp.asarray(step))
-    return orders.for_step(
+    return curriculum.draw(
         config.order, key, jnp.asarray(step), config.training.num_steps, config.training.batch_size, length
     )
 
 
 def gradients(
-    params: Params, config: Config, tokens_BN: jax.Array, order: Order, step: jax.Array, mesh: Mesh
+    params: Params, placement: Placement, tokens_BN: jax.Array, order: Order, step: jax.Array
 ) -> tuple[Params, LossSums]:
-    """Gradient of the loss over the whole batch, and its sums; summed microbatches equal the large batch."""
-    count = config.training.microbatches
-    constrain = sharding.constrain(mesh)
-    attend = sharding.attend(config, mesh, orders.patterns(config.order))
+    """The gradient of the loss over the whole batch, and the loss's sums.
+
+    With gradient accumulation, the gradients of the microbatches add up to that of the large batch.
+    """
+    config, count = placement.config, placement.config.training.microbatches
     total_weight = jnp.maximum(jnp.sum(order.weight_BN), 1e-9)
     total_tokens = jnp.maximum(jnp.sum((order.weight_BN > 0).astype(jnp.float32)), 1.0)
     dropout_key = _key(config, _DROPOUT, step) if config.model.dropout else None
+    whole = dataclasses.replace(placement.context, dropout_key=dropout_key)
 
-    def loss(params, tokens, order, number):
-        key = None if dropout_key is None else jax.random.fold_in(dropout_key, number)
-        sums = objective.loss_sums(params, config.model, tokens, order, key, constrain, attend)
+    def loss(params: Params, tokens: jax.Array, order: Order, number: jax.Array | int) -> tuple[jax.Array, LossSums]:
+        sums = objective.loss_sums(params, config.model, tokens, order, whole.fold_in(number))
         return sums.weighted_nll / total_weight + config.training.z_loss * sums.z / total_tokens, sums
 
     grad = jax.grad(loss, has_aux=True)
     if count == 1:
         return grad(params, tokens_BN, order, 0)
 
-    def accumulate(carry, inputs):
+    def accumulate(carry: Any, inputs: Any) -> tuple[Any, None]:
         return jax.tree.map(jnp.add, carry, grad(params, *inputs)), None
 
     # Row r goes to microbatch r mod count, so that every device keeps its own rows.
@@ -66,16 +68,16 @@ def gradients(
     return jax.lax.scan(accumulate, zeros, inputs)[0]
 
 
-def make_train_step(config: Config, mesh: Mesh) -> Callable[[TrainState, jax.Array], tuple[TrainState, Metrics]]:
+def make_train_step(placement: Placement) -> jax.stages.Wrapped:
     """The jitted update (state, tokens_BN int32 [batch_size, N]) -> (state, metrics); it reuses the state's buffers."""
-    config = sharding.for_mesh(config, mesh)
+    config, mesh = placement.config, placement.mesh
     tx = optimizer.make(config.optimizer, config.training.num_steps)
     rate = optimizer.learning_rate(config.optimizer, config.training.num_steps)
 
     def train_step(state: TrainState, tokens_BN: jax.Array) -> tuple[TrainState, Metrics]:
         order = draw_order(config, state.step, tokens_BN.shape[1])
-        order = jax.tree.map(lambda a: sharding.constrain(mesh)(a, ("batch", "length")), order)
-        grads, sums = gradients(state.params, config, tokens_BN, order, state.step, mesh)
+        order = jax.tree.map(lambda a: placement.context.constrain(a, ("batch", "length")), order)
+        grads, sums = gradients(state.params, placement, tokens_BN, order, state.step)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         ema = None if state.ema is None else optimizer.update_ema(config.optimizer, state.ema, params, state.step)
@@ -115,17 +117,14 @@ def make_train_step(config: Config, mesh: Mesh) -> Callable[[TrainState, jax.Arr
     )
 
 
-def make_eval_step(config: Config, mesh: Mesh) -> Callable[[Params, jax.Array, jax.Array], LossSums]:
+def make_eval_step(placement: Placement) -> Callable[[Params, jax.Array, jax.Array], LossSums]:
     """The jitted (params, tokens_BN, valid_BN) -> LossSums of the exact left-to-right likelihood."""
-    # Evaluation takes the batch at once: its logits must not be sized for a microbatch.
-    whole = dataclasses.replace(config.training, microbatches=1)
-    config = sharding.for_mesh(dataclasses.replace(config, training=whole), mesh)
-    # Left to right and with padding behind, every block is one token.
-    places = {"constrain": sharding.constrain(mesh), "attend": sharding.attend(config, mesh, (1,))}
+    config, mesh = placement.config, placement.mesh
 
     def eval_step(params: Params, tokens_BN: jax.Array, valid_BN: jax.Array) -> LossSums:
-        order = orders.padding_last(orders.left_to_right(*tokens_BN.shape), valid_BN)
-        return objective.loss_sums(params, config.model, tokens_BN, order, **places)
+        batch, length = tokens_BN.shape
+        order = orders.padding_last(orders.left_to_right(batch, length), valid_BN)
+        return objective.loss_sums(params, config.model, tokens_BN, order, placement.context)
 
     rows = sharding.batch_sharding(mesh)
     params_sharding = states.shardings(config, mesh).params

@@ -8,56 +8,32 @@ import pathlib
 import shutil
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 
-from armd_jax.config import Config, UserError
+from armd_jax import config as configs
+from armd_jax import files
+from armd_jax.config import Config
 from armd_jax.data import tokenizers
 from armd_jax.data.packing import PreparedData
-from armd_jax.training.metrics import read_rows
-
-# What may differ between a run and its continuation; anything else would make it another run.
-MAY_CHANGE = {
-    "training": {
-        "num_steps",
-        "log_every",
-        "eval_every",
-        "eval_batches",
-        "checkpoint_every",
-        "keep_checkpoints",
-        "keep_every",
-        "max_skipped",
-        "after_skipped",
-        "tensorboard",
-        "wandb_project",
-    },
-    "data": {"cache_dir", "tfds_data_dir"},
-    "model": {"scan_layers", "remat", "attention", "attention_chunk", "loss_chunk"},
-    "mesh": {"data", "fsdp", "tensor"},
-}
+from armd_jax.errors import UserError
 
 
 def check_continuation(old: Config, new: Config, workdir: pathlib.Path) -> None:
-    """Raises UserError where `new` cannot continue the run of `old`, naming every field that differs."""
-    if not new.model.vocab_size:  # not resolved yet: it follows from the data, which are compared here
+    """Raises UserError, naming every field that differs, if `new` cannot continue the run of `old`."""
+    if not new.model.vocab_size:  # not resolved yet: it follows from the data, which are compared on their own
         new = dataclasses.replace(new, model=dataclasses.replace(new.model, vocab_size=old.model.vocab_size))
-    wrong = []
-    for section in dataclasses.fields(Config):
-        before, after = getattr(old, section.name), getattr(new, section.name)
-        for field in dataclasses.fields(before):
-            was, now = getattr(before, field.name), getattr(after, field.name)
-            if was != now and field.name not in MAY_CHANGE.get(section.name, ()):
-                wrong.append(f"{section.name}.{field.name} was {was!r}, now {now!r}")
+    wrong = [f"{name} was {was!r}, now {now!r}" for name, was, now, may in configs.differences(old, new) if not may]
     if wrong:
         raise UserError(f"{workdir} holds a run of another config ({'; '.join(wrong)}): use another --workdir")
 
 
 def check_same_data(workdir: pathlib.Path, data: PreparedData) -> None:
-    """Raises UserError where the run in `workdir` was trained on other rows, or with another tokenizer, than `data`.
+    """Raises UserError if the run in `workdir` was trained on other rows, or with another tokenizer, than `data`.
 
-    The config names a source, not its content: files may have changed, and the embedded corpus is another's in another
-    Python.
+    The config names a source, not its content: files may have changed since, and every Python version carries an
+    embedded corpus of its own.
     """
-    begun = [row.get("data") for row in read_rows(workdir / "events.jsonl") if row["event"] == "start"]
+    begun = [row.get("data") for row in files.read_json_lines(workdir / "events.jsonl") if row["event"] == "start"]
     tokenizer = workdir / "tokenizer"
     other_tokenizer = tokenizer.is_dir() and tokenizers.load(tokenizer).hash != data.tokenizer.hash
     if other_tokenizer or (begun and begun[-1] not in (None, data.digest)):
@@ -69,7 +45,7 @@ def check_same_data(workdir: pathlib.Path, data: PreparedData) -> None:
 
 
 def check_writable(workdir: pathlib.Path) -> None:
-    """Raises UserError where the workdir could not be written, without creating anything."""
+    """Raises UserError if the workdir cannot be written. Creates nothing."""
     if workdir.exists() and not workdir.is_dir():
         raise UserError(f"--workdir={workdir}: is a file, not a folder")
     existing = next(parent for parent in (workdir, *workdir.parents) if parent.exists())
@@ -82,10 +58,11 @@ def check_writable(workdir: pathlib.Path) -> None:
 
 
 @contextlib.contextmanager
-def locked(workdir: pathlib.Path) -> Iterator[None]:
-    """Holds the workdir, made where it is missing, against other trainings; UserError where one holds it already.
+def locked(workdir: pathlib.Path) -> Generator[None]:
+    """Holds the workdir against other trainings, and creates it if it is missing.
 
-    The kernel drops the lock of a process that dies, however it dies: no stale lock is ever in the way.
+    The kernel drops the lock of a process that dies, however it dies, so a stale lock is never in the way.
+    Raises UserError if another training holds it already.
     """
     made = [folder for folder in (workdir, *workdir.parents) if not folder.exists()]
     path = workdir / ".lock"
@@ -110,12 +87,12 @@ def locked(workdir: pathlib.Path) -> Iterator[None]:
         os.close(handle)
         for folder in made:
             with contextlib.suppress(OSError):
-                folder.rmdir()  # where nothing came to lie in it
+                folder.rmdir()  # fails, as it should, if something is in it
 
 
 @contextlib.contextmanager
-def left_as_found(workdir: pathlib.Path) -> Iterator[None]:
-    """Where a UserError keeps a run from beginning, removes what came into the workdir; to be used under its lock."""
+def left_as_found(workdir: pathlib.Path) -> Generator[None]:
+    """If a UserError keeps a run from beginning, removes what it put into the workdir. Use it under the lock."""
     before = {path.name for path in workdir.iterdir()}
     try:
         yield

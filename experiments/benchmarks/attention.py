@@ -23,8 +23,9 @@ import jax.numpy as jnp
 import numpy as np
 from common import machine, median_ratio, print_json, print_versions
 
-from armd_jax.core import block_mask, flash, order, splash
-from armd_jax.core.attention import attention
+from armd_jax.core import block_mask, order
+from armd_jax.core.kernels import flash, splash
+from armd_jax.core.kernels.attention import attention
 
 Attention = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
 

@@ -12,7 +12,8 @@ from typing import Any
 
 import jax
 
-from armd_jax.config import ModelConfig, UserError, validate_model
+from armd_jax.config import ModelConfig, check_model
+from armd_jax.errors import UserError
 
 SIZE_FLAGS = {"layers": 8, "two-stream": 4, "width": 256, "heads": 8, "length": 256, "vocab": 4096}
 
@@ -42,7 +43,7 @@ def model_configs(args: argparse.Namespace) -> dict[str, ModelConfig]:
     ar = ModelConfig(**{**vars(armd), "two_stream_layers": 0, "aggregator": "shift"})
     for config in (armd, ar):
         try:
-            validate_model(config)
+            check_model(config)
         except UserError as error:
             sys.exit(f"error: {error}")
     return {"ARMD": armd, "AR": ar}

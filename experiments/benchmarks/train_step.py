@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from armd_jax.core import parameters
 from armd_jax.training import host_memory
 
 if host_memory.trains_on_cpu():
@@ -27,7 +28,7 @@ from common import add_size_flags, gpt2, has_hugging_face, machine, median_ratio
 from common import print_machine as print_header
 
 from armd_jax.config import ModelConfig
-from armd_jax.core import network, objective, order
+from armd_jax.core import objective, order
 from armd_jax.core.flops import training_flops_per_token
 from armd_jax.core.network import Params
 from armd_jax.core.order import Order
@@ -57,7 +58,7 @@ def jax_cases(config: ModelConfig, batch: int) -> tuple[Case, Case]:
 
     gradients = jax.jit(jax.value_and_grad(loss))
     step = jax.jit(update, donate_argnums=0)
-    params = jax.jit(network.init, static_argnums=1)(jax.random.key(0), config)
+    params = jax.jit(parameters.init, static_argnums=1)(jax.random.key(0), config)
     state = (jax.tree.map(jnp.copy, params), tx.init(params))
 
     def train() -> None:

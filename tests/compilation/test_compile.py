@@ -13,7 +13,8 @@ from armd_jax import config as configs
 from armd_jax.compilation import compile as compilation
 from armd_jax.compilation import topology
 from armd_jax.compilation.hlo import Program
-from armd_jax.config import MeshConfig, UserError
+from armd_jax.config import MeshConfig
+from armd_jax.errors import UserError
 from armd_jax.training import sharding
 
 LENGTH, BATCH, VOCAB, WIDTH, LAYERS = 128, 16, 2048, 128, 2
@@ -186,9 +187,9 @@ def test_vocabulary_by_tokenizer(tokenizer, size):
     """No tokenizer is read: its kind says how many ids it has. The config's own number goes first."""
     values = configs.default_config_dict()
     values.data.tokenizer = tokenizer
-    assert compilation.with_vocabulary(configs.from_config_dict(values)).model.vocab_size == size
+    assert compilation.assumed_vocabulary(configs.from_config_dict(values)).model.vocab_size == size
     values.model.vocab_size = 77
-    assert compilation.with_vocabulary(configs.from_config_dict(values)).model.vocab_size == 77
+    assert compilation.assumed_vocabulary(configs.from_config_dict(values)).model.vocab_size == 77
 
 
 @pytest.mark.parametrize(

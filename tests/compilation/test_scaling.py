@@ -10,7 +10,7 @@ from armd_jax import config as configs
 from armd_jax.compilation import compile as compilation
 from armd_jax.compilation import topology
 from armd_jax.compilation.hlo import Program
-from armd_jax.core import network
+from armd_jax.core import axes, parameters
 from armd_jax.training import sharding
 
 # Sizes of activations that are no weight's: 8 rows of 384 tokens.
@@ -76,12 +76,12 @@ def test_only_weights_are_gathered(mesh):
 
 def _weights(config: configs.Config, mesh: dict[str, int]) -> set[tuple[int, ...]]:
     """What a weight looks like on the way from its part on a chip to the whole: each axis in parts or whole."""
-    params = jax.eval_shape(lambda key: network.init(key, config.model), jax.random.key(0))
+    params = jax.eval_shape(lambda key: parameters.init(key, config.model), jax.random.key(0))
     found = set()
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        axes = network.PARAM_AXES.get(path[-1].key, ())
-        shape = leaf.shape[leaf.ndim - len(axes) :]
-        parts = [mesh.get(sharding.PARAM_RULES[axis], 1) for axis in axes]
+        names = axes.PARAMETERS.get(path[-1].key, ())
+        shape = leaf.shape[leaf.ndim - len(names) :]
+        parts = [mesh.get(sharding.PARAM_RULES[axis], 1) for axis in names]
         sizes = ({size, size // part} for size, part in zip(shape, parts, strict=True))
         found |= {_key(leaf.shape), *(_key(on_the_way) for on_the_way in itertools.product(*sizes))}
     return found

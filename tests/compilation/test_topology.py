@@ -3,8 +3,8 @@
 import pytest
 
 from armd_jax.compilation import topology
-from armd_jax.config import UserError
 from armd_jax.core import peaks
+from armd_jax.errors import UserError
 
 
 def test_names():

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from armd_jax.config import ModelConfig
-from armd_jax.core import network
+from armd_jax.core import parameters
 from armd_jax.core.order import Order
 
 
@@ -31,9 +31,9 @@ def _config(**changes: Any) -> ModelConfig:
     return ModelConfig(**(fields | changes))
 
 
-def _params(config: ModelConfig, seed: int = 0, scale: float = 3.0, noise: float = 0.3) -> network.Params:
+def _params(config: ModelConfig, seed: int = 0, scale: float = 3.0, noise: float = 0.3) -> parameters.Params:
     """Parameters of `init`'s structure, about `scale` times its size and nowhere zero, so that any leak is visible."""
-    shapes = jax.eval_shape(lambda: network.init(jax.random.key(0), config))
+    shapes = jax.eval_shape(lambda: parameters.init(jax.random.key(0), config))
     rng = np.random.default_rng(seed)
 
     def draw(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> jax.Array:

@@ -5,9 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from armd_jax.config import AGGREGATORS
-from armd_jax.core import block_mask, order
-from armd_jax.core.aggregation import Aggregator, sinusoidal
+from armd_jax import typed
+from armd_jax.config import AggregatorKind
+from armd_jax.core import aggregation, block_mask, order
+from armd_jax.core.aggregation import sinusoidal
 from armd_jax.core.rows import rows_for_training
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -25,7 +26,7 @@ def _inputs(toy, config, seed: int = 0, one_token: bool = False):
 
 
 def _expected(config, params, drawn, x) -> np.ndarray:
-    """The first vectors of one row, target by target."""
+    """The first vectors of one row, target by target, written down once more from the definition."""
     ids, positions = np.asarray(drawn.block_BN), np.asarray(drawn.positions_BN) + 1
     context_ids, context_positions = np.append(0, ids)[:-1], np.append(0, positions)[:-1]
     out = []
@@ -35,10 +36,13 @@ def _expected(config, params, drawn, x) -> np.ndarray:
             out.append(x[context_ids == block - 1].mean(axis=0))
             continue
         code = lambda p: np.asarray(sinusoidal(jnp.asarray(p), config.positional_width), np.float64)  # noqa: E731
-        if config.aggregator == "positional":
-            total = sum(code(position) @ code(context_positions[i]) * x[i] for i in earlier)
-        else:
-            total = x[earlier].mean(axis=0)
+        match config.aggregator:
+            case "positional":
+                total = sum(code(position) @ code(context_positions[i]) * x[i] for i in earlier)
+            case "mean":
+                total = x[earlier].mean(axis=0)
+            case _:
+                raise AssertionError(f"no definition of {config.aggregator!r} to compare with")
         normed = total / np.sqrt((total**2).mean() + 1e-6) * np.asarray(params["norm"]["scale"])
         dense = params["position"]
         out.append(normed + code(position) @ np.asarray(dense["kernel"]) + np.asarray(dense["bias"]))
@@ -47,12 +51,12 @@ def _expected(config, params, drawn, x) -> np.ndarray:
 
 @pytest.mark.parametrize("one_token", [False, True])
 @pytest.mark.parametrize("chunk", [3, 8])
-@pytest.mark.parametrize("aggregator", AGGREGATORS)
+@pytest.mark.parametrize("aggregator", typed.choices(AggregatorKind))
 def test_first_vectors_are_the_sums_over_earlier_blocks(toy, aggregator, chunk, one_token):
     """Each target's vector is the aggregator's sum over earlier blocks, whatever the chunks."""
     config = toy.config(aggregator=aggregator, attention_chunk=chunk)
     drawn, rows, x_BXD, variables = _inputs(toy, config, one_token=one_token)
-    found, state = Aggregator(config).apply(variables, rows, x_BXD, None, False)
+    found, state = aggregation.make(config).apply(variables, rows, x_BXD, None, False)
     assert state is None and found.dtype == x_BXD.dtype
     for row in range(4):
         one = jax.tree.map(lambda a, row=row: a[row], drawn)
@@ -62,12 +66,12 @@ def test_first_vectors_are_the_sums_over_earlier_blocks(toy, aggregator, chunk, 
 
 @pytest.mark.parametrize("one_token", [False, True])
 @pytest.mark.parametrize("chunk", [3, 8])
-@pytest.mark.parametrize("aggregator", AGGREGATORS)
+@pytest.mark.parametrize("aggregator", typed.choices(AggregatorKind))
 def test_no_bit_of_a_later_row_leaks(toy, aggregator, chunk, one_token):
     """Huge changes in later rows of X leave a target's vector bit-identical: no difference of inclusive sums."""
     config = toy.config(aggregator=aggregator, attention_chunk=chunk)
     _, rows, x_BXD, variables = _inputs(toy, config, seed=1, one_token=one_token)
-    run = jax.jit(lambda x: Aggregator(config).apply(variables, rows, x, None, False)[0])
+    run = jax.jit(lambda x: aggregation.make(config).apply(variables, rows, x, None, False)[0])
     before = np.asarray(run(x_BXD))
     strict = np.asarray(rows.g_strict_len_BG)
     for first_changed in range(1, LENGTH):
@@ -79,17 +83,16 @@ def test_no_bit_of_a_later_row_leaks(toy, aggregator, chunk, one_token):
             assert not np.any(same[strict > first_changed])
 
 
-@pytest.mark.parametrize("aggregator", ["positional", "mean"])
+@pytest.mark.parametrize("aggregator", typed.choices(AggregatorKind))
 def test_recurrence_equals_the_parallel_form(toy, aggregator):
     """Read the state for a new block, then add the whole block: the same vectors, padding rows adding nothing."""
     config = toy.config(aggregator=aggregator)
     drawn = order.from_blocks([[3], [0, 5], [1], [4, 2, 6], [7]])
     rows = rows_for_training(jnp.zeros((1, LENGTH), jnp.int32), drawn, block_mask.build(drawn))
-    variables = {"params": toy.params(config)["aggregator"]}
+    variables = {"params": toy.params(config).get("aggregator", {})}
     x_BXD = jnp.asarray(np.random.default_rng(0).standard_normal((1, LENGTH, config.width)), jnp.float32)
-    parallel, _ = Aggregator(config).apply(variables, rows, x_BXD, None, False)
-    shape = (1, config.positional_width, config.width) if aggregator == "positional" else (1, config.width)
-    state = jnp.zeros(shape, jnp.float32)
+    parallel, _ = aggregation.make(config).apply(variables, rows, x_BXD, None, False)
+    state = aggregation.make(config).empty_state(1)
     x_first, g_first = 0, 0
     for x_size, g_size in ((1, 1), (1, 2), (2, 1), (1, 3), (3, 1)):  # rows of the last block, and of the next
         x, g = slice(x_first, x_first + x_size), slice(g_first, g_first + g_size)
@@ -104,7 +107,7 @@ def test_recurrence_equals_the_parallel_form(toy, aggregator):
             x_start=x_first,
         )
         with_padding = jnp.concatenate([x_BXD[:, x], jnp.full((1, 1, config.width), 1e3)], axis=1)
-        found, state = Aggregator(config).apply(variables, step, with_padding, state, True)
+        found, state = aggregation.make(config).apply(variables, step, with_padding, state, True)
         np.testing.assert_allclose(found, parallel[:, g], rtol=1e-4, atol=1e-4)
         x_first, g_first = x.stop, g.stop
 
@@ -125,5 +128,5 @@ def test_low_precision_rows_are_summed_in_float32(toy):
     rows = rows_for_training(jnp.zeros((1, 600), jnp.int32), drawn, block_mask.build(drawn))
     x_BXD = jnp.broadcast_to(jnp.asarray([1.0, -1, 2, -2, 0.5, 3, -3, 1]), (1, 600, 8)).astype(jnp.bfloat16)
     params = {"norm": {"scale": jnp.ones(8)}, "position": {"kernel": jnp.zeros((8, 8)), "bias": jnp.zeros(8)}}
-    found, _ = Aggregator(config).apply({"params": params}, rows, x_BXD, None, False)
+    found, _ = aggregation.make(config).apply({"params": params}, rows, x_BXD, None, False)
     np.testing.assert_array_equal(found[0, -1], found[0, 0])

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from armd_jax.core import block_mask, network, objective, order
-from armd_jax.core.attention import attention
+from armd_jax.core import block_mask, objective, order, parameters
+from armd_jax.core.kernels.attention import attention
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -156,7 +156,7 @@ def test_training_step_has_no_square_array(toy, aggregator):
     config = toy.config(
         max_length=length, num_layers=3, two_stream_layers=2, aggregator=aggregator, attention_chunk=64, remat="full"
     )
-    params = jax.eval_shape(lambda: network.init(jax.random.key(0), config))
+    params = jax.eval_shape(lambda: parameters.init(jax.random.key(0), config))
 
     def loss(params, tokens, key):
         drawn = order.masked_diffusion(key, 1, length, 16)

@@ -7,17 +7,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from armd_jax.config import AGGREGATORS, REMATS
-from armd_jax.core import block_mask, network, objective, order
-from armd_jax.core.aggregation import Aggregator
+from armd_jax import typed
+from armd_jax.config import AggregatorKind, Remat
+from armd_jax.core import aggregation, block_mask, network, objective, order
 from armd_jax.core.rows import rows_for_training, single_row
 
 LENGTH, VOCAB = 8, 7
 # Every pair of aggregator, remat, scan and attention appears; every aggregator meets all four of scan x attention.
 MODES = [
-    (aggregator, REMATS[(index + shift) % 3], scan, attention)
+    (aggregator, typed.choices(Remat)[(index + shift) % 3], scan, attention)
     for index, (scan, attention) in enumerate(itertools.product(("off", "on"), ("dense", "chunked")))
-    for shift, aggregator in enumerate(AGGREGATORS)
+    for shift, aggregator in enumerate(typed.choices(AggregatorKind))
 ]
 
 
@@ -88,7 +88,7 @@ def test_later_tokens_change_no_bit(toy, order_groups, aggregator, remat, scan, 
         _assert_strictly_causal(run, drawn, seed)
 
 
-@pytest.mark.parametrize("aggregator", AGGREGATORS)
+@pytest.mark.parametrize("aggregator", typed.choices(AggregatorKind))
 @pytest.mark.parametrize("two_stream_layers", [0, 1])
 def test_later_tokens_change_no_bit_with_few_two_stream_layers(toy, order_groups, two_stream_layers, aggregator):
     """The same without the full two-stream layers: M = 0 and M = 1 under three causal layers."""
@@ -135,7 +135,8 @@ def test_positions_of_a_first_block_differ(toy, aggregator, two_stream_layers):
     """With only the start token visible, two positions get different distributions, also before training."""
     config = toy.config(num_layers=3, two_stream_layers=two_stream_layers, aggregator=aggregator)
     params = toy.params(config, scale=1.0, noise=0.0)
-    initial = Aggregator(config).init(jax.random.key(0), single_row(), jnp.zeros((1, 1, 8)), None, False)["params"]
+    initial = aggregation.make(config).init(jax.random.key(0), single_row(), jnp.zeros((1, 1, 8)), None, False)
+    initial = initial["params"]
     drawn = order.from_blocks([[0, 1, 2, 3]])
     for aggregator_params, least in ((params["aggregator"], 1e-2), (initial, 1e-4)):
         params["aggregator"] = aggregator_params

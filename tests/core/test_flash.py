@@ -11,9 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from armd_jax.config import UserError
-from armd_jax.core import block_mask, flash, order
-from armd_jax.core.attention import KERNEL_OUTPUT, attention
+from armd_jax.core import block_mask, order
+from armd_jax.core.kernels import flash
+from armd_jax.core.kernels.attention import KERNEL_OUTPUT, attention
+from armd_jax.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

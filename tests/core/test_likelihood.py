@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from armd_jax.config import AGGREGATORS
-from armd_jax.core import network, objective, order
+from armd_jax import typed
+from armd_jax.config import AggregatorKind
+from armd_jax.core import network, objective, order, sizes
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -22,13 +23,15 @@ PARTS = [
 
 @pytest.mark.parametrize("parts", PARTS, ids=lambda p: "-".join(str(v) for v in p.values()))
 @pytest.mark.parametrize("two_stream_layers", range(4))
-@pytest.mark.parametrize("aggregator", AGGREGATORS)
+@pytest.mark.parametrize("aggregator", typed.choices(AggregatorKind))
 def test_probabilities_of_all_sequences_sum_to_one(toy, aggregator, two_stream_layers, parts):
     """Summed over every sequence, p = 1 within 1e-5, for random permutations and random partitions into blocks."""
     config = toy.config(aggregator=aggregator, num_layers=3, two_stream_layers=two_stream_layers, **parts)
     params = toy.params(config, seed=two_stream_layers)
     sequences = toy.sequences(3, 4)
-    rng = np.random.default_rng([two_stream_layers, AGGREGATORS.index(aggregator), PARTS.index(parts)])
+    rng = np.random.default_rng(
+        [two_stream_layers, typed.choices(AggregatorKind).index(aggregator), PARTS.index(parts)]
+    )
     partitions = [toy.blocks(rng, 4) for _ in range(3)]
     permutations = [[[int(p)] for p in rng.permutation(4)] for _ in range(3)]
     for group in (partitions, permutations):  # apart: with one-token blocks alone `shift` takes another path
@@ -143,6 +146,6 @@ def test_probability_covers_real_tokens_only(toy):
     params = toy.params(config)
     h_BND = jax.random.normal(jax.random.key(0), (2, 3, config.width))
     logits = network.head_logits(params, config, h_BND)
-    assert logits.shape == (2, 3, network.padded_vocab(config)) and logits.dtype == jnp.float32
+    assert logits.shape == (2, 3, sizes.padded_vocab(config)) and logits.dtype == jnp.float32
     assert np.all(np.isneginf(np.asarray(logits)[..., 5:]))
     np.testing.assert_allclose(np.asarray(jax.nn.softmax(logits))[..., :5].sum(axis=-1), 1.0, rtol=1e-6)

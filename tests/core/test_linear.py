@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from armd_jax.core.linear import linear
+from armd_jax.core.kernels.linear import linear
 
 
 def _autodiff(rows, weight, dtype=None):

@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from armd_jax.core import block_mask, network, objective, order
+from armd_jax.core import axes, block_mask, network, objective, order, parameters, sizes
 from armd_jax.core import cache as caches
-from armd_jax.core.embedding import look_up
+from armd_jax.core.context import Context
+from armd_jax.core.kernels.embedding import look_up
 from armd_jax.core.rows import rows_for_training
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -33,7 +34,9 @@ def loss_and_gradient(toy):
     @functools.cache
     def run(config):
         def loss(params):
-            return objective.loss_sums(params, config, tokens, drawn, jax.random.key(2)).weighted_nll
+            return objective.loss_sums(
+                params, config, tokens, drawn, Context(dropout_key=jax.random.key(2))
+            ).weighted_nll
 
         return jax.jit(jax.value_and_grad(loss))(params)
 
@@ -65,7 +68,7 @@ def test_every_parameter_gets_a_gradient(toy, loss_and_gradient):
     """No parameter is dead: every real row and matrix of the tree has a gradient, layer by layer."""
     config = _five_layers(toy, dropout=0.3)
     _, gradient = loss_and_gradient(config)
-    for path, leaf in jax.tree_util.tree_leaves_with_path(network.unstack(gradient)):
+    for path, leaf in jax.tree_util.tree_leaves_with_path(parameters.unstack(gradient)):
         for part in np.moveaxis(leaf, 1, 0) if path[-1].key == "key_value" else [np.asarray(leaf)]:
             assert np.any(part != 0), jax.tree_util.keystr(path)
     assert np.all(np.any(np.asarray(gradient["embedding"][: config.vocab_size]) != 0, axis=1))
@@ -82,7 +85,7 @@ def test_gradients_of_a_frequent_token_add_up(toy):
 def test_long_evidence_takes_no_square_of_scores(toy):
     """The first call of decoding attends in chunks, as training does: no array has queries x keys numbers."""
     config = _five_layers(toy, max_length=256, attention_chunk=32)
-    params = network.unstack(network.init(jax.random.key(0), config))
+    params = parameters.unstack(parameters.init(jax.random.key(0), config))
     drawn = order.left_to_right(1, 200)
     rows = rows_for_training(jnp.zeros((1, 200), jnp.int32), drawn, block_mask.build(drawn))
     cache = caches.empty(config, jnp.float32, 1, 256)
@@ -97,7 +100,7 @@ def test_parameters_do_not_depend_on_how_the_network_is_computed(toy):
     changed = dataclasses.replace(
         config, scan_layers="on", remat="full", attention="chunked", attention_chunk=2, loss_chunk=2, dropout=0.1
     )
-    expected, found = jax.jit(lambda key: [network.init(key, c) for c in (config, changed)])(jax.random.key(0))
+    expected, found = jax.jit(lambda key: [parameters.init(key, c) for c in (config, changed)])(jax.random.key(0))
     assert jax.tree.structure(found) == jax.tree.structure(expected)
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         assert a.dtype == jnp.float32
@@ -108,7 +111,7 @@ def test_parameters_do_not_depend_on_how_the_network_is_computed(toy):
 def test_parameter_names_parameters(toy, num_layers, two_stream_layers):
     """The tree is the documented one, with or without layers of either kind."""
     config = toy.config(num_layers=num_layers, two_stream_layers=two_stream_layers, tie_embeddings=False)
-    params = jax.eval_shape(lambda: network.init(jax.random.key(0), config))
+    params = jax.eval_shape(lambda: parameters.init(jax.random.key(0), config))
     names = {"embedding", "start", "aggregator", "final_norm", "head"}
     names |= {"two_stream"} if two_stream_layers > 1 else set()
     names |= {"last_two_stream"} if two_stream_layers else set()
@@ -123,8 +126,8 @@ def test_parameter_names_parameters(toy, num_layers, two_stream_layers):
 def test_initial_values(toy):
     """Nothing but biases starts at zero, heads and residual projections included; each layer has its own draw."""
     config = _five_layers(toy, tie_embeddings=False)
-    params = jax.jit(network.init, static_argnums=1)(jax.random.key(0), config)
-    per_layer = network.unstack(params)
+    params = jax.jit(parameters.init, static_argnums=1)(jax.random.key(0), config)
+    per_layer = parameters.unstack(params)
     for path, leaf in jax.tree_util.tree_leaves_with_path(per_layer):
         assert path[-1].key == "bias" or np.any(np.asarray(leaf) != 0), jax.tree_util.keystr(path)
     queries = [p["query"] for p in (*per_layer["two_stream"], per_layer["last_two_stream"], *per_layer["causal"])]
@@ -143,7 +146,7 @@ def test_unstacked_parameters_give_the_same_network(toy):
     drawn = order.strided(2, LENGTH, 3)
     tokens = jax.random.randint(jax.random.key(0), (2, LENGTH), 0, 7)
     rows = rows_for_training(tokens, drawn, block_mask.build(drawn))
-    unstacked = network.unstack(params)
+    unstacked = parameters.unstack(params)
     assert len(unstacked["two_stream"]) == 2 and len(unstacked["causal"]) == 2
     scanned = dataclasses.replace(config, scan_layers="on")
 
@@ -163,13 +166,13 @@ def test_unstacked_parameters_give_the_same_network(toy):
 def test_dropout_is_a_function_of_key_place_and_shape():
     """Kept values are scaled by 1 / (1 - rate), the mean stays, draws differ by place, and no key is no dropout."""
     key, ones = jax.random.key(0), jnp.ones((200, 200))
-    dropped = np.asarray(network.dropout(0.25, ones, key, 0))
+    dropped = np.asarray(Context(dropout_key=key).dropout(0.25, ones, 0))
     assert set(np.unique(dropped)) == {0.0, np.float32(1 / 0.75)}
     assert dropped.mean() == pytest.approx(1.0, abs=0.02)
-    np.testing.assert_array_equal(dropped, network.dropout(0.25, ones, key, 0))
-    other = np.asarray(network.dropout(0.25, ones, key, 1))
+    np.testing.assert_array_equal(dropped, Context(dropout_key=key).dropout(0.25, ones, 0))
+    other = np.asarray(Context(dropout_key=key).dropout(0.25, ones, 1))
     assert np.mean((dropped == 0) & (other == 0)) == pytest.approx(0.25**2, abs=0.01)
-    assert network.dropout(0.25, ones, None, 0) is ones and network.dropout(0.0, ones, key, 0) is ones
+    assert Context().dropout(0.25, ones, 0) is ones and Context(dropout_key=key).dropout(0.0, ones, 0) is ones
 
 
 def test_dropout_acts(toy, loss_and_gradient):
@@ -193,12 +196,12 @@ def test_every_layer_and_stream_draws_its_own_dropout(toy):
     def activations(params):
         seen = []
 
-        def constrain(array, axes):
-            if axes == network.ROW_AXES:
+        def constrain(array, names):
+            if names == axes.ROWS:
                 seen.append(array)
             return array
 
-        network.forward(params, config, rows, dropout_key=jax.random.key(0), constrain=constrain)
+        network.forward(params, config, rows, context=Context(constrain, dropout_key=jax.random.key(0)))
         return seen
 
     states = [np.asarray(state) for state in activations(params)]
@@ -216,7 +219,7 @@ def test_every_layer_and_stream_draws_its_own_dropout(toy):
 
 def _work(toy, config) -> tuple[int, int]:
     """Multiply-adds of the forward: projections and MLPs, and attention (products with batch and head axes)."""
-    params = jax.eval_shape(lambda: network.init(jax.random.key(0), config))
+    params = jax.eval_shape(lambda: parameters.init(jax.random.key(0), config))
     drawn = order.left_to_right(1, LENGTH)
 
     def run(params, tokens):
@@ -257,11 +260,11 @@ def test_last_two_stream_layer_computes_no_dead_rows(toy, num_layers):
 
 def test_widths(toy):
     """The vocabulary is padded to a multiple of 128; the MLP is 4 D, or 8/3 D in multiples of 64 for swiglu."""
-    assert [network.padded_vocab(toy.config(vocab_size=v)) for v in (1, 128, 129, 50_257)] == [128, 128, 256, 50_304]
-    assert network.mlp_width(toy.config(mlp_width=0, width=768)) == 3072
-    assert network.mlp_width(toy.config(mlp_width=0, width=768, mlp="swiglu")) == 2048
-    assert network.mlp_width(toy.config(mlp_width=0, width=64, mlp="swiglu")) == 192
-    assert network.mlp_width(toy.config(mlp_width=10, mlp="swiglu")) == 10
+    assert [sizes.padded_vocab(toy.config(vocab_size=v)) for v in (1, 128, 129, 50_257)] == [128, 128, 256, 50_304]
+    assert sizes.mlp_width(toy.config(mlp_width=0, width=768)) == 3072
+    assert sizes.mlp_width(toy.config(mlp_width=0, width=768, mlp="swiglu")) == 2048
+    assert sizes.mlp_width(toy.config(mlp_width=0, width=64, mlp="swiglu")) == 192
+    assert sizes.mlp_width(toy.config(mlp_width=10, mlp="swiglu")) == 10
 
 
 def test_activation_dtype(toy):
@@ -284,22 +287,22 @@ def test_activation_dtype(toy):
 def test_constraints_are_given_for_every_activation(toy):
     """`constrain` sees embeddings, both streams after every layer and logits, with one axis name a dimension."""
     config = _five_layers(toy)
-    params = jax.eval_shape(lambda: network.init(jax.random.key(0), config))
+    params = jax.eval_shape(lambda: parameters.init(jax.random.key(0), config))
     seen = []
 
-    def constrain(array, axes):
-        assert array.ndim == len(axes)
-        seen.append((array.shape[1], axes))
+    def constrain(array, names):
+        assert array.ndim == len(names)
+        seen.append((array.shape[1], names))
         return array
 
     def run(params, tokens):
         drawn = order.left_to_right(2, LENGTH)
-        return objective.loss_sums(params, config, tokens, drawn, constrain=constrain).nll
+        return objective.loss_sums(params, config, tokens, drawn, Context(constrain)).nll
 
     jax.eval_shape(run, params, jax.ShapeDtypeStruct((2, LENGTH), jnp.int32))
-    assert seen.count((2 * LENGTH, network.ROW_AXES)) == 2  # X and G in the two full two-stream layers
-    assert seen.count((LENGTH, network.ROW_AXES)) == 2 + 1 + 2  # embeddings, last two-stream layer, causal layers
-    assert seen.count((LENGTH, objective.LOGIT_AXES)) == 1
+    assert seen.count((2 * LENGTH, axes.ROWS)) == 2  # X and G in the two full two-stream layers
+    assert seen.count((LENGTH, axes.ROWS)) == 2 + 1 + 2  # embeddings, last two-stream layer, causal layers
+    assert seen.count((LENGTH, axes.LOGITS)) == 1
 
 
 @pytest.mark.parametrize("aggregator", ["positional", "mean", "shift"])
@@ -307,7 +310,7 @@ def test_cached_calls_equal_the_parallel_forward(toy, aggregator):
     """Block by block through the cache (X rows of the last block, G rows of the next), padding rows included."""
     config = toy.config(vocab_size=7, num_layers=3, two_stream_layers=2, aggregator=aggregator)
     params = toy.params(config, scale=1.0)
-    unstacked = network.unstack(params)
+    unstacked = parameters.unstack(params)
     blocks = [[3], [0, 5], [1], [4, 2]]
     drawn = order.from_blocks(blocks)
     tokens = jax.random.randint(jax.random.key(0), (1, 6), 0, 7)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from armd_jax.core import network, objective, order
+from armd_jax.core import network, objective, order, parameters, sizes
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -43,8 +43,8 @@ def test_chunked_loss_equals_unchunked(toy, tied):
 
 def _logit_sizes(toy, config, batch: int, length: int) -> list[int]:
     """Sizes of all arrays with a vocabulary axis in loss and gradient, but for parameters of that shape."""
-    vocab = network.padded_vocab(config)
-    params = jax.eval_shape(lambda: network.init(jax.random.key(0), config))
+    vocab = sizes.padded_vocab(config)
+    params = jax.eval_shape(lambda: parameters.init(jax.random.key(0), config))
 
     def loss(params, tokens):
         return objective.loss_sums(params, config, tokens, order.left_to_right(batch, length)).weighted_nll
@@ -59,7 +59,7 @@ def _logit_sizes(toy, config, batch: int, length: int) -> list[int]:
 def test_logits_of_a_large_vocabulary_exist_chunk_by_chunk(toy, tied):
     """Forward and backward hold logits of `loss_chunk` positions at most, and below 64 MiB by default."""
     config = toy.config(vocab_size=50_257, max_length=1024, num_layers=1, tie_embeddings=tied)
-    vocab = network.padded_vocab(config)
+    vocab = sizes.padded_vocab(config)
     assert vocab == 50_304
     for chunk in (8, 100):
         assert max(_logit_sizes(toy, dataclasses.replace(config, loss_chunk=chunk), 4, 256)) == 4 * chunk * vocab

@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from armd_jax.config import OrderConfig, UserError
-from armd_jax.core import order
+from armd_jax.config import OrderConfig
+from armd_jax.core import curriculum, order
 from armd_jax.core.block_mask import build
+from armd_jax.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -242,25 +243,25 @@ def test_curriculum():
     """k = 0 until i_AR, 1 there, rising linearly to rho at i_perm, and rho for ever."""
     config = OrderConfig(ar_steps=100, permute_steps=300, max_permuted=9)
     steps = {0: 0, 99: 0, 100: 1, 125: 2, 200: 5, 275: 8, 300: 9, 301: 9, 10**6: 9}
-    assert {step: int(order.num_permuted(config, step)) for step in steps} == steps
-    ks = [int(k) for k in jax.jit(jax.vmap(lambda s: order.num_permuted(config, s)))(jnp.arange(400))]
+    assert {step: int(curriculum.num_permuted(config, step)) for step in steps} == steps
+    ks = [int(k) for k in jax.jit(jax.vmap(lambda s: curriculum.num_permuted(config, s)))(jnp.arange(400))]
     assert ks == sorted(ks) and set(ks) == set(range(10))
     paper = OrderConfig()
-    assert [int(order.num_permuted(paper, s)) for s in (8_999, 9_000, 48_000)] == [0, 1, 32]
+    assert [int(curriculum.num_permuted(paper, s)) for s in (8_999, 9_000, 48_000)] == [0, 1, 32]
     at_once = OrderConfig(ar_steps=0, permute_steps=0, max_permuted=5)
-    assert int(order.num_permuted(at_once, 1)) == 5
+    assert int(curriculum.num_permuted(at_once, 1)) == 5
 
 
 def _steps(config: OrderConfig, num_steps: int, batch: int = 4, length: int = 8):
     """(step) -> the order of a training step, compiled once."""
     run = jax.jit(
-        lambda step: order.for_step(config, jax.random.fold_in(_key(0), step), step, num_steps, batch, length)
+        lambda step: curriculum.draw(config, jax.random.fold_in(_key(0), step), step, num_steps, batch, length)
     )
     return lambda step: jax.tree.map(np.asarray, run(jnp.asarray(step)))
 
 
 @pytest.mark.parametrize("kind", ["left_to_right", "progressive", "uniform", "strided", "masked_diffusion"])
-def test_for_step_draws_the_kind(kind):
+def test_curriculum_draws_the_kind(kind):
     """Each kind gives its orders inside jit, the same for the same step, others at other steps."""
     config = OrderConfig(
         kind=kind, ar_steps=3, permute_steps=6, max_permuted=8, diffusion_steps=4, weight="simple", streams=(1, 2, 4)

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from armd_jax.config import ModelConfig
-from armd_jax.core import block_mask, network, order
-from armd_jax.core.linear import linear
-from armd_jax.core.panels import Panels, cut, few_rows
+from armd_jax.core import block_mask, network, order, parameters
+from armd_jax.core.kernels.linear import linear
+from armd_jax.core.kernels.panels import Panels, cut, few_rows
 from armd_jax.core.rows import rows_for_training
 
 
@@ -53,7 +53,7 @@ def test_the_network_is_the_same(changes):
         vocab_size=70, max_length=6, num_layers=3, two_stream_layers=2, width=64, num_heads=2, dtype="float32"
     )
     config = ModelConfig(**(fields | changes))
-    params = network.init(jax.random.key(0), config)
+    params = parameters.init(jax.random.key(0), config)
     tokens_BN = jnp.asarray(np.random.default_rng(1).integers(0, 70, (2, 6)), jnp.int32)
     drawn = order.strided(2, 6, 2)
     rows = rows_for_training(tokens_BN, drawn, block_mask.build(drawn))
@@ -67,6 +67,6 @@ def test_the_network_is_the_same(changes):
     both = weights - 1 if config.two_stream_layers else 0  # keys and values are of one stream
     is_panels = lambda leaf: isinstance(leaf, Panels)  # noqa: E731
     for switches, expected in {(True, True): 3 * weights + 1, (True, False): both, (False, False): 0}.items():
-        panels = network.in_panels(params, *switches)
+        panels = parameters.in_panels(params, *switches)
         assert sum(map(is_panels, jax.tree.leaves(panels, is_leaf=is_panels))) == expected
         np.testing.assert_allclose(logits(panels), logits(params), rtol=1e-5, atol=1e-5)

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from armd_jax.config import AGGREGATORS
-from armd_jax.core import block_mask, network, objective, order
+from armd_jax import typed
+from armd_jax.config import AggregatorKind
+from armd_jax.core import block_mask, network, objective, order, parameters
 from armd_jax.core.rows import rows_for_training
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -148,7 +149,7 @@ def _first_vector(config, params, n: int, block: dict, x: dict) -> np.ndarray:
 
 def _slow_network(params, config, tokens, blocks) -> np.ndarray:
     """Logits [N, V] at natural positions, for one sequence. Context 0 is the start token, j + 1 natural position j."""
-    params = jax.tree.map(lambda a: np.asarray(a, np.float64), network.unstack(params))
+    params = jax.tree.map(lambda a: np.asarray(a, np.float64), parameters.unstack(params))
     block = {0: 0} | {j + 1: b for b, members in enumerate(blocks, start=1) for j in members}
     x = {0: (params["start"], 0)} | {j + 1: (params["embedding"][t], j + 1) for j, t in enumerate(tokens)}
     targets = range(1, len(tokens) + 1)
@@ -166,10 +167,10 @@ def _slow_network(params, config, tokens, blocks) -> np.ndarray:
 
 
 @pytest.mark.parametrize("two_stream_layers", [0, 1, 2, 3])
-@pytest.mark.parametrize("aggregator", AGGREGATORS)
+@pytest.mark.parametrize("aggregator", typed.choices(AggregatorKind))
 def test_network_equals_the_slow_network(toy, aggregator, two_stream_layers):
     """Random blocks, every aggregator, M in {0, 1, 2, L}: equal to sums over explicit sets of visible tokens."""
-    odd = (AGGREGATORS.index(aggregator) + two_stream_layers) % 2
+    odd = (typed.choices(AggregatorKind).index(aggregator) + two_stream_layers) % 2
     config = toy.config(
         vocab_size=5,
         num_layers=3,
@@ -192,7 +193,7 @@ def test_network_equals_the_slow_network(toy, aggregator, two_stream_layers):
     np.testing.assert_allclose(ours, slow, rtol=1e-4, atol=3e-5)
 
 
-@pytest.mark.parametrize("aggregator", AGGREGATORS)
+@pytest.mark.parametrize("aggregator", typed.choices(AggregatorKind))
 def test_one_token_blocks_equal_the_slow_network(toy, aggregator):
     """The same for permutations, where every mask is the lower triangle and `shift` is the previous token."""
     config = toy.config(vocab_size=5, num_layers=3, two_stream_layers=2, aggregator=aggregator)

@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from armd_jax.config import OrderConfig
-from armd_jax.core import block_mask, order, splash
-from armd_jax.core.attention import attention
+from armd_jax.config import OrderConfig, block_patterns
+from armd_jax.core import block_mask, curriculum, order
+from armd_jax.core.kernels import splash
+from armd_jax.core.kernels.attention import attention
 
 B, N, H, K = 2, 256, 2, 32
 
@@ -47,12 +48,12 @@ def test_equals_dense_in_value_and_gradients(group, streams, patterns):
 @pytest.mark.parametrize("kind", ["left_to_right", "progressive", "uniform", "strided"])
 @pytest.mark.parametrize("sbp_steps", [0, 5])
 def test_patterns_cover_every_order_of_training(kind, sbp_steps):
-    """Prefix lengths of the orders that `for_step` draws are, in every row, those of one of the patterns."""
+    """Prefix lengths of the orders that `curriculum.draw` draws are, in every row, those of one of the patterns."""
     config = OrderConfig(kind=kind, ar_steps=0, permute_steps=5, max_permuted=8, streams=(2, 4), sbp_steps=sbp_steps)
-    patterns = order.patterns(config)
+    patterns = block_patterns(config)
     assert patterns == {(False, 0): (1,), (False, 5): (1, 2, 4)}.get((kind == "strided", sbp_steps), (2, 4))
     tables = {s: splash.prefix_tables(128, s) for s in patterns}
-    draw = jax.jit(lambda step: block_mask.build(order.for_step(config, jax.random.key(step), step, 10, 3, 128)))
+    draw = jax.jit(lambda step: block_mask.build(curriculum.draw(config, jax.random.key(step), step, 10, 3, 128)))
     seen = set()
     for step in range(10):
         mask = draw(step)
@@ -67,4 +68,4 @@ def test_patterns_cover_every_order_of_training(kind, sbp_steps):
 
 def test_drawn_blocks_have_no_pattern():
     """Masked diffusion draws its blocks: no mask is known before."""
-    assert order.patterns(OrderConfig(kind="masked_diffusion", sbp_steps=5)) is None
+    assert block_patterns(OrderConfig(kind="masked_diffusion", sbp_steps=5)) is None

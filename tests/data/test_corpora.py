@@ -10,10 +10,11 @@ import sys
 import numpy as np
 import pytest
 
-from armd_jax.config import DataConfig, UserError
+from armd_jax.config import DataConfig
 from armd_jax.data import corpora
 from armd_jax.data import embedded as embedded_module
 from armd_jax.data.corpora import count_words, open_corpus
+from armd_jax.errors import UserError
 
 
 def texts(corpus):
@@ -232,7 +233,8 @@ def test_tfds_dataset_is_read_without_tensorflow(tmp_path):
 import sys
 import numpy as np
 import tensorflow_datasets as tfds
-from armd_jax.config import DataConfig, UserError
+from armd_jax.config import DataConfig
+from armd_jax.errors import UserError
 from armd_jax.data.corpora import open_corpus
 
 class Tiny(tfds.core.GeneratorBasedBuilder):

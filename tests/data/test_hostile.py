@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 
 from armd_jax import cli
-from armd_jax.config import DataConfig, UserError
+from armd_jax.config import DataConfig
 from armd_jax.data import corpora, loader, manifest, packing, tokenizers
 from armd_jax.data.corpora import open_corpus
 from armd_jax.data.reading import LeftOut
+from armd_jax.errors import UserError
 
 LENGTH = 32
 GOOD = [f"a good document, number {index}, caf\u00e9\n" for index in range(40)]

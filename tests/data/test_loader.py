@@ -5,9 +5,10 @@ import threading
 import numpy as np
 import pytest
 
-from armd_jax.config import DataConfig, UserError
+from armd_jax.config import DataConfig
 from armd_jax.data import packing
 from armd_jax.data.loader import batch_indices, eval_batches, train_batches
+from armd_jax.errors import UserError
 
 LENGTH, BATCH = 16, 6
 

@@ -9,9 +9,10 @@ import sys
 import numpy as np
 import pytest
 
-from armd_jax.config import DataConfig, UserError
+from armd_jax.config import DataConfig
 from armd_jax.data import packing, tokenizers
 from armd_jax.data.corpora import open_corpus
+from armd_jax.errors import UserError
 
 LENGTH = 32
 

@@ -8,9 +8,10 @@ import tokenizers as library
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from armd_jax.config import DataConfig, UserError
+from armd_jax.config import DataConfig
 from armd_jax.data import tokenizers
 from armd_jax.data.corpora import open_corpus
+from armd_jax.errors import UserError
 
 LOSSLESS = ("sentencepiece", "bpe", "bytes")
 HOSTILE = ["</s>", "<|endoftext|>", "[SEP]", "<s>", "<unk>", "<0x41>", "\u2581", "a\u2581\u2581 b", " \u2581 ", "\0"]

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 from armd_jax import order
-from armd_jax.config import DataConfig, ModelConfig, OrderConfig, UserError
-from armd_jax.core import network
+from armd_jax.config import DataConfig, ModelConfig, OrderConfig
+from armd_jax.core import parameters
 from armd_jax.data import loader, packing
+from armd_jax.errors import UserError
 from armd_jax.evaluation import perplexity
 from armd_jax.inference.language_model import LanguageModel
 
@@ -33,7 +34,7 @@ def lm(data) -> LanguageModel:
     config = ModelConfig(vocab_size=data.tokenizer.vocab_size, max_length=LENGTH, num_layers=2, two_stream_layers=1)
     config = dataclasses.replace(config, width=16, num_heads=2, positional_width=8)
     rng = np.random.default_rng(0)
-    shapes = jax.eval_shape(lambda: network.init(jax.random.key(0), config))
+    shapes = jax.eval_shape(lambda: parameters.init(jax.random.key(0), config))
     params = jax.tree.map(lambda leaf: jnp.asarray(0.3 * rng.standard_normal(leaf.shape), jnp.float32), shapes)
     return LanguageModel(config, params, data.tokenizer)
 

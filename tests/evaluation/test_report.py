@@ -7,7 +7,8 @@ import re
 import numpy as np
 import pytest
 
-from armd_jax.config import Config, ModelConfig, OrderConfig, TrainingConfig, UserError, to_json
+from armd_jax.config import Config, ModelConfig, OrderConfig, TrainingConfig, to_json
+from armd_jax.errors import UserError
 from armd_jax.evaluation import plots, report
 
 PNGS = ("bits.png", "curriculum.png", "loss.png", "masks.png", "samples.png", "speed.png")

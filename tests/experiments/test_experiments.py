@@ -9,8 +9,8 @@ import pytest
 
 from armd_jax import config as configs
 from armd_jax import experiment_file
-from armd_jax.config import UserError
-from armd_jax.training import sharding, state, step
+from armd_jax.errors import UserError
+from armd_jax.training import placement, sharding, state, step
 
 FILES = sorted((pathlib.Path(__file__).resolve().parents[2] / "experiments").glob("*.py"))
 CASES = [(file, arg) for file in FILES for arg in ("", "smoke")]
@@ -27,7 +27,7 @@ def test_one_training_step_can_be_traced(file, arg):
     mesh = sharding.make_mesh(config.mesh)
     tokens = jax.ShapeDtypeStruct((config.training.batch_size, config.model.max_length), jnp.int32)
     before = jax.eval_shape(lambda key: state.init(config, key), jax.random.key(0))
-    after, metrics = jax.eval_shape(step.make_train_step(config, mesh), before, tokens)
+    after, metrics = jax.eval_shape(step.make_train_step(placement.for_training(config, mesh)), before, tokens)
     assert jax.tree.structure(before) == jax.tree.structure(after)
     assert jax.tree.all(jax.tree.map(lambda a, b: a.shape == b.shape and a.dtype == b.dtype, before, after))
     assert metrics["train/loss"].shape == ()

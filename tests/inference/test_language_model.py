@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from armd_jax.config import ModelConfig
-from armd_jax.core import network
-from armd_jax.core.panels import Panels
+from armd_jax.core import parameters
+from armd_jax.core.kernels.panels import Panels
 from armd_jax.inference.language_model import LanguageModel
 
 VOCAB, LENGTH = 300, 32
@@ -29,7 +29,7 @@ def _model(width: int, mlp: str) -> LanguageModel:
         dtype="float32",
     )
     rng = np.random.default_rng(0)
-    shapes = jax.eval_shape(lambda: network.init(jax.random.key(0), config))
+    shapes = jax.eval_shape(lambda: parameters.init(jax.random.key(0), config))
 
     def draw(leaf: jax.ShapeDtypeStruct) -> jax.Array:
         scale = 1 if leaf.ndim < 2 else leaf.shape[-1] ** -0.5

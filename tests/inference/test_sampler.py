@@ -10,11 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from armd_jax import order
-from armd_jax.config import AGGREGATORS, ModelConfig, UserError
-from armd_jax.core import network
+from armd_jax import order, typed
+from armd_jax.config import AggregatorKind, ModelConfig
+from armd_jax.core import network, parameters
 from armd_jax.core.cache import Cache
-from armd_jax.inference import sampler
+from armd_jax.errors import UserError
+from armd_jax.inference.draw import Draw
 from armd_jax.inference.language_model import Generation, LanguageModel
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -23,7 +24,7 @@ LENGTH, BATCH, VOCAB = 12, 4, 5
 TOLERANCE = 1e-4
 EVIDENCE = {"none": (), "prompt": (0, 1, 2), "infill": (0, 3, 4, 8, 11)}
 CASES = list(itertools.product((1, 2, 4), EVIDENCE))
-VARIANTS = list(itertools.product(AGGREGATORS, (0, 2, 3)))
+VARIANTS = list(itertools.product(typed.choices(AggregatorKind), (0, 2, 3)))
 
 
 def _config(**changes: Any) -> ModelConfig:
@@ -36,7 +37,7 @@ def _config(**changes: Any) -> ModelConfig:
 def _model(config: ModelConfig, seed: int = 0) -> LanguageModel:
     """A model whose weights are large and nowhere zero, so that every cached entry matters."""
     rng = np.random.default_rng(seed)
-    shapes = jax.eval_shape(lambda: network.init(jax.random.key(0), config))
+    shapes = jax.eval_shape(lambda: parameters.init(jax.random.key(0), config))
     return LanguageModel(
         config, jax.tree.map(lambda leaf: jnp.asarray(0.5 * rng.standard_normal(leaf.shape), jnp.float32), shapes)
     )
@@ -207,11 +208,9 @@ def test_greedy_and_truncated_sampling():
     ],
 )
 def test_draws_follow_the_truncated_distribution(options, allowed):
-    """Frequencies of `draw` are the probabilities after temperature, top-k and top-p, renormalised; nothing else."""
+    """Frequencies of `Draw` are the probabilities after temperature, top-k and top-p, renormalised; nothing else."""
     logits = jnp.broadcast_to(jnp.log(jnp.array([0.5, 0.25, 0.15, 0.1])) + 3.0, (20_000, 1, 4))
-    top_p = jnp.float32(options["top_p"]) if "top_p" in options else None
-    temperature = jnp.float32(options.get("temperature", 1.0))
-    tokens = sampler.draw(jax.random.key(0), logits, temperature, False, options.get("top_k"), top_p)
+    tokens = Draw.make(**options)(jax.random.key(0), logits)
     frequency = np.bincount(np.asarray(tokens)[:, 0], minlength=4) / 20_000
     np.testing.assert_allclose(frequency, np.array(allowed) / sum(allowed), atol=0.015)
     assert (frequency[np.array(allowed) == 0] == 0).all()

@@ -12,10 +12,12 @@ import pytest
 import safetensors.numpy
 
 import armd_jax as armd
+from armd_jax import config as configs
 from armd_jax import order
-from armd_jax.config import Config, DataConfig, ModelConfig, UserError
-from armd_jax.core import network
+from armd_jax.config import Config, DataConfig, ModelConfig
+from armd_jax.core import parameters
 from armd_jax.data import tokenizers
+from armd_jax.errors import UserError
 from armd_jax.inference.language_model import LanguageModel
 from armd_jax.interop import load, safetensors_format
 from armd_jax.training import checkpoints
@@ -27,11 +29,11 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 def export(tmp_path_factory: pytest.TempPathFactory, smoke_run: pathlib.Path) -> pathlib.Path:
     """The export of the smoke run; tests only read it."""
     out = tmp_path_factory.mktemp("export") / "model"
-    safetensors_format.write(armd.load(smoke_run), load.read_config(smoke_run), out)
+    safetensors_format.write(armd.load(smoke_run), configs.read(smoke_run), out)
     return out
 
 
-def _assert_same_params(one: network.Params, other: network.Params) -> None:
+def _assert_same_params(one: parameters.Params, other: parameters.Params) -> None:
     assert jax.tree.structure(one) == jax.tree.structure(other)
     for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(one), jax.tree.leaves(other), strict=True):
         assert a.dtype == b.dtype and np.array_equal(a, b), jax.tree_util.keystr(path)
@@ -52,7 +54,7 @@ def test_run_and_export_are_the_same_model(smoke_run, export):
 
 def test_average_or_raw_weights(smoke_run):
     """`load` takes the averaged weights of the newest checkpoint, with ema=False the raw ones."""
-    config = load.read_config(smoke_run)
+    config = configs.read(smoke_run)
     state = checkpoints.restore_for_inference(smoke_run, config)
     assert int(state.step) == 40
     real = slice(config.model.vocab_size)
@@ -75,7 +77,7 @@ def test_export_of_every_shape_of_model(tmp_path, two_stream_layers, tied):
     rng = np.random.default_rng(0)
     params = jax.tree.map(
         lambda leaf: jnp.asarray(rng.standard_normal(leaf.shape), jnp.float32),
-        jax.eval_shape(lambda: network.init(jax.random.key(0), model)),
+        jax.eval_shape(lambda: parameters.init(jax.random.key(0), model)),
     )
     config = Config(model=model)
     lm = LanguageModel(model, load.without_padding(params, config), tokenizer)
@@ -139,7 +141,7 @@ def test_damaged_exports_are_user_errors(tmp_path, export, damage, names):
 
 def test_export_is_whole_or_absent(tmp_path, monkeypatch, export):
     """An existing folder is never written into, and an export that fails leaves nothing behind."""
-    lm, config = armd.load(export), load.read_config(export)
+    lm, config = armd.load(export), configs.read(export)
     (tmp_path / "taken").mkdir()
     with pytest.raises(UserError, match="exists already"):
         safetensors_format.write(lm, config, tmp_path / "taken")

@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh
 
 from armd_jax import config as configs
-from armd_jax.training import checkpoints, sharding, state, step
+from armd_jax.training import checkpoints, divisibility, placement, sharding, state, step
 
 MESHES = {"one": (1, 1, 1), "data": (8, 1, 1), "fsdp": (1, 8, 1), "mixed": (2, 2, 2), "tensor": (1, 2, 4)}
 MESHES["flash"] = MESHES["mixed"]  # with the GPU kernel, interpreted
@@ -34,11 +34,13 @@ def main(out: str) -> None:
         placed, mesh = _placed(config, shape)
         if name == "flash":
             placed = dataclasses.replace(placed, model=dataclasses.replace(placed.model, attention="flash"))
-        sharding.check_divisible(placed, mesh)
+        divisibility.check(placed, mesh)
         now = state.create(placed, mesh)
 
-        def gradients(params, batch, placed=placed, mesh=mesh):
-            return step.gradients(params, placed, batch, step.draw_order(placed, 0, LENGTH), 0, mesh)[0]
+        where = placement.for_training(placed, mesh)
+
+        def gradients(params, batch, placed=placed, where=where):
+            return step.gradients(params, where, batch, step.draw_order(placed, 0, LENGTH), 0)[0]
 
         first = jax.device_put(tokens[0], sharding.batch_sharding(mesh))
         if name == "flash":
@@ -66,7 +68,7 @@ def _placed(config: configs.Config, shape: tuple[int, int, int]) -> tuple[config
 def _train(
     config: configs.Config, mesh: Mesh, now: state.TrainState, batches: Sequence[np.ndarray]
 ) -> tuple[state.TrainState, list[float]]:
-    train_step, losses = step.make_train_step(config, mesh), []
+    train_step, losses = step.make_train_step(placement.for_training(config, mesh)), []
     for batch in batches:
         now, metrics = train_step(now, jax.device_put(batch, sharding.batch_sharding(mesh)))
         losses.append(float(metrics["train/loss"]))

@@ -13,7 +13,9 @@ import numpy as np
 import pytest
 
 from armd_jax import cli
-from armd_jax.config import Config, UserError
+from armd_jax import config as configs
+from armd_jax.config import Config
+from armd_jax.errors import UserError
 from armd_jax.training import checkpoints, metrics, sharding, state
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -21,7 +23,7 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 @pytest.fixture(scope="module")
 def config(smoke_run) -> Config:
-    return checkpoints.read_config(smoke_run)
+    return configs.read(smoke_run)
 
 
 @pytest.fixture

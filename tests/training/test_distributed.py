@@ -12,7 +12,7 @@ import time
 import pytest
 
 from armd_jax import cli
-from armd_jax.config import UserError
+from armd_jax.errors import UserError
 from armd_jax.training import checkpoints, distributed
 
 STEPS = 12
@@ -118,7 +118,7 @@ _DIAGNOSIS = """
 import dataclasses, sys
 import jax, numpy as np
 from armd_jax import config as configs
-from armd_jax.training import distributed, faults, sharding, state
+from armd_jax.training import distributed, faults, placement, sharding, state
 distributed.initialize("auto", sys.argv[1].split("=")[1], *(int(word.split("=")[1]) for word in sys.argv[2:]))
 values = configs.default_config_dict()
 values.model.update(vocab_size=9, max_length=8, num_layers=2, two_stream_layers=1, width=16, num_heads=2)
@@ -129,7 +129,7 @@ mesh = sharding.make_mesh(config.mesh)
 here, tokens = sharding.rows_here(mesh, 4), np.zeros((4, 8), np.int32)
 tokens[3, 5] = 10**6  # no such token: NaN
 batch = sharding.global_rows(mesh, 4, here, tokens[here])
-print(faults.first_non_finite(config, mesh, state.create(config, mesh), batch))
+print(faults.first_non_finite(placement.for_training(config, mesh), state.create(config, mesh), batch))
 """
 
 

@@ -14,7 +14,7 @@ from armd_jax import cli
 from armd_jax import config as configs
 from armd_jax.config import Config
 from armd_jax.data import loader
-from armd_jax.training import checkpoints, faults, sharding, state, step, train
+from armd_jax.training import checkpoints, faults, placement, run_data, sharding, state, step, train
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -73,7 +73,7 @@ def _device_state(config: Config) -> tuple[Any, state.TrainState, Any]:
 def test_a_skipped_update_changes_no_bit(corpus):
     """After a NaN the parameters, average and moments are what they were, bit for bit; a good batch changes them."""
     config, now, mesh = _device_state(_config(corpus))
-    train_step = step.make_train_step(config, mesh)
+    train_step = step.make_train_step(placement.for_training(config, mesh))
     good = jnp.asarray(np.random.default_rng(0).integers(0, 257, (4, 16)), jnp.int32)
     now, _ = train_step(now, good)
     before = jax.tree.map(np.array, (now.params, now.ema, now.opt_state, now.loss_average))
@@ -90,7 +90,7 @@ def test_a_spike_is_skipped_where_the_config_says_so(corpus):
     """A finite loss far above the running average is no update; without `spike_nats` it is."""
     for nats, expected in ((0.0, 0), (0.5, 1)):
         config, now, mesh = _device_state(_config(corpus, spike_nats=nats))
-        train_step = step.make_train_step(config, mesh)
+        train_step = step.make_train_step(placement.for_training(config, mesh))
         tokens = jnp.asarray(np.random.default_rng(0).integers(0, 257, (4, 16)), jnp.int32)
         now, metrics = train_step(now, tokens)
         usual = float(metrics["train/loss"])
@@ -122,13 +122,13 @@ def test_rollback_to_the_last_good_checkpoint(tmp_path, corpus, poisoned):
     report = json.loads((tmp_path / "run" / "faults" / "step-7.json").read_text())
     assert (report["first_step"], report["last_step"]) == (7, 10)
     assert report["first_non_finite"] == {"tensor": "nll", "rows": [2], "positions": [5]}
-    data, resolved = train.prepare_data(config, tmp_path / "run", progress=False)
+    data, resolved = run_data.prepare(config, tmp_path / "run", progress=False)
     num_rows = data.counts("train").tokens // data.length
     assert report["batch_rows"]["8"] == loader.batch_indices(7, 4, 0, num_rows).tolist()
 
     # The same by hand: the state of step 4, then the batches from the twelfth on.
     mesh = sharding.make_mesh(config.mesh)
-    now, train_step = state.create(resolved, mesh), step.make_train_step(resolved, mesh)
+    now, train_step = state.create(resolved, mesh), step.make_train_step(placement.for_training(resolved, mesh))
     with loader.train_batches(data, 4, 0) as batches:
         for number, tokens in batches:
             if number == 4:
@@ -175,11 +175,13 @@ def test_first_non_finite_tensor_is_named(corpus):
     """A parameter that is not finite comes before what follows from it; a step without a fault names none."""
     config, now, mesh = _device_state(_config(corpus))
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, 257, (4, 16)), jnp.int32)
-    assert faults.first_non_finite(config, mesh, now, tokens) == {"tensor": "none"}
+    assert faults.first_non_finite(placement.for_training(config, mesh), now, tokens) == {"tensor": "none"}
     params = now.params | {
         "causal": now.params["causal"] | {"mlp_in": now.params["causal"]["mlp_in"].at[0, 0, 0].set(jnp.inf)}
     }
-    found = faults.first_non_finite(config, mesh, dataclasses.replace(now, params=params), tokens)
+    found = faults.first_non_finite(
+        placement.for_training(config, mesh), dataclasses.replace(now, params=params), tokens
+    )
     assert found == {"tensor": "parameter causal.mlp_in"}
 
 

@@ -9,8 +9,9 @@ import types
 import numpy as np
 import pytest
 
-from armd_jax.config import Config, MeshConfig, ModelConfig, OrderConfig, TrainingConfig, UserError
-from armd_jax.training import sharding
+from armd_jax.config import Config, MeshConfig, ModelConfig, OrderConfig, TrainingConfig
+from armd_jax.errors import UserError
+from armd_jax.training import divisibility, placement, sharding
 
 CASES = pathlib.Path(__file__).with_name("sharding_cases.py")
 
@@ -65,20 +66,20 @@ def test_the_device_decides_on_flash_attention():
     gpu = {
         capability: _mesh_of("gpu", compute_capability=capability) for capability in ("7.5", "8.0", "12.0", "gfx90a")
     }
-    chosen = {name: sharding.for_mesh(Config(), mesh).model.attention for name, mesh in gpu.items()}
+    chosen = {name: placement.for_training(Config(), mesh).config.model.attention for name, mesh in gpu.items()}
     assert chosen == {"7.5": "auto", "8.0": "flash", "12.0": "flash", "gfx90a": "auto"}
-    assert sharding.for_mesh(Config(), _mesh_of("cpu")).model.attention == "auto"
+    assert placement.for_training(Config(), _mesh_of("cpu")).config.model.attention == "auto"
     flash = Config(model=ModelConfig(attention="flash"), order=OrderConfig(kind="masked_diffusion"))
-    assert callable(sharding.attend(sharding.for_mesh(flash, gpu["8.0"]), gpu["8.0"], None))
+    assert callable(placement.for_training(flash, gpu["8.0"]).context.attend)
     with pytest.raises(
         UserError, match="'flash' needs an NVIDIA GPU of compute capability 8.0 or newer, not this Tesla"
     ):
-        sharding.attend(flash, _mesh_of("gpu", compute_capability="7.5", device_kind="Tesla T4"), None)
+        placement.for_training(flash, _mesh_of("gpu", compute_capability="7.5", device_kind="Tesla T4"))
     with pytest.raises(UserError, match="'flash' runs on GPU, not on tpu: use auto or chunked"):
-        sharding.attend(flash, _mesh_of("tpu"), None)
+        placement.for_training(flash, _mesh_of("tpu"))
     splash = Config(model=ModelConfig(attention="splash"))
     with pytest.raises(UserError, match="'splash' runs on TPU, not on gpu: use auto or chunked"):
-        sharding.attend(splash, gpu["8.0"], (1,))
+        placement.for_training(splash, gpu["8.0"])
 
 
 def test_a_run_moves_between_meshes(results):
@@ -97,11 +98,11 @@ def test_meshes_that_do_not_fit_are_user_errors():
         shape = {"data": 2, "fsdp": 2, "tensor": 2}
 
     fits = Config(model=ModelConfig(vocab_size=100), training=TrainingConfig(batch_size=8))
-    sharding.check_divisible(fits, Mesh)
+    divisibility.check(fits, Mesh)
     for model, training, name in (
         (fits.model, TrainingConfig(batch_size=6), "batch_size"),
         (ModelConfig(vocab_size=100, width=9, num_heads=3), fits.training, "width"),
         (ModelConfig(vocab_size=100, width=6, num_heads=3), fits.training, "num_heads"),
     ):
         with pytest.raises(UserError, match=name):
-            sharding.check_divisible(Config(model=model, training=training), Mesh)
+            divisibility.check(Config(model=model, training=training), Mesh)

@@ -15,11 +15,23 @@ import pytest
 
 from armd_jax import cli, order
 from armd_jax import config as configs
-from armd_jax.config import Config, OptimizerConfig, UserError
-from armd_jax.core import network
+from armd_jax.config import Config, OptimizerConfig
+from armd_jax.core import objective, parameters
 from armd_jax.data import loader
+from armd_jax.errors import UserError
 from armd_jax.interop.load import load
-from armd_jax.training import checkpoints, metrics, optimizer, run_log, sharding, state, step, train
+from armd_jax.training import (
+    checkpoints,
+    metrics,
+    optimizer,
+    placement,
+    run_data,
+    run_log,
+    sharding,
+    state,
+    step,
+    train,
+)
 from armd_jax.training.state import TrainState
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -158,7 +170,7 @@ def test_accumulated_gradients_equal_the_large_batch(corpus, kind):
     model = dataclasses.replace(config.model, dropout=0.0, vocab_size=257)
     orders = dataclasses.replace(config.order, kind=kind, weight="simple", diffusion_steps=8, sbp_steps=0, ar_steps=0)
     config = dataclasses.replace(config, model=model, order=orders)
-    params = jax.jit(network.init, static_argnums=1)(jax.random.key(0), model)
+    params = jax.jit(parameters.init, static_argnums=1)(jax.random.key(0), model)
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, 257, (8, 16)), jnp.int32)
     mesh = sharding.make_mesh(config.mesh)
     drawn = step.draw_order(config, 6, 16)
@@ -166,8 +178,8 @@ def test_accumulated_gradients_equal_the_large_batch(corpus, kind):
     results = []
     for count in (1, 4):
         training = dataclasses.replace(config.training, microbatches=count)
-        cut = dataclasses.replace(config, training=training)
-        results.append(jax.jit(lambda p, c=cut: step.gradients(p, c, tokens, drawn, 6, mesh))(params))
+        cut = placement.for_training(dataclasses.replace(config, training=training), mesh)
+        results.append(jax.jit(lambda p, c=cut: step.gradients(p, c, tokens, drawn, 6))(params))
     (whole, whole_sums), (summed, sums) = results
     for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(whole), jax.tree.leaves(summed), strict=True):
         assert np.linalg.norm(a - b) <= 1e-6 * np.linalg.norm(a) + 1e-9, jax.tree_util.keystr(path)
@@ -218,7 +230,7 @@ def test_weight_decay_is_for_matrices_only():
     model = configs.ModelConfig(vocab_size=5, max_length=4, num_layers=3, two_stream_layers=2, width=8, num_heads=2)
     model = dataclasses.replace(model, mlp="swiglu", tie_embeddings=False, positional_width=4)
     params = jax.tree.map(
-        lambda leaf: jnp.ones(leaf.shape), jax.eval_shape(lambda: network.init(jax.random.key(0), model))
+        lambda leaf: jnp.ones(leaf.shape), jax.eval_shape(lambda: parameters.init(jax.random.key(0), model))
     )
     tx = optimizer.make(OptimizerConfig(learning_rate=0.5, warmup_steps=0, weight_decay=0.25), 10)
     updates = jax.jit(lambda p: tx.update(jax.tree.map(jnp.zeros_like, p), tx.init(p), p)[0])(params)
@@ -245,8 +257,8 @@ def test_fine_tuning_starts_from_the_weights_of_another_run(
             cli.main(command)
         assert (workdir / "config.json").exists() and not any((workdir / "checkpoints").iterdir())
     assert cli.main(command) == 0
-    lm, config = load(smoke_run), checkpoints.read_config(workdir)
-    data, _ = train.prepare_data(config, workdir, progress=False)
+    lm, config = load(smoke_run), configs.read(workdir)
+    data, _ = run_data.prepare(config, workdir, progress=False)
     with loader.train_batches(data, config.training.batch_size, config.training.seed) as batches:
         _, tokens = next(batches)
     expected = -float(np.mean(lm.log_prob(tokens, step.draw_order(config, 0, tokens.shape[1]))))
@@ -259,7 +271,7 @@ def test_fine_tuning_starts_from_the_weights_of_another_run(
 @pytest.mark.parametrize(("field", "value"), [("width", 16), ("two_stream_layers", 0), ("aggregator", "mean")])
 def test_fine_tuning_needs_the_same_model(tmp_path, monkeypatch, capsys, smoke_run, smoke_config, corpus, field, value):
     """Weights of another model are refused by the name of the field that differs, before hours of preparing text."""
-    monkeypatch.setattr(train, "prepare_data", lambda *_: pytest.fail("text was prepared"))
+    monkeypatch.setattr(run_data, "prepare", lambda *_: pytest.fail("text was prepared"))
     command = ["train", f"--config={smoke_config}", f"--workdir={tmp_path / 'run'}", f"--config.data.path={corpus}"]
     assert cli.main([*command, f"--config.training.init_from={smoke_run}", f"--config.model.{field}={value}"]) == 2
     assert f"model.{field}" in capsys.readouterr().err.splitlines()[-1]
@@ -310,13 +322,12 @@ def test_the_rate_is_of_training_alone(monkeypatch):
     assert rates == [None, tokens / 2.0, tokens / 2.0]
 
 
-def test_evaluation_takes_the_whole_batch_at_once(monkeypatch, corpus):
-    """Its chunk of logits is sized for that, and not for a microbatch."""
-    seen = []
-    monkeypatch.setattr(
-        step.sharding, "for_mesh", lambda config, _: seen.append(config.training.microbatches) or config
-    )
-    config = _config(corpus, microbatches=2)
-    config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=257))
-    step.make_eval_step(config, sharding.make_mesh(config.mesh))
-    assert seen == [1]
+def test_evaluation_takes_the_whole_batch_at_once(corpus):
+    """Its chunk of logits is sized for the batch on a device, and not for a microbatch."""
+    config = _config(corpus, batch_size=4096, microbatches=2048)
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=257, max_length=256))
+    devices = types.SimpleNamespace(flat=jax.devices())
+    mesh = types.SimpleNamespace(size=2, shape={"data": 2, "fsdp": 1, "tensor": 1}, devices=devices)
+    whole, part = placement.for_evaluation(config, mesh), placement.for_training(config, mesh)
+    assert (whole.config.model.loss_chunk, part.config.model.loss_chunk) == (objective.loss_chunk(2048 * 384, 256), 256)
+    assert whole.config.model.loss_chunk < 256

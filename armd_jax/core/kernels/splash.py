@@ -2,13 +2,14 @@
 
 The kernel wants its masks when the program is traced, while orders are drawn on the device. What is drawn is which
 token stands where; the block structure, and so every prefix length, is that of one of a few strided orders
-(`order.patterns`). Each is a table of N numbers here and a kernel of its own; of several, the data choose one.
+(`config.block_patterns`). Each is a table of N numbers here and a kernel of its own; of several, the data choose one.
 
 The kernel is called per device: on a mesh it belongs inside `jax.shard_map` over batch and heads.
 """
 
 import functools
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,8 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
 from armd_jax.core import block_mask, order
-from armd_jax.core.attention import KERNEL_OUTPUT
+from armd_jax.core.context import LayerGroup
+from armd_jax.core.kernels.attention import KERNEL_OUTPUT
 
 _BLOCKS = (512, 256, 128)
 
@@ -43,7 +45,7 @@ class PrefixMask(masks._ComputableMask):
 
 
 @functools.lru_cache
-def prefix_tables(length: int, streams: int) -> Mapping[str, np.ndarray]:
+def prefix_tables(length: int, streams: int) -> Mapping[LayerGroup, np.ndarray]:
     """Prefix lengths of the query rows of each layer group in training, under the strided order of `streams`.
 
     two_stream [2 N]: rows of X, then G; last_two_stream [N]: rows of G over keys of X; causal [N]: G over G.
@@ -88,7 +90,7 @@ def attention(
     k_BTHK: jax.Array,
     v_BTHK: jax.Array,
     len_BQ: jax.Array,
-    group: str,
+    group: LayerGroup,
     *,
     patterns: tuple[int, ...],
     interpret: bool = False,
@@ -102,6 +104,7 @@ def attention(
     tables = [prefix_tables(num_keys, streams)[group] for streams in patterns]
     q_BHQK, k_BHTK, v_BHTK = (jnp.swapaxes(a, 1, 2) for a in (q_BQHK * q_BQHK.shape[-1] ** -0.5, k_BTHK, v_BTHK))
     run = [jax.vmap(_kernel(table, num_keys, heads, interpret)) for table in tables]
+    out_BHQK: Any  # the kernel's type allows for residuals, which it is not asked for
     if len(run) == 1:
         out_BHQK = run[0](q_BHQK, k_BHTK, v_BHTK)
     else:

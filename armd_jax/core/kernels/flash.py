@@ -16,6 +16,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -23,12 +24,18 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
-from armd_jax.config import FLASH_WIDEST, UserError
-from armd_jax.core.attention import KERNEL_OUTPUT
+from armd_jax.config import FLASH_WIDEST
+from armd_jax.core.kernels.attention import KERNEL_OUTPUT
+from armd_jax.errors import UserError
 
 _MASKED = -1e30  # finite, as in `core.attention`
 _NARROWEST = 16  # head width: Triton's matrix products sum over no fewer
 _LOG2_E = math.log2(math.e)
+
+Ref = Any  # what a Pallas kernel reads and writes; the library has no public type for it
+Kernel = Callable[..., None]
+Arrays = tuple[jax.Array, ...]
+Carry = TypeVar("Carry")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,7 +127,15 @@ def _flash(
     return _forward(tiles, scale, interpret, q_BQHK, k_BTHK, v_BTHK, len_BQ)[0]
 
 
-def _forward(tiles, scale, interpret, q_BQHK, k_BTHK, v_BTHK, len_BQ):
+def _forward(
+    tiles: Tiles,
+    scale: float,
+    interpret: bool,
+    q_BQHK: jax.Array,
+    k_BTHK: jax.Array,
+    v_BTHK: jax.Array,
+    len_BQ: jax.Array,
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
     batch, queries, heads, _ = q_BQHK.shape
     out_BQHK, log_sum_BHQ = _call(
         functools.partial(_flash_forward, tiles.forward.step, scale),
@@ -135,7 +150,9 @@ def _forward(tiles, scale, interpret, q_BQHK, k_BTHK, v_BTHK, len_BQ):
     return out_BQHK, (q_BQHK, k_BTHK, v_BTHK, len_BQ, out_BQHK, log_sum_BHQ)
 
 
-def _backward(tiles, scale, interpret, saved, d_out_BQHK):
+def _backward(
+    tiles: Tiles, scale: float, interpret: bool, saved: tuple[jax.Array, ...], d_out_BQHK: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array, None]:
     q_BQHK, k_BTHK, v_BTHK, len_BQ, out_BQHK, log_sum_BHQ = saved
     dot_BHQ = jnp.swapaxes(jnp.sum(d_out_BQHK.astype(jnp.float32) * out_BQHK, axis=3), 1, 2)
     rows = (q_BQHK, len_BQ, d_out_BQHK, log_sum_BHQ, dot_BHQ)
@@ -162,7 +179,7 @@ _flash.defvjp(_forward, _backward)
 
 
 def _call(
-    kernel: Callable, tile: Tile, interpret: bool, tiled: tuple, whole: tuple, out: tuple
+    kernel: Kernel, tile: Tile, interpret: bool, tiled: Arrays, whole: Arrays, out: tuple[Any, ...]
 ) -> tuple[jax.Array, ...]:
     """Runs the kernel for every tile, head and row of the batch: kernel(*tiled, *whole, *out).
 
@@ -170,7 +187,7 @@ def _call(
     and writes the tile's rows of arrays like `out`.
     """
 
-    def block(array: jax.Array, tiled: bool) -> pl.BlockSpec:
+    def block(array: jax.Array | jax.ShapeDtypeStruct, tiled: bool) -> pl.BlockSpec:
         rows = (lambda size: tile.rows) if tiled else (lambda size: size)
         at = (lambda i: i) if tiled else (lambda i: 0)
         match array.shape:
@@ -180,6 +197,8 @@ def _call(
                 return pl.BlockSpec((None, None, rows(size)), lambda i, h, b: (b, h, at(i)))
             case _, size:
                 return pl.BlockSpec((None, rows(size)), lambda i, h, b: (b, at(i)))
+            case _:
+                raise AssertionError(f"no rule for an array of shape {array.shape}")
 
     batch, num_rows, heads, _ = out[0].shape
     return pl.pallas_call(
@@ -219,26 +238,30 @@ def _dot(a: jax.Array, b: jax.Array, sum_over: tuple[int, int]) -> jax.Array:
     return jax.lax.dot_general(a, b, dimensions, preferred_element_type=jnp.float32)
 
 
-def _walk(step: Callable, entire: jax.Array, seen: jax.Array, carry: tuple) -> tuple:
+def _walk(step: Callable[..., Carry], entire: jax.Array, seen: jax.Array, carry: Carry) -> Carry:
     """carry = step(number, carry, masked) for the numbers below `seen`; those below `entire` need no mask."""
     carry = jax.lax.fori_loop(0, entire, functools.partial(step, masked=False), carry)
     return jax.lax.fori_loop(entire, seen, functools.partial(step, masked=True), carry)
 
 
-def _walk_keys(step: Callable, size: int, len_Q: jax.Array, carry: tuple) -> tuple:
+def _walk_keys(step: Callable[..., Carry], size: int, len_Q: jax.Array, carry: Carry) -> Carry:
     """carry = step(keys, carry, visible_QT) over the tiles of `size` keys that any query sees; None: all visible."""
 
-    def at(number, carry, masked):
+    def at(number: jax.Array, carry: Carry, masked: bool) -> Carry:
         key_T = number * size + jnp.arange(size)
         return step(pl.ds(number * size, size), carry, key_T[None, :] < len_Q[:, None] if masked else None)
 
     return _walk(at, jnp.min(len_Q) // size, pl.cdiv(jnp.max(len_Q), size), carry)
 
 
-def _flash_forward(size, scale, q_ref, len_ref, k_ref, v_ref, out_ref, log_sum_ref):
+def _flash_forward(
+    size: int, scale: float, q_ref: Ref, len_ref: Ref, k_ref: Ref, v_ref: Ref, out_ref: Ref, log_sum_ref: Ref
+) -> None:
     q_QK, len_Q = q_ref[...], len_ref[...]
 
-    def step(keys, carry, visible_QT):
+    def step(
+        keys: Any, carry: tuple[jax.Array, jax.Array, jax.Array], visible_QT: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
         out_QK, max_Q, sum_Q = carry
         v_TK = v_ref[keys, :]
         s_QT = _dot(q_QK, k_ref[keys, :], (1, 1)) * (scale * _LOG2_E)
@@ -256,10 +279,21 @@ def _flash_forward(size, scale, q_ref, len_ref, k_ref, v_ref, out_ref, log_sum_r
     log_sum_ref[...] = max_Q + jnp.log2(sum_Q)
 
 
-def _flash_dq(size, scale, q_ref, len_ref, d_out_ref, log_sum_ref, dot_ref, k_ref, v_ref, dq_ref):
+def _flash_dq(
+    size: int,
+    scale: float,
+    q_ref: Ref,
+    len_ref: Ref,
+    d_out_ref: Ref,
+    log_sum_ref: Ref,
+    dot_ref: Ref,
+    k_ref: Ref,
+    v_ref: Ref,
+    dq_ref: Ref,
+) -> None:
     q_QK, d_out_QK, log_sum_Q, dot_Q = q_ref[...], d_out_ref[...], log_sum_ref[...], dot_ref[...]
 
-    def step(keys, dq_QK, visible_QT):
+    def step(keys: Any, dq_QK: jax.Array, visible_QT: jax.Array | None) -> jax.Array:
         k_TK = k_ref[keys, :]
         p_QT = jnp.exp2(_dot(q_QK, k_TK, (1, 1)) * (scale * _LOG2_E) - log_sum_Q[:, None])
         p_QT = p_QT if visible_QT is None else jnp.where(visible_QT, p_QT, 0.0)
@@ -270,12 +304,12 @@ def _flash_dq(size, scale, q_ref, len_ref, d_out_ref, log_sum_ref, dot_ref, k_re
     dq_ref[...] = (dq_QK * scale).astype(dq_ref.dtype)
 
 
-def _flash_dkv(size, scale, k_ref, v_ref, *refs):
+def _flash_dkv(size: int, scale: float, k_ref: Ref, v_ref: Ref, *refs: Ref) -> None:
     q_ref, len_ref, d_out_ref, log_sum_ref, dot_ref, order_ref, seen_ref, entire_ref, dk_ref, dv_ref = refs
     k_TK, v_TK, tile = k_ref[...], v_ref[...], pl.program_id(0)
     key_T = tile * k_TK.shape[0] + jnp.arange(k_TK.shape[0])
 
-    def step(number, carry, masked):
+    def step(number: jax.Array, carry: tuple[jax.Array, jax.Array], masked: bool) -> tuple[jax.Array, jax.Array]:
         dk_TK, dv_TK = carry
         rows = pl.ds(order_ref[number] * size, size)
         q_QK, d_out_QK = q_ref[rows, :], d_out_ref[rows, :]

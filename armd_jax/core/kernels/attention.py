@@ -1,25 +1,26 @@
 """Attention of every query over a prefix of the keys: one function, several ways to compute it.
 
-Arrays are [B, N, H, K]. Every query row has its own prefix length, at least 1 (an empty row has no softmax; the start
-token exists so that there is none). `dense` builds the N x N scores and is the reference; `chunked` takes a chunk of
-queries at a time over chunks of keys with an online softmax, leaves out the keys that no query of the chunk can see,
-and keeps one chunk x chunk block of scores at a time, in the backward pass too.
+Arrays are [B, N, H, K]. Every query row has its own prefix length of at least 1: an empty row would have no softmax,
+and the start token exists so that there is none. `dense` builds the N x N scores and is the reference. `chunked` walks
+over chunks of keys for one chunk of queries at a time, with an online softmax. It leaves out the keys that no query of
+the chunk can see, and only one chunk x chunk block of scores exists at a time, in the backward pass too.
 """
 
 import functools
+from typing import Any, assert_never
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from armd_jax.config import ModelConfig
+from armd_jax.config import ModelConfig, PlainAttention
 
-KERNEL_OUTPUT = "attention"  # names what an attention kernel puts out, for rematerialisation policies
+KERNEL_OUTPUT = "attention"  # names the output of attention kernels, for rematerialisation policies
 _MASKED = -1e30  # finite, so that a fully masked chunk gives exp(-1e30 - m) = 0 exactly and never inf - inf
 
 
-def chunk_size(config: ModelConfig) -> int:
-    """Queries and keys a step of the chunked paths: the config's, or what suits the backend that runs."""
+def attention_chunk(config: ModelConfig) -> int:
+    """Queries and keys per step of the chunked computations: the config's, or what suits the backend that runs."""
     return config.attention_chunk or config.for_platform(jax.default_backend()).attention_chunk
 
 
@@ -28,20 +29,23 @@ def attention(
     k_BTHK: jax.Array,
     v_BTHK: jax.Array,
     len_BQ: jax.Array,
-    implementation: str = "auto",
+    implementation: PlainAttention = "auto",
     chunk: int = 128,
 ) -> jax.Array:
     """softmax(q k^T / sqrt(K)) v over the first len_BQ keys of each query; [B, Q, H, K] in q's dtype.
 
-    Scores and softmax are float32. `auto` takes `dense` while the keys fit in one chunk, else `chunked`; so do `splash`
-    and `flash`, kernels that come in from outside (`core.splash`, `core.flash`) in training and leave only other calls
-    to this one.
+    Scores and softmax are float32. `auto` takes `dense` while all keys fit in one chunk, else `chunked`.
     """
-    if implementation in ("auto", "splash", "flash"):
-        implementation = "dense" if k_BTHK.shape[1] <= chunk else "chunked"
-    if implementation == "dense":
-        return _dense(q_BQHK, k_BTHK, v_BTHK, len_BQ)
-    return _chunked(chunk, q_BQHK, k_BTHK, v_BTHK, len_BQ)
+    match implementation:
+        case "auto":
+            dense = k_BTHK.shape[1] <= chunk
+        case "dense":
+            dense = True
+        case "chunked":
+            dense = False
+        case _:
+            assert_never(implementation)
+    return _dense(q_BQHK, k_BTHK, v_BTHK, len_BQ) if dense else _chunked(chunk, q_BQHK, k_BTHK, v_BTHK, len_BQ)
 
 
 def _dense(q_BQHK: jax.Array, k_BTHK: jax.Array, v_BTHK: jax.Array, len_BQ: jax.Array) -> jax.Array:
@@ -84,15 +88,17 @@ def _chunked(chunk: int, q_BQHK: jax.Array, k_BTHK: jax.Array, v_BTHK: jax.Array
     return _chunked_forward(chunk, q_BQHK, k_BTHK, v_BTHK, len_BQ)[0]
 
 
-def _chunked_forward(chunk, q_BQHK, k_BTHK, v_BTHK, len_BQ):
+def _chunked_forward(
+    chunk: int, q_BQHK: jax.Array, k_BTHK: jax.Array, v_BTHK: jax.Array, len_BQ: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
     """Chunks of queries one after another; each walks over the chunks of keys that any of its rows can see."""
     k_chunks, v_chunks = _split(k_BTHK, chunk), _split(v_BTHK, chunk)
     queries, scale = q_BQHK.shape[1], q_BQHK.shape[-1] ** -0.5
 
-    def attend(inputs):
+    def attend(inputs: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         q_BHQK, len_B1Q1, visible_chunks = inputs
 
-        def step(number, carry):
+        def step(number: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
             out_BHQK, max_BHQ, sum_BHQ = carry
             k, v = (jax.lax.dynamic_index_in_dim(chunks, number, keepdims=False) for chunks in (k_chunks, v_chunks))
             s_BHQT = _scores(q_BHQK, k, len_B1Q1, number * chunk)
@@ -117,24 +123,28 @@ def _chunked_forward(chunk, q_BQHK, k_BTHK, v_BTHK, len_BQ):
     return out_BQHK, (q_BQHK, k_BTHK, v_BTHK, len_BQ, out_BQHK, log_sum_chunks)
 
 
-def _chunked_backward(chunk, saved, d_out_BQHK):
+def _chunked_backward(
+    chunk: int, saved: tuple[jax.Array, ...], d_out_BQHK: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array, None]:
     """Probabilities are recomputed chunk by chunk from the log-sum-exp, as in FlashAttention (Dao et al. 2022)."""
     q_BQHK, k_BTHK, v_BTHK, len_BQ, out_BQHK, log_sum_chunks = saved
     scale = q_BQHK.shape[-1] ** -0.5
     k_chunks, v_chunks = _split(k_BTHK, chunk), _split(v_BTHK, chunk)
-    f32 = {"preferred_element_type": jnp.float32}
+    f32: Any = {"preferred_element_type": jnp.float32}
 
-    def add(chunks, number, chunk):
+    def add(chunks: jax.Array, number: jax.Array, chunk: jax.Array) -> jax.Array:
         chunk += jax.lax.dynamic_index_in_dim(chunks, number, keepdims=False)
         return jax.lax.dynamic_update_index_in_dim(chunks, chunk, number, 0)
 
-    def attend(carry, inputs):
+    def attend(
+        carry: tuple[jax.Array, jax.Array], inputs: tuple[jax.Array, ...]
+    ) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
         q_BHQK, len_B1Q1, visible_chunks, out_BHQK, d_out_BHQK, log_sum_BHQ = inputs
         dot_BHQ = jnp.einsum("BHQK,BHQK->BHQ", d_out_BHQK, out_BHQK, **f32)
         # Products with p and ds from the left read those as they lie: only these two, small ones are transposed.
         q_BHKQ, d_out_BHKQ = jnp.swapaxes(q_BHQK, 2, 3), jnp.swapaxes(d_out_BHQK, 2, 3)
 
-        def step(number, carry):
+        def step(number: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
             dq_BHQK, dk_chunks, dv_chunks = carry
             k, v = (jax.lax.dynamic_index_in_dim(chunks, number, keepdims=False) for chunks in (k_chunks, v_chunks))
             p_BHQT = jnp.exp(_scores(q_BHQK, k, len_B1Q1, number * chunk) - log_sum_BHQ[..., None])
@@ -149,13 +159,13 @@ def _chunked_backward(chunk, saved, d_out_BQHK):
             )
 
         start = (jnp.zeros(q_BHQK.shape, jnp.float32), *carry)
-        dq_BHQK, *carry = jax.lax.fori_loop(0, visible_chunks, step, start)
-        return tuple(carry), dq_BHQK
+        dq_BHQK, dk_chunks, dv_chunks = jax.lax.fori_loop(0, visible_chunks, step, start)
+        return (dk_chunks, dv_chunks), dq_BHQK
 
     rows = (_split(q_BQHK * scale, chunk), *_split_lens(len_BQ, chunk))
-    start = 2 * (jnp.zeros_like(jnp.swapaxes(k_chunks, 3, 4), jnp.float32),)
+    zeros = jnp.zeros_like(jnp.swapaxes(k_chunks, 3, 4), jnp.float32)
     inputs = (*rows, _split(out_BQHK, chunk), _split(d_out_BQHK, chunk), log_sum_chunks)
-    (dk_chunks, dv_chunks), dq_chunks = jax.lax.scan(attend, start, inputs)
+    (dk_chunks, dv_chunks), dq_chunks = jax.lax.scan(attend, (zeros, zeros), inputs)
     queries, keys = q_BQHK.shape[1], k_BTHK.shape[1]
     return (
         (_join(dq_chunks, queries) * scale).astype(q_BQHK.dtype),

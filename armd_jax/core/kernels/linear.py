@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from armd_jax.core.panels import Panels
-from armd_jax.core.panels import product as panel_product
+from armd_jax.core.kernels import panels
+from armd_jax.core.kernels.panels import Panels
 
 
 def linear(rows_BRD: jax.Array, weight: jax.Array | Panels, dtype: jnp.dtype | None = None) -> jax.Array:
@@ -16,7 +16,7 @@ def linear(rows_BRD: jax.Array, weight: jax.Array | Panels, dtype: jnp.dtype | N
 
     A weight in panels is for decoding: no gradient rule, float32.
     """
-    return panel_product(rows_BRD, weight) if isinstance(weight, Panels) else _linear(rows_BRD, weight, dtype)
+    return panels.product(rows_BRD, weight) if isinstance(weight, Panels) else _linear(rows_BRD, weight, dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -32,7 +32,9 @@ def _product(rows_BRD: jax.Array, weight: jax.Array, dtype: jnp.dtype | None) ->
     return lax.dot_general(rows_BRD, weight, (((2,), (0,)), ((), ())), preferred_element_type=dtype)
 
 
-def _forward(rows_BRD: jax.Array, weight: jax.Array, dtype: jnp.dtype | None) -> tuple[jax.Array, tuple]:
+def _forward(
+    rows_BRD: jax.Array, weight: jax.Array, dtype: jnp.dtype | None
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     # Not `_linear` itself: a rematerialisation policy that keeps products does not look into it.
     return _product(rows_BRD, weight, dtype), (rows_BRD, weight)
 

@@ -1,0 +1,21 @@
+"""Logical axes: names for the axes of parameters and activations.
+
+`training.sharding` has the table from these names to the axes of a mesh. What is not listed here (norms, biases, the
+start token) is small and lies whole on every device.
+"""
+
+Axes = tuple[str | None, ...]  # one name per axis; None: never sharded
+
+# Of every parameter that may be sharded, by the last part of its name. Stacked layers have one more axis in front.
+PARAMETERS: dict[str, Axes] = {
+    "embedding": ("vocab", "embed"),
+    "head": ("embed", "vocab"),
+    "query": ("embed", "heads", None),
+    "key_value": ("embed", None, "heads", None),
+    "attention_out": ("heads", None, "embed"),
+    "mlp_in": ("embed", "mlp"),
+    "mlp_gate": ("embed", "mlp"),
+    "mlp_out": ("mlp", "embed"),
+}
+ROWS: Axes = ("batch", "length", "embed")
+LOGITS: Axes = ("batch", "length", "vocab")

@@ -1,0 +1,130 @@
+"""The curriculum: which kind of order training draws at which step (paper section on the curriculum).
+
+`_base` has one case per `config.OrderKind`. To add a kind of order, write its constructor in `core.order`, name it in
+the group of `config.OrderKind` whose block structure it has, and give `_base` its case.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import NamedTuple, assert_never
+
+import jax
+import jax.numpy as jnp
+
+from armd_jax import typed
+from armd_jax.config import OrderConfig, StridedOrder
+from armd_jax.core import order as orders
+from armd_jax.core.order import Order
+
+
+@dataclasses.dataclass(frozen=True)
+class Phase:
+    """Steps `first` .. `end` - 1 of training, in which orders are drawn in the same way."""
+
+    name: str
+    first: int
+    end: int
+
+
+class _Keys(NamedTuple):
+    """The keys of one step: of the order, and of the number of streams."""
+
+    order: jax.Array
+    streams: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class _Base:
+    """How orders are drawn before the SBP phase.
+
+    describe: a few words for people.
+    draw: (keys, step, batch, length) -> order.
+    phases: names with the step at which each ends; the last one has no end of its own.
+    """
+
+    describe: str
+    draw: Callable[[_Keys, jax.Array, int, int], Order]
+    phases: tuple[tuple[str, int | None], ...]
+
+
+def _base(config: OrderConfig) -> _Base:
+    one_phase = ((config.kind.replace("_", " "), None),)
+    match config.kind:
+        case "left_to_right":
+            return _Base(
+                "left to right", lambda keys, step, batch, length: orders.left_to_right(batch, length), one_phase
+            )
+        case "progressive":
+            return _Base(
+                f"progressive, {config.max_permuted} tokens shuffled",
+                lambda keys, step, batch, length: orders.progressive(
+                    keys.order, batch, length, num_permuted(config, step), config.permute
+                ),
+                (("identity", config.ar_steps), ("rising", config.permute_steps), ("constant", None)),
+            )
+        case "uniform":
+            return _Base(
+                "uniform", lambda keys, step, batch, length: orders.uniform(keys.order, batch, length), one_phase
+            )
+        case "strided":
+            return _Base(
+                _streams(config), lambda keys, step, batch, length: _strided(config, keys, batch, length), one_phase
+            )
+        case "masked_diffusion":
+            return _Base(
+                f"masked diffusion, {config.diffusion_steps} time steps",
+                lambda keys, step, batch, length: orders.masked_diffusion(
+                    keys.order, batch, length, config.diffusion_steps, config.noise_schedule, config.weight
+                ),
+                one_phase,
+            )
+        case _:
+            assert_never(config.kind)
+
+
+def _streams(config: OrderConfig) -> str:
+    numbers = ", ".join(map(str, config.streams))
+    return f"strided, S = {numbers}" if len(config.streams) == 1 else f"strided, S from {numbers}"
+
+
+def _strided(config: OrderConfig, keys: _Keys, batch: int, length: int) -> Order:
+    return orders.strided(batch, length, jax.random.choice(keys.streams, jnp.asarray(config.streams, jnp.int32)))
+
+
+def describe(config: OrderConfig) -> str:
+    """The kind of order in a few words."""
+    return _base(config).describe
+
+
+def phases(config: OrderConfig, num_steps: int) -> tuple[Phase, ...]:
+    """The phases of training that have steps, first to last. A run of strided orders has no SBP phase of its own."""
+    sbp_begins = num_steps - (0 if config.kind in typed.choices(StridedOrder) else config.sbp_steps)
+    found, first = [], 0
+    for name, end in (*_base(config).phases, ("SBP", num_steps)):
+        end = num_steps if name == "SBP" else min(sbp_begins if end is None else end, sbp_begins)
+        if end > first:
+            found.append(Phase(name, first, end))
+            first = end
+    return tuple(found)
+
+
+def num_permuted(config: OrderConfig, step: jax.Array | int) -> jax.Array:
+    """k of the progressive curriculum at a step: 0 until i_AR, then rising linearly from 1 to rho at i_perm."""
+    ramp = max(config.permute_steps - config.ar_steps, 1)
+    done = jnp.clip((jnp.asarray(step) - config.ar_steps) / ramp, 0.0, 1.0)
+    k = 1 + jnp.round(done * (config.max_permuted - 1)).astype(jnp.int32)
+    return jnp.where(jnp.asarray(step) < config.ar_steps, 0, k)
+
+
+def draw(config: OrderConfig, key: jax.Array, step: jax.Array, num_steps: int, batch: int, length: int) -> Order:
+    """The order that is trained on at `step` of `num_steps`, for a batch of rows of `length` tokens.
+
+    key: already belongs to this step.
+    """
+    keys = _Keys(*jax.random.split(key))
+    base = functools.partial(_base(config).draw, keys, step, batch, length)
+    if not config.sbp_steps:
+        return base()
+    sbp_begins = num_steps - config.sbp_steps
+    return jax.lax.cond(step >= sbp_begins, lambda: _strided(config, keys, batch, length), base)

@@ -1,0 +1,1 @@
+"""Code that computes one operation well: attention, matrix products, the embedding lookup."""

@@ -1,0 +1,254 @@
+"""One layer of the network, and running a stack of them. Training and cached decoding share this one definition.
+
+Some of a layer's rows give keys and values, some give queries; which ones makes the difference between the layers of
+the two-stream network (see `core.network`, where the dimension letters are declared too).
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, assert_never
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from armd_jax.config import ModelConfig, Remat
+from armd_jax.core import axes
+from armd_jax.core.cache import write
+from armd_jax.core.context import Context, LayerGroup
+from armd_jax.core.kernels.attention import KERNEL_OUTPUT, attention, attention_chunk, cached_attention
+from armd_jax.core.kernels.linear import linear
+from armd_jax.core.kernels.panels import Panels
+from armd_jax.core.sizes import activation_dtype, mlp_width
+
+KeyValue = tuple[jax.Array, jax.Array]  # a layer's cache: keys [B H, K, N] and values [B H, N, K]
+
+
+@dataclasses.dataclass(frozen=True)
+class StackInputs:
+    """What every layer of a stack is given beside its rows.
+
+    rotary: cos and sin of RoPE for all rows. len_BQ: int32, how many keys each query sees, counted from the start of
+    the context. start: key index of the first row that gives keys. valid_BT: bool, False for padding rows, which enter
+    no cache; None: all rows are valid.
+    """
+
+    rotary: tuple[jax.Array, jax.Array]
+    len_BQ: jax.Array
+    start: jax.Array | int = 0
+    valid_BT: jax.Array | None = None
+
+    @property
+    def is_first_call(self) -> bool:
+        """Whether the call's own rows are all that the cache holds after it. Long evidence then needs no N x N scores.
+
+        Only a Python number can say so: later calls of a sampling loop have a traced `start`.
+        """
+        return isinstance(self.start, int) and self.start == 0
+
+
+def make_norm(config: ModelConfig, name: str) -> nn.Module:
+    """The norm of the config, which computes in the dtype of the activations."""
+    dtype = activation_dtype(config)
+    match config.norm:
+        case "layernorm":
+            return nn.LayerNorm(epsilon=1e-5, dtype=dtype, name=name)
+        case "rmsnorm":
+            return nn.RMSNorm(epsilon=1e-5, dtype=dtype, name=name)
+        case _:
+            assert_never(config.norm)
+
+
+def rotary_table(positions_BR: jax.Array, config: ModelConfig) -> tuple[jax.Array, jax.Array]:
+    """cos and sin [B, R, 1, K/2] of RoPE (Su et al. 2021) at the given positions."""
+    half = config.head_width // 2
+    frequency = config.rope_base ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angle = positions_BR[..., None, None].astype(jnp.float32) * frequency
+    return jnp.cos(angle), jnp.sin(angle)
+
+
+def _rotate(a_BRHK: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    first, second = jnp.split(a_BRHK.astype(jnp.float32), 2, axis=-1)
+    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return turned.astype(a_BRHK.dtype)
+
+
+def _normal(fan_in: int, gain: float = 1.0) -> nn.initializers.Initializer:
+    return nn.initializers.normal(stddev=gain * fan_in**-0.5)
+
+
+class Layer(nn.Module):
+    """Pre-norm attention and MLP: the first `num_keys` rows give keys, those from `first_query` on are updated.
+
+    Two-stream layer: the rows are X then G, keys come from X, and all rows are updated. Last two-stream layer: only G
+    is updated, so X's queries, attention and MLP are never computed. Causal layer: the rows are G, all of them give
+    keys and all are updated.
+    """
+
+    config: ModelConfig
+    group: LayerGroup
+    num_keys: int
+    first_query: int = 0
+
+    @nn.compact
+    def __call__(
+        self, rows_BRD: jax.Array, inputs: StackInputs, context: Context, cache: KeyValue | None = None
+    ) -> tuple[jax.Array, KeyValue | None]:
+        """Returns the updated rows [B, Q, D] and, if a cache was given, the cache with the new keys and values."""
+        config = self.config
+        normed_BRD = make_norm(config, "attention_norm")(rows_BRD)
+        mixed_BQD, cache = self._attention(normed_BRD, inputs, context, cache)
+        rows_BQD = rows_BRD[:, self.first_query :] + context.dropout(config.dropout, mixed_BQD, 0)
+        hidden_BQD = self._mlp(make_norm(config, "mlp_norm")(rows_BQD))
+        return rows_BQD + context.dropout(config.dropout, hidden_BQD, 1), cache
+
+    def _attention(
+        self, normed_BRD: jax.Array, inputs: StackInputs, context: Context, cache: KeyValue | None
+    ) -> tuple[jax.Array, KeyValue | None]:
+        config, dtype = self.config, normed_BRD.dtype
+        width, heads, head_width = config.width, config.num_heads, config.head_width
+        keys, queries = slice(0, self.num_keys), slice(self.first_query, None)
+        w_q = self._weight("query", _normal(width), (width, heads, head_width), dtype)
+        w_kv = self._weight("key_value", _normal(width), (width, 2, heads, head_width), dtype)
+        w_o = self._weight("attention_out", self._residual(width), (heads, head_width, width), dtype)
+        cos, sin = inputs.rotary
+        q_BQHK = linear(normed_BRD[:, queries], w_q)
+        kv_BTcHK = linear(normed_BRD[:, keys], w_kv)
+        q_BQHK = _rotate(q_BQHK, cos[:, queries], sin[:, queries])
+        k_BTHK, v_BTHK = (a[:, :, 0] for a in jax.lax.split(kv_BTcHK, (1, 1), axis=2))
+        k_BTHK = _rotate(k_BTHK, cos[:, keys], sin[:, keys])
+        if cache is not None:
+            start, valid = inputs.start, inputs.valid_BT
+            cache = (write(cache[0], k_BTHK, start, valid, "BHKT"), write(cache[1], v_BTHK, start, valid, "BHTK"))
+        if cache is None and context.attend is not None:
+            mixed_BQHK = context.attend(q_BQHK, k_BTHK, v_BTHK, inputs.len_BQ, self.group)
+        elif cache is None or inputs.is_first_call:
+            chunk = attention_chunk(config)
+            mixed_BQHK = attention(q_BQHK, k_BTHK, v_BTHK, inputs.len_BQ, config.plain_attention, chunk)
+        else:
+            mixed_BQHK = cached_attention(q_BQHK, *cache, inputs.len_BQ)
+        if isinstance(w_o, Panels):
+            return linear(mixed_BQHK.reshape(*mixed_BQHK.shape[:2], width), w_o), cache
+        return jnp.einsum("BQHK,HKD->BQD", mixed_BQHK, w_o), cache
+
+    def _mlp(self, normed_BQD: jax.Array) -> jax.Array:
+        config, dtype = self.config, normed_BQD.dtype
+        width, hidden = config.width, mlp_width(config)
+        w_in = self._weight("mlp_in", _normal(width), (width, hidden), dtype)
+        w_out = self._weight("mlp_out", self._residual(hidden), (hidden, width), dtype)
+        hidden_BQF = linear(normed_BQD, w_in)
+        match config.mlp:
+            case "gelu":
+                hidden_BQF = nn.gelu(hidden_BQF)
+            case "swiglu":
+                w_gate = self._weight("mlp_gate", _normal(width), (width, hidden), dtype)
+                hidden_BQF = nn.silu(linear(normed_BQD, w_gate)) * hidden_BQF
+            case _:
+                assert_never(config.mlp)
+        return linear(hidden_BQF, w_out)
+
+    def _residual(self, fan_in: int) -> nn.initializers.Initializer:
+        """The initialisation of a projection into the residual stream, whose variance 2 L of them add up to."""
+        return _normal(fan_in, (2 * self.config.num_layers) ** -0.5)
+
+    def _weight(
+        self, name: str, init: nn.initializers.Initializer, shape: tuple[int, ...], dtype: jnp.dtype
+    ) -> jax.Array | Panels:
+        """The parameter in the dtype of the activations, or the panels that decoding has in its place."""
+        held: Any = self.get_variable("params", name)
+        return held if isinstance(held, Panels) else self.param(name, init, shape).astype(dtype)
+
+
+# --- a stack of layers ----------------------------------------------------------------------------------------------
+
+LayerParams = dict[str, Any]
+Apply = Callable[..., tuple[jax.Array, KeyValue | None]]
+
+
+def run_stack(
+    layer: Layer,
+    stack: LayerParams | list[LayerParams],
+    h_BRD: jax.Array,
+    inputs: StackInputs,
+    context: Context,
+    *,
+    first_layer: int,
+    caches: Sequence[KeyValue] | None,
+) -> tuple[jax.Array, tuple[KeyValue, ...]]:
+    """Runs layers one after another, as a scan or a loop over the same parameters and with the same dropout draws.
+
+    stack: the parameters of all layers, stacked along a first axis, or a list with those of each layer.
+    first_layer: the number of the first of them in the network.
+    caches: one per layer in decoding, else None.
+    Returns the rows that the last layer updated, and the caches with the new keys and values.
+    """
+    config = layer.config
+
+    def whole(path: tuple[Any, ...], leaf: jax.Array | Panels) -> jax.Array | Panels:
+        """A weight put together along the model width, in the dtype it is used in: half the bytes to gather."""
+        if isinstance(leaf, Panels) or (names := axes.PARAMETERS.get(path[-1].key)) is None:
+            return leaf
+        return context.constrain(leaf.astype(h_BRD.dtype), names)
+
+    def apply(
+        h_BRD: jax.Array, params: LayerParams, number: jax.Array | int, cache: KeyValue | None = None
+    ) -> tuple[jax.Array, KeyValue | None]:
+        params = jax.tree_util.tree_map_with_path(whole, params, is_leaf=lambda leaf: isinstance(leaf, Panels))
+        out: Any = layer.apply({"params": params}, h_BRD, inputs, context.fold_in(number), cache)
+        h_BQD, cache = out
+        return context.constrain(h_BQD, axes.ROWS), cache
+
+    scans = _scans(config) and caches is None and not isinstance(stack, list)
+    run = _rematerialised(apply, config.remat, in_scan=scans)
+    if isinstance(stack, list):
+        per_layer = stack
+    elif scans:
+        count = jax.tree.leaves(stack)[0].shape[0]
+        numbers = first_layer + jnp.arange(count)
+        h_BRD, _ = jax.lax.scan(lambda h, inputs: (run(h, *inputs)[0], None), h_BRD, (stack, numbers))
+        return h_BRD, ()
+    else:
+        per_layer = _split_layers(stack)
+    new_caches = []
+    for index, params in enumerate(per_layer):
+        h_BRD, cache = run(h_BRD, params, first_layer + index, None if caches is None else caches[index])
+        if cache is not None:
+            new_caches.append(cache)
+    return h_BRD, tuple(new_caches)
+
+
+def _rematerialised(apply: Apply, remat: Remat, in_scan: bool) -> Apply:
+    """`apply` with the config's choice of what its backward pass computes again."""
+    policies = jax.checkpoint_policies
+    match remat:
+        case "none":
+            return apply
+        case "dots":
+            policy = policies.save_from_both_policies(
+                policies.dots_with_no_batch_dims_saveable, policies.save_only_these_names(KERNEL_OUTPUT)
+            )
+        case "full":
+            policy = None
+        case _:
+            assert_never(remat)
+    # Outside a scan nothing else keeps the compiler from merging the recomputation with the forward pass.
+    return jax.checkpoint(apply, policy=policy, prevent_cse=not in_scan)
+
+
+def _scans(config: ModelConfig) -> bool:
+    match config.scan_layers:
+        case "on":
+            return True
+        case "off":
+            return False
+        case "auto":
+            return jax.default_backend() != "cpu"
+        case _:
+            assert_never(config.scan_layers)
+
+
+def _split_layers(stack: LayerParams) -> list[LayerParams]:
+    """Per-layer parameters of a stack through `lax.split`, whose gradient is one concatenation instead of many adds."""
+    leaves, treedef = jax.tree.flatten(stack)
+    columns = [jax.lax.split(leaf, (1,) * leaf.shape[0]) for leaf in leaves]
+    return [jax.tree.unflatten(treedef, [part[0] for part in parts]) for parts in zip(*columns, strict=True)]

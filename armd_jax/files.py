@@ -1,0 +1,92 @@
+"""The one door to files: whole or not at all, and read with errors that name the file."""
+
+import contextlib
+import json
+import os
+import pathlib
+import shutil
+import tempfile
+from collections.abc import Iterator
+from typing import Any
+
+from armd_jax.errors import UserError
+
+
+def write(path: pathlib.Path, content: str | bytes) -> None:
+    """Writes a file whole or not at all: whoever reads `path` sees the old content or the new, never a part.
+
+    A link at `path` is replaced, not followed.
+    """
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)  # mkstemp makes private files, but these are for everyone who may read the folder
+        os.replace(temporary, path)
+    except BaseException:
+        pathlib.Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+@contextlib.contextmanager
+def new_folder(path: pathlib.Path) -> Iterator[pathlib.Path]:
+    """A temporary neighbour of `path` to write into, which takes the name `path` at the end of the block.
+
+    If the block raises, the neighbour is removed and nothing is left at `path`.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = pathlib.Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    try:
+        yield temporary
+        temporary.chmod(0o755)
+        os.replace(temporary, path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def read_json(path: pathlib.Path) -> Any:
+    """The value in a JSON file. Raises UserError if it cannot be read as one."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError as error:
+        raise UserError(f"{path}: cannot be read as JSON: it is nested too deeply") from error
+    except (OSError, ValueError) as error:  # ValueError: neither JSON nor UTF-8
+        raise UserError(f"{path}: cannot be read as JSON: {error}") from error
+
+
+def read_json_lines(path: pathlib.Path) -> list[dict[str, Any]]:
+    """The objects in a .jsonl file, none if there is no such file. A last line that a kill cut short is left out.
+
+    Raises UserError if the file cannot be read as text.
+    """
+    rows: list[dict[str, Any]] = []
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        return rows
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from error
+    for line in lines:
+        try:
+            row = json.loads(line)
+        except (json.JSONDecodeError, RecursionError):
+            break
+        if not isinstance(row, dict):
+            break
+        rows.append(row)
+    return rows
+
+
+def append_json_line(path: pathlib.Path, row: dict[str, Any]) -> None:
+    """Appends one object to a .jsonl file."""
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def drop_partial_line(path: pathlib.Path) -> None:
+    """Removes a last line that a kill cut short from a .jsonl file."""
+    if path.exists() and (content := path.read_bytes()) and not content.endswith(b"\n"):
+        write(path, content[: content.rfind(b"\n") + 1])

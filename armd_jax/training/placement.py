@@ -1,0 +1,124 @@
+"""A config on a mesh: what is `auto` decided for its devices, and how network calls are carried out there."""
+
+import dataclasses
+import functools
+from typing import assert_never
+
+import jax
+from jax.sharding import Mesh, PartitionSpec
+
+from armd_jax.config import Config, GpuKernel, TpuKernel, block_patterns
+from armd_jax.core import objective
+from armd_jax.core.context import Attend, Context, LayerGroup
+from armd_jax.core.sizes import padded_vocab
+from armd_jax.errors import UserError
+from armd_jax.training import sharding
+
+
+@dataclasses.dataclass(frozen=True)
+class Placement:
+    """What training and evaluation steps are made from.
+
+    config: with every `auto` decided. mesh: the devices. context: constraints and attention kernel for these devices.
+    """
+
+    config: Config
+    mesh: Mesh
+    context: Context
+
+
+def for_training(config: Config, mesh: Mesh) -> Placement:
+    """The placement of training steps. Raises UserError if the config asks for a kernel that the devices do not run."""
+    return _place(config, mesh, block_patterns(config.order))
+
+
+def for_evaluation(config: Config, mesh: Mesh) -> Placement:
+    """The placement of evaluation steps, which take a batch at once and left to right.
+
+    Padding stands behind everything else, so every block is one token.
+    """
+    # Without accumulation, so that the chunks of logits are not sized for a microbatch.
+    training = dataclasses.replace(config.training, microbatches=1)
+    return _place(dataclasses.replace(config, training=training), mesh, patterns=(1,))
+
+
+def _place(config: Config, mesh: Mesh, patterns: tuple[int, ...] | None) -> Placement:
+    config = _decided(config, mesh)
+    return Placement(config, mesh, Context(sharding.constrain(mesh), _attend(config, mesh, patterns)))
+
+
+def _decided(config: Config, mesh: Mesh) -> Config:
+    """The config with every `auto` decided for the mesh's devices, and the chunk of logits sized for one of them."""
+    device = mesh.devices.flat[0]
+    model = config.model.for_platform(device.platform)
+    chosen_here = model.attention != config.model.attention
+    if chosen_here and device.platform == "gpu" and not _triton_compiles_for(device):
+        model = dataclasses.replace(model, attention="auto")
+    if not model.loss_chunk and mesh.size > 1:
+        rows = config.training.batch_size // config.training.microbatches // (mesh.shape["data"] * mesh.shape["fsdp"])
+        vocab_part = padded_vocab(model) // mesh.shape["tensor"]
+        model = dataclasses.replace(model, loss_chunk=objective.loss_chunk(max(rows, 1) * vocab_part, model.max_length))
+    return dataclasses.replace(config, model=model)
+
+
+def _triton_compiles_for(device: jax.Device) -> bool:
+    """Whether Triton compiles for this GPU, bfloat16 included. Only NVIDIA's GPUs number their compute capability."""
+    capability = str(getattr(device, "compute_capability", ""))
+    return capability[:1].isdigit() and float(capability) >= 8
+
+
+def _attend(config: Config, mesh: Mesh, patterns: tuple[int, ...] | None) -> Attend | None:
+    """The attention kernel of the mesh's devices for orders of these block patterns; None if none fits.
+
+    The kernel runs per device, on the device's own rows and heads. On CPU it is interpreted.
+    Raises UserError if the config asks for a kernel that the devices do not run.
+    """
+    kernel: Attend
+    kind, device = config.model.attention, mesh.devices.flat[0]
+    interpret = device.platform == "cpu"
+    match kind:
+        case "splash":
+            if patterns is None:
+                return None
+            _check_platform(kind, "tpu", device)
+            from armd_jax.core.kernels import splash  # imports Pallas
+
+            kernel = functools.partial(splash.attention, patterns=patterns, interpret=interpret)
+        case "flash":
+            _check_platform(kind, "gpu", device)
+            if device.platform == "gpu" and not _triton_compiles_for(device):
+                raise UserError(
+                    "model.attention='flash' needs an NVIDIA GPU of compute capability 8.0 or newer, not this"
+                    f" {device.device_kind}: use auto or chunked"
+                )
+            from armd_jax.core.kernels import flash  # imports Pallas
+
+            def kernel(
+                q_BQHK: jax.Array, k_BTHK: jax.Array, v_BTHK: jax.Array, len_BQ: jax.Array, group: LayerGroup
+            ) -> jax.Array:
+                del group  # prefix lengths are data for this kernel
+                return flash.attention(q_BQHK, k_BTHK, v_BTHK, len_BQ, interpret=interpret)
+
+        case "auto" | "dense" | "chunked":
+            return None
+        case _:
+            assert_never(kind)
+
+    rows, lens = PartitionSpec(sharding.BATCH_AXES, None, "tensor", None), PartitionSpec(sharding.BATCH_AXES, None)
+
+    def attend(
+        q_BQHK: jax.Array, k_BTHK: jax.Array, v_BTHK: jax.Array, len_BQ: jax.Array, group: LayerGroup
+    ) -> jax.Array:
+        local = functools.partial(kernel, group=group)
+        # Pallas kernels carry no annotation of what varies over the mesh, so check_vma must be off.
+        mapped = jax.shard_map(local, mesh=mesh, in_specs=(rows, rows, rows, lens), out_specs=rows, check_vma=False)
+        return mapped(q_BQHK, k_BTHK, v_BTHK, len_BQ)
+
+    return attend
+
+
+def _check_platform(kind: TpuKernel | GpuKernel, home: str, device: jax.Device) -> None:
+    if device.platform not in (home, "cpu"):
+        raise UserError(
+            f"model.attention={kind!r} runs on {home.upper()}, not on {device.platform}: use auto or chunked"
+        )
