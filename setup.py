@@ -38,5 +38,5 @@ setup(
             'libtpu>=0.0.42; sys_platform == "linux" and platform_machine == "x86_64"',
         ],
     },
-    entry_points={"console_scripts": ["armd = armd_jax.cli:main"]},
+    entry_points={"console_scripts": ["armd = armd_jax.cli.main:main"]},
 )

@@ -11,7 +11,7 @@ _HOME = {
     "Generation": "armd_jax.inference.language_model",
     "Config": "armd_jax.config",
     "ModelConfig": "armd_jax.config",
-    "UserError": "armd_jax.config",
+    "UserError": "armd_jax.errors",
     "Order": "armd_jax.core.order",
 }
 _MODULES = {
@@ -19,6 +19,7 @@ _MODULES = {
     "block_mask": "armd_jax.core.block_mask",
     "network": "armd_jax.core.network",
     "objective": "armd_jax.core.objective",
+    "parameters": "armd_jax.core.parameters",
 }
 __all__ = ["__version__", *_HOME, *_MODULES]
 

@@ -41,6 +41,7 @@ OptimizerKind = Literal["adamw"]
 LearningRateSchedule = Literal["constant", "cosine", "wsd"]
 AfterSkipped = Literal["rollback", "stop"]
 Damaged = Literal["error", "skip"]
+Split = Literal["train", "valid", "test"]
 
 SPLASH_TILE = 128  # the TPU kernel needs rows of a multiple of this length
 FLASH_WIDEST = 256  # the GPU kernel takes heads up to this width
@@ -175,10 +176,10 @@ class OrderConfig:
 
 
 def block_patterns(order: OrderConfig) -> tuple[int, ...] | None:
-    """The numbers of streams whose strided block structure the orders drawn in training have; 1: one-token blocks.
+    """The block structures of the orders drawn in training, as numbers of streams; 1 means one-token blocks.
 
-    Which natural position stands where is drawn, but the blocks, and with them every mask, are those of one of these
-    numbers. None if the blocks themselves are drawn.
+    The position of each token may be drawn at random, but the blocks, and with them every mask, are those of a strided
+    order with one of these numbers of streams. None if the blocks themselves are drawn.
     """
     if order.kind in typed.choices(DrawnBlocksOrder):
         return None

@@ -5,12 +5,14 @@ its folder, so that one experiment can start from another: `from owt_small impor
 """
 
 import ast
+import contextlib
+import importlib.abc
 import importlib.machinery
 import importlib.util
-import os
 import pathlib
+import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from typing import Any
 
 import ml_collections
@@ -21,10 +23,39 @@ _LONGEST_VALUE = 1000  # characters of a number or a tuple
 
 
 class _SourceOnly(importlib.machinery.SourceFileLoader):
-    """Runs the source itself: leaves no __pycache__ beside the user's file and takes nothing from one."""
+    """Runs the source itself: it leaves no __pycache__ beside the user's file and reads none."""
 
-    def path_stats(self, path: str | bytes | os.PathLike[str]) -> Any:
+    def path_stats(self, path: Any) -> Any:
         raise OSError(f"bytecode of {path!r} is neither read nor written")
+
+
+class _Siblings(importlib.abc.MetaPathFinder):
+    """Finds the Python files beside an experiment file, as Python does for a script that is run."""
+
+    def __init__(self, folder: pathlib.Path) -> None:
+        self._folder = folder
+
+    def find_spec(self, fullname: str, path: Any, target: Any = None) -> importlib.machinery.ModuleSpec | None:
+        file = self._folder / f"{fullname}.py"
+        if path is not None or not file.is_file():
+            return None
+        loader = _SourceOnly(fullname, str(file))
+        return importlib.util.spec_from_file_location(fullname, file, loader=loader)
+
+
+@contextlib.contextmanager
+def _siblings_of(file: pathlib.Path) -> Generator[None]:
+    """Lets the file import its siblings, and forgets them afterwards: another folder may have files of that name."""
+    folder = file.parent.resolve()
+    finder, before = _Siblings(folder), set(sys.modules)
+    sys.meta_path.insert(0, finder)
+    try:
+        yield
+    finally:
+        sys.meta_path.remove(finder)
+        for name in set(sys.modules) - before:
+            if isinstance(getattr(sys.modules[name], "__loader__", None), _SourceOnly):
+                del sys.modules[name]
 
 
 def load_config_file(spec: str) -> ml_collections.ConfigDict:
@@ -35,24 +66,25 @@ def load_config_file(spec: str) -> ml_collections.ConfigDict:
         raise UserError(f"--config={spec}: there is no file {path!r}")
     if file.suffix != ".py":
         raise UserError(f"--config={spec}: {path!r} is not a Python file")
-    loader = _SourceOnly(file.stem, str(file))
-    loader_spec = importlib.util.spec_from_file_location(file.stem, file, loader=loader)
-    assert loader_spec is not None
-    module = importlib.util.module_from_spec(loader_spec)
-    try:
-        loader.exec_module(module)
-    except UserError:
-        raise
-    except (Exception, SystemExit) as error:  # whatever it raises is the user's to mend
-        raise UserError(f"--config={spec}: the file fails with {type(error).__name__}: {error}") from error
-    if not hasattr(module, "get_config"):
-        raise UserError(f"--config={spec}: the file defines no get_config(arg)")
-    try:
-        config = module.get_config(arg) if colon else module.get_config()
-    except UserError:
-        raise
-    except (Exception, SystemExit) as error:
-        raise UserError(f"--config={spec}: get_config fails with {type(error).__name__}: {error}") from error
+    with _siblings_of(file):
+        loader = _SourceOnly(file.stem, str(file))
+        loader_spec = importlib.util.spec_from_file_location(file.stem, file, loader=loader)
+        assert loader_spec is not None
+        module = importlib.util.module_from_spec(loader_spec)
+        try:
+            loader.exec_module(module)
+        except UserError:
+            raise
+        except (Exception, SystemExit) as error:  # whatever it raises is the user's to mend
+            raise UserError(f"--config={spec}: the file fails with {type(error).__name__}: {error}") from error
+        if not hasattr(module, "get_config"):
+            raise UserError(f"--config={spec}: the file defines no get_config(arg)")
+        try:
+            config = module.get_config(arg) if colon else module.get_config()
+        except UserError:
+            raise
+        except (Exception, SystemExit) as error:
+            raise UserError(f"--config={spec}: get_config fails with {type(error).__name__}: {error}") from error
     if not isinstance(config, ml_collections.ConfigDict):
         raise UserError(f"--config={spec}: get_config must return an ml_collections.ConfigDict")
     return config

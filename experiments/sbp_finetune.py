@@ -9,18 +9,14 @@ Paper:     generative perplexity sequential / S = 2 / S = 4 (entropy 8.0 bits): 
 """
 
 from ml_collections import ConfigDict
+from owt_small import get_config as owt_small
 
-from armd_jax import config as configs
 from armd_jax import experiment_file
 
 
 def get_config(arg: str = "") -> ConfigDict:
     """`smoke`: under a minute on two cores, on the embedded corpus, from random weights."""
-    config = configs.default_config_dict()
-    config.data.update(path="openwebtext", tokenizer="gpt2")  # folders here, where the flags name no others
-    config.model.update(max_length=1024, num_layers=12, two_stream_layers=6, width=768, num_heads=12, dropout=0.1)
+    config = owt_small()
     config.order.update(kind="strided", streams=(1, 2, 4))
-    config.training.update(num_steps=50_000, batch_size=512, eval_every=5_000, checkpoint_every=2_000)
-    config.model.remat = "dots"
-    config.training.microbatches = 4
+    config.training.update(num_steps=50_000, keep_every=0)  # the paper tries 10K, 50K and 80K steps
     return experiment_file.plain_or_smoke(config, arg)

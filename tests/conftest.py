@@ -12,7 +12,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import jax
 import pytest
 
-from armd_jax import cli
+from armd_jax.cli import main as cli
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 _WORDS = "the a river stone light moves under over slowly quickly and or bird tree sees finds old new"

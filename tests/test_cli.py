@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from armd_jax import cli
+from armd_jax.cli import main as cli
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -127,7 +127,7 @@ def test_errors_of_the_real_command_have_no_traceback(tmp_path, smoke_config):
     """As processes of their own, wrong commands exit with 2 and one error line, without a traceback."""
     train = ["train", f"--config={smoke_config}", f"--workdir={tmp_path / 'run'}"]
     for argv in ([*train, "--config.model.widht=1"], [*train, f"--config.data.path={tmp_path / 'none.txt'}"]):
-        command = [sys.executable, "-m", "armd_jax.cli", *argv]
+        command = [sys.executable, "-m", "armd_jax", *argv]
         done = subprocess.run(command, capture_output=True, text=True, env=os.environ, timeout=120)
         assert done.returncode == 2 and done.stdout == ""
         assert [line.startswith("error:") for line in done.stderr.splitlines()].count(True) == 1

@@ -1,6 +1,7 @@
 """Experiment files and command-line overrides: the right value of the right type, or one clear line."""
 
 import pathlib
+import sys
 import textwrap
 
 import ml_collections
@@ -165,3 +166,33 @@ def test_missing_config_file(tmp_path):
         with pytest.raises(UserError, match=message) as error:
             experiment_file.load_config_file(spec)
         assert str(tmp_path) in _message(error)
+
+
+def test_an_experiment_starts_from_its_sibling(tmp_path):
+    """A file imports one beside it; files of the same name in two folders are not mixed up, and nothing is left."""
+    for name, width in (("a", 64), ("b", 128)):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "base_of_test.py").write_text(
+            "from armd_jax.config import default_config_dict\n"
+            f"def get_config(arg=''):\n    c = default_config_dict()\n    c.model.width = {width}\n    return c\n"
+        )
+        (folder / "child.py").write_text(
+            "from base_of_test import get_config as base\n"
+            "def get_config(arg=''):\n"
+            "    import base_of_test\n"  # while get_config runs, too
+            "    c = base()\n    c.model.num_heads = 4\n    return c\n"
+        )
+    configs = [experiment_file.load_config_file(str(tmp_path / name / "child.py")) for name in ("a", "b", "a")]
+    assert [(config.model.width, config.model.num_heads) for config in configs] == [(64, 4), (128, 4), (64, 4)]
+    assert "base_of_test" not in sys.modules
+    assert not any(type(finder).__name__ == "_Siblings" for finder in sys.meta_path)
+    assert not list(tmp_path.rglob("__pycache__"))
+
+
+def test_fine_tuning_experiment_has_the_model_of_its_base():
+    """sbp_finetune takes model and data of owt_small, so that its weights fit."""
+    root = pathlib.Path(__file__).resolve().parent.parent / "experiments"
+    base, tuned = (experiment_file.load_config_file(str(root / f"{name}.py")) for name in ("owt_small", "sbp_finetune"))
+    assert (tuned.model.to_dict(), tuned.data.to_dict()) == (base.model.to_dict(), base.data.to_dict())
+    assert tuned.order.kind == "strided"

@@ -12,8 +12,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from armd_jax import cli
 from armd_jax import config as configs
+from armd_jax.cli import main as cli
 from armd_jax.config import Config
 from armd_jax.errors import UserError
 from armd_jax.experiment_file import apply_overrides

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import armd_jax as armd
-from armd_jax import cli
+from armd_jax.cli import main as cli
 from armd_jax.data import tokenizers
 from armd_jax.errors import UserError
 

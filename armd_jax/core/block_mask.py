@@ -1,12 +1,12 @@
 """The causal block-mask builder: order -> prefix lengths -> dense array or picture.
 
-Once tokens stand in generation order, blocks are contiguous, so "may see every earlier block" and "may see every block
-up to its own" are both prefixes of the context: a block mask is two integers a token, never an N x N array
-(paper section 3, the strictly causal and causal relations).
+If tokens are arranged in generation order, blocks are contiguous. "May see every earlier block" and "may see every
+block up to its own" then both mean a prefix of the context, so a block mask is two integers per token and never an
+N x N array (paper section 3, the strictly causal and the causal relation).
 
-The context has a learned start token at index 0, in a block of its own that everything sees; context index i + 1 is
-generation index i. For a block at generation indices [a, e): strict_len = a + 1, causal_len = e + 1, counting the start
-token. N = 8 in two streams:
+The context begins with a learned start token at index 0, which has a block of its own and is visible to every token.
+Context index i + 1 is generation index i. For a block at generation indices [a, e), strict_len = a + 1 and
+causal_len = e + 1; both count the start token. An example with N = 8 and two streams:
 
     generation index   0 1 2 3 4 5 6 7        strict_len   1 2 3 3 5 5 7 7
     natural position   0 4 1 5 2 6 3 7        causal_len   2 3 5 5 7 7 9 9
@@ -24,9 +24,9 @@ from armd_jax.core.order import Order
 class BlockMask:
     """Prefix lengths [B, N] int32 over the context (start token included), in generation order.
 
-    strict_len_BN: how many context tokens the target at each index may see (all earlier blocks).
-    causal_len_BN: the same with the target's own block.
-    previous_len_BN: strict_len of the block before (0 for the first block): where the preceding block begins.
+    strict_len_BN: how many context tokens the target at each index may see, which are those of all earlier blocks.
+    causal_len_BN: the same, including the target's own block.
+    previous_len_BN: strict_len of the preceding block, which is where that block begins; 0 for the first block.
     """
 
     strict_len_BN: jax.Array
@@ -35,21 +35,21 @@ class BlockMask:
 
     @property
     def x_len_BN(self) -> jax.Array:
-        """Key lengths of stream X's N rows (the start token, then the first N - 1 tokens) over X's keys."""
+        """How many of X's keys each of stream X's N rows (start token, then the first N - 1 tokens) sees."""
         length = self.causal_len_BN.shape[1]
         start_BN = jnp.ones_like(self.causal_len_BN[:, :1])
         return jnp.concatenate([start_BN, jnp.minimum(self.causal_len_BN[:, :-1], length)], axis=1)
 
     @property
     def g_len_BN(self) -> jax.Array:
-        """Key lengths of stream G's N rows in the causal stack, over G's keys (no start row)."""
+        """How many of X's keys each of stream X's N rows sees. They are the start token and the first N - 1 tokens."""
         return self.causal_len_BN - 1
 
 
 def build(order: Order) -> BlockMask:
-    """The block mask of an order. O(N), traceable.
+    """The block mask of an order, computed in O(N). Traceable.
 
-    The rule's only other place is the sampler, whose later calls know where their block begins and ends.
+    The sampler is the only other place that knows this rule: its calls know where their block begins and ends.
     """
     block_BN = order.block_BN
     length = block_BN.shape[1]
@@ -60,7 +60,7 @@ def build(order: Order) -> BlockMask:
     ends_BN = jnp.concatenate([changes, edge], axis=1)
     first_BN = jax.lax.cummax(jnp.where(starts_BN, index_BN, 0), axis=1)  # a
     last_BN = jax.lax.cummin(jnp.where(ends_BN, index_BN, length), axis=1, reverse=True)  # e - 1
-    # The block before begins where the token just left of this block's first index has its own `first`.
+    # The token just before this block belongs to the preceding block, and its `first` is where that block begins.
     before_BN = jnp.take_along_axis(first_BN, jnp.maximum(first_BN - 1, 0), axis=1)
     return BlockMask(
         strict_len_BN=first_BN + 1,
@@ -70,14 +70,15 @@ def build(order: Order) -> BlockMask:
 
 
 def dense(len_BQ: jax.Array, num_keys: int) -> jax.Array:
-    """bool [B, Q, K], True where the query sees the key. For tests and for pictures only."""
+    """bool [B, Q, K], True if the query sees the key. For tests and for pictures only."""
     return jnp.arange(num_keys) < len_BQ[..., None]
 
 
 def picture(order: Order, strict: bool, row: int = 0) -> str:
-    """The mask of one row as text: a line a target in generation order, a column a context token, `#` where seen.
+    """The mask of one batch row as text: one line per target in generation order, one column per context token.
 
-    The first column is the start token. `strict` chooses the strictly causal relation (stream G), else the causal one.
+    `#` marks what a target sees; the first column is the start token.
+    strict: draw the strictly causal relation (stream G) instead of the causal one.
     """
     mask = build(order)
     lens = np.asarray((mask.strict_len_BN if strict else mask.causal_len_BN)[row])

@@ -1,4 +1,4 @@
-"""What decoding keeps between network calls: keys and values of every layer, and the aggregation's state."""
+"""What decoding keeps between network calls: the keys and values of every layer, and the aggregator's state."""
 
 import flax.struct
 import jax

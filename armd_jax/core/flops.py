@@ -1,4 +1,4 @@
-"""Analytic model FLOPs of a `ModelConfig`: what the mathematics asks for, however it is computed.
+"""Analytic model FLOPs of a `ModelConfig`: what the mathematics needs, however it is computed.
 
 A multiply-add is two FLOPs. Norms, softmax, rotations and the embedding lookup are not counted, and an attention
 query counts the keys that it may see, (N + 1) / 2 on average, but no masked ones. Every token has one X row and one G
@@ -60,7 +60,8 @@ def training_flops_per_token(config: ModelConfig, length: int | None = None) -> 
 def utilization(config: ModelConfig, tokens_per_second: float, device_kind: str, num_devices: int) -> float | None:
     """Model-FLOPs utilisation of training: the share of the devices' bfloat16 peak that goes into the mathematics.
 
-    tokens_per_second: of all devices together. None where the peak of the device is not known.
+    tokens_per_second: of all devices together.
+    Returns None if the peak of the device is not known.
     """
     peak = peaks.peak_flops(device_kind)
     if peak is None:

@@ -2,8 +2,8 @@
 
     loss = sum over n of gamma(n) * -log p(x_n | every x_i in an earlier block)
 
-With gamma = 1 the sum is the exact negative log-likelihood where blocks are single tokens, and an unbiased estimate of
-the negative ELBO where blocks come from a diffusion's masking times (paper section 3).
+With gamma = 1, the sum is the exact negative log-likelihood if every block is a single token, and an unbiased estimate
+of the negative ELBO if the blocks come from the masking times of a diffusion (paper section 3).
 """
 
 import flax.struct
@@ -23,10 +23,12 @@ _LOGIT_BYTES = 64 * 2**20
 
 @flax.struct.dataclass
 class LossSums:
-    """Sums over a batch, float32 scalars; a mean is a quotient of two of them, also over microbatches and processes.
+    """Sums over a batch, float32 scalars.
 
-    weighted_nll: sum of gamma nll, nats. weight: sum of gamma. nll: sum of nll, nats. tokens: how many were counted.
-    z: sum of the squared log-partition of the logits over the counted tokens.
+    Every mean is a quotient of two of them, which holds over microbatches and processes too.
+
+    weighted_nll: sum of gamma nll, in nats. weight: sum of gamma. nll: sum of nll, in nats. tokens: how many tokens
+    were counted. z: sum of the squared log-partition of the logits over the counted tokens.
     """
 
     weighted_nll: jax.Array
@@ -37,7 +39,7 @@ class LossSums:
 
 
 def loss_chunk(logits_per_position: int, length: int) -> int:
-    """How many of `length` positions keep float32 logits below 64 MiB, at least 1."""
+    """How many of `length` positions can have float32 logits at the same time within 64 MiB; at least 1."""
     return max(1, min(length, _LOGIT_BYTES // (4 * logits_per_position)))
 
 
@@ -62,7 +64,7 @@ def token_log_probs(
     size = min(config.loss_chunk, length) or loss_chunk(batch * padded_vocab(config), length)
     if size == length:
         return chunk_log_probs(h_BND, targets_BN)
-    # The head is put together once, not for every chunk.
+    # The head is gathered once and not for every chunk.
     head = "embedding" if config.tie_embeddings else "head"
     params = params | {head: context.constrain(params[head], axes.PARAMETERS[head])}
     num_chunks = -(-length // size)
@@ -99,7 +101,7 @@ def loss_sums(
     order: Order,
     context: Context = PLAIN,
 ) -> LossSums:
-    """Every sum that losses and metrics are made of. Positions of weight 0 (padding) are left out of all of them."""
+    """The sums that losses and metrics are made of. Positions of weight 0 (padding) are left out of all of them."""
     log_probs_BN, partitions_BN = generation_log_probs(params, config, tokens_BN, order, context)
     counted_BN = order.weight_BN > 0
     nll_BN = jnp.where(counted_BN, -log_probs_BN, 0.0)

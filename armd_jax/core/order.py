@@ -1,9 +1,9 @@
 """Generation orders: which token is predicted when, and together with which others.
 
-An order lists, for each row of a batch, the natural positions in the order in which they are generated, and the block
-each belongs to. Tokens of one block are predicted together, from all earlier blocks and nothing else (paper section 3;
-masked diffusion is the case where a block is the set of tokens that share a masking time). Everything here is a pure
-function that can be traced, so orders are drawn on the device inside the jitted training step.
+For each row of a batch, an order lists the natural positions in the sequence in which they are generated, and the
+block that each belongs to. The tokens of a block are predicted together, from all earlier blocks and nothing else
+(paper section 3). In masked diffusion, a block is the set of tokens that share a masking time. All functions here are
+pure and can be traced, so orders are drawn on the device, inside the jitted training step.
 
     tokens      t h e   c a t s        natural positions 0 .. 7
     strided, S = 2:   positions 0 4 1 5 2 6 3 7
@@ -28,9 +28,9 @@ from armd_jax.errors import UserError
 class Order:
     """A generation order for every row of a batch; all fields are [B, N], in generation order.
 
-    positions_BN: int32, the natural position (0 .. N-1) generated at each index; a permutation in every row.
-    block_BN: int32, block ids, non-decreasing from 1 without gaps.
-    weight_BN: float32, the loss weight gamma of each index; 1 gives a likelihood or its bound.
+    positions_BN: int32, the natural position (0 .. N - 1) that is generated at each index; every row is a permutation.
+    block_BN: int32, block ids, which start at 1 and never decrease or skip a number.
+    weight_BN: float32, the loss weight gamma of each index. If all are 1, the loss is a likelihood or a bound on one.
     """
 
     positions_BN: jax.Array
@@ -45,13 +45,13 @@ class Order:
 
 
 def left_to_right(batch: int, length: int, evidence: np.ndarray | None = None) -> Order:
-    """The natural order, one token a block. `evidence`: see `evidence_first`."""
+    """The natural order, one token per block. evidence: see `evidence_first`."""
     positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (batch, length))
     return evidence_first(one_token_blocks(positions), evidence)
 
 
 def uniform(key: jax.Array, batch: int, length: int, evidence: np.ndarray | None = None) -> Order:
-    """A uniformly random permutation in every row, one token a block."""
+    """A uniformly random permutation in every row, one token per block. evidence: see `evidence_first`."""
     positions = jnp.argsort(jax.random.uniform(key, (batch, length)), axis=1).astype(jnp.int32)
     return evidence_first(one_token_blocks(positions), evidence)
 
@@ -64,11 +64,12 @@ def progressive(
     permute: Permutation = "scatter",
     evidence: np.ndarray | None = None,
 ) -> Order:
-    """The natural order with `num_permuted` tokens shuffled (the paper's curriculum), one token a block.
+    """The natural order with `num_permuted` tokens shuffled (the paper's curriculum), one token per block.
 
-    num_permuted: a whole number in 0 .. N, may be traced.
-    permute: "scatter" (positions drawn uniformly, permuted among themselves), "window" (one contiguous window) or
-        "reinsert" (tokens taken out and put back at random places).
+    num_permuted: a whole number in 0 .. N, which may be traced.
+    permute: which tokens are shuffled. "scatter" draws positions uniformly and permutes them among themselves, "window"
+        permutes one contiguous window, and "reinsert" takes tokens out and puts them back at random places.
+    evidence: see `evidence_first`.
     """
     typed.check_choice(Permutation, permute, "permute")
     choose_key, shuffle_key, slot_key = jax.random.split(key, 3)
@@ -85,7 +86,7 @@ def progressive(
             slots = _random_subset(slot_key, batch, length, num_permuted)
         case _:
             assert_never(permute)
-    # Chosen tokens in random order, then the others in natural order, go to the chosen slots, then the other slots.
+    # The chosen tokens in random order, then the others in natural order, fill the chosen slots, then the other slots.
     shuffled = jnp.where(chosen, jax.random.uniform(shuffle_key, (batch, length)), 2.0 + natural)
     tokens = jnp.argsort(shuffled, axis=1).astype(jnp.int32)
     places = jnp.argsort(jnp.where(slots, natural, length + natural), axis=1)
@@ -96,12 +97,13 @@ def progressive(
 def strided(batch: int, length: int, streams: jax.Array | int, evidence: np.ndarray | None = None) -> Order:
     """Strided block-parallel order (paper section on SBP): S streams of neighbouring tokens, generated side by side.
 
-    The S stream heads come first, one by one; then position 2 of every stream as one block, then position 3, and so on.
-    With evidence (one token a block, first, in natural order) the R free positions are cut into streams whose lengths
-    differ by at most one, longer ones first.
+    The S stream heads come first, one by one. Then position 2 of every stream is one block, then position 3, and so on.
+    Evidence precedes all of them, one token per block and in natural order; the R free positions are then cut into
+    streams whose lengths differ by at most one, longer ones first.
 
-    streams: S; may be traced, then the caller answers for 1 <= S <= R and for N divisible by S.
-    Raises UserError where N is not divisible by S (without evidence) or S exceeds R.
+    streams: S. If it is traced, the caller has to ensure that 1 <= S <= R and that S divides N.
+    evidence: see `evidence_first`.
+    Raises UserError if S does not divide N (without evidence) or exceeds R.
     """
     evidence = _evidence_mask(evidence, length)
     num_free = length - int(evidence.sum())
@@ -111,11 +113,11 @@ def strided(batch: int, length: int, streams: jax.Array | int, evidence: np.ndar
     if num_free:
         short, longer = num_free // streams, num_free % streams
         in_longer = rank < longer * (short + 1)
-        # Both branches of the selects are evaluated: where `short` is unused it must still not divide by zero.
+        # Both branches of the selects are evaluated, so the unused one must not divide by zero either.
         past = rank - longer * (short + 1)
         stream = jnp.where(in_longer, rank // (short + 1), longer + past // jnp.maximum(short, 1))
         depth = jnp.where(in_longer, rank % (short + 1), past % jnp.maximum(short, 1))
-        index = depth * streams + stream  # longer streams come first, so only the last group can have gaps: none
+        index = depth * streams + stream  # has no gaps: longer streams come first, so only the last group is smaller
         block = jnp.where(depth == 0, stream + 1, streams + depth)
     else:
         index = block = rank
@@ -133,7 +135,7 @@ def strided(batch: int, length: int, streams: jax.Array | int, evidence: np.ndar
 
 
 def check_streams(length: int, streams: int, num_free: int) -> None:
-    """Raises UserError where `num_free` of `length` positions cannot be generated in `streams` streams."""
+    """Raises UserError if `num_free` of `length` positions cannot be generated in this many streams."""
     if streams < 1:
         raise UserError(f"streams={streams}: must be at least 1")
     if num_free == length and length % streams:
@@ -151,15 +153,19 @@ def masked_diffusion(
     weight: OrderWeight = "elbo",
     evidence: np.ndarray | None = None,
 ) -> Order:
-    """Masking times drawn independently with P(tau = t) = alpha_{t-1} - alpha_t; tokens masked last come first.
+    """The order of masking times that are drawn independently with P(tau = t) = alpha_{t-1} - alpha_t.
 
-    With weight "elbo" the summed loss over this order is an unbiased estimate of the negative ELBO of the
-    `num_steps`-step masked diffusion, in nats: the familiar 1/t weight is already in the draw of the times. "simple"
-    weighs every time step's masked cross-entropy alike; it is for training and never a likelihood.
+    Tokens that are masked last come first.
+
+    weight: with "elbo", the summed loss over this order is an unbiased estimate of the negative ELBO of the masked
+        diffusion with `num_steps` steps, in nats; the familiar 1/t weight is already contained in the draw of the
+        times. "simple" gives the masked cross-entropy of every time step the same weight. It is for training and is
+        never a likelihood.
+    evidence: see `evidence_first`.
     """
     alpha = alphas(num_steps, schedule)
     uniform_BN = jax.random.uniform(key, (batch, length))
-    # tau = t where alpha_t <= u < alpha_{t-1}; alpha falls from 1 at t = 0 to 0 at t = T.
+    # tau = t if alpha_t <= u < alpha_{t-1}; alpha falls from 1 at t = 0 to 0 at t = T.
     tau_BN = 1 + jnp.searchsorted(-alpha[1:-1].astype(np.float32), -uniform_BN, side="left")
     return from_times(tau_BN.astype(jnp.int32), num_steps, schedule, weight, evidence)
 
@@ -191,7 +197,7 @@ def from_times(
     weight: OrderWeight = "elbo",
     evidence: np.ndarray | None = None,
 ) -> Order:
-    """The order of masking times tau_BN (int, 1 .. T, at natural positions): tokens of one time are one block."""
+    """The order of masking times tau_BN (int, 1 .. T, at natural positions). Tokens of the same time are one block."""
     typed.check_choice(OrderWeight, weight, "weight")
     positions_BN = jnp.argsort(-tau_BN, axis=1, stable=True).astype(jnp.int32)
     times_BN = jnp.take_along_axis(tau_BN, positions_BN, axis=1)
@@ -212,9 +218,10 @@ def from_times(
 
 
 def from_blocks(blocks: Sequence[Sequence[int]], batch: int = 1) -> Order:
-    """The order that generates `blocks` one after another, each a list of natural positions; together 0 .. N-1.
+    """The order that generates these blocks one after another, the same in every row.
 
-    Raises UserError where a block is empty or the positions are not a permutation.
+    blocks: lists of natural positions, which together are 0 .. N - 1.
+    Raises UserError if a block is empty or the positions are not a permutation.
     """
     try:
         positions = [position for block in blocks for position in block]
@@ -236,16 +243,18 @@ def from_blocks(blocks: Sequence[Sequence[int]], batch: int = 1) -> Order:
 
 
 def one_token_blocks(positions_BN: jax.Array) -> Order:
-    """The order of a permutation positions_BN (int32) with every token its own block."""
+    """The order of a permutation positions_BN (int32) in which every token is a block of its own."""
     batch, length = positions_BN.shape
     blocks = jnp.broadcast_to(jnp.arange(1, length + 1, dtype=jnp.int32), (batch, length))
     return Order(positions_BN, blocks, jnp.ones((batch, length), jnp.float32))
 
 
 def evidence_first(order: Order, evidence: np.ndarray | None) -> Order:
-    """Moves known positions to the front: natural order, one token a block; the others keep their order and blocks.
+    """Moves known positions to the front, in natural order and one token per block.
 
-    evidence: bool [N], True at natural positions that are known (a prompt, or tokens around a gap); None: none.
+    The other positions keep their order and their blocks.
+
+    evidence: bool [N], True at natural positions whose tokens are known (a prompt, or tokens around a gap); None: none.
     """
     if evidence is None:
         return order
@@ -255,7 +264,7 @@ def evidence_first(order: Order, evidence: np.ndarray | None) -> Order:
 
 
 def padding_last(order: Order, valid_BN: jax.Array) -> Order:
-    """Moves padding (valid_BN False, bool at natural positions) behind everything else and gives it weight 0."""
+    """Moves padding behind everything else and gives it weight 0. valid_BN: bool at natural positions."""
     padding_BN = ~jnp.take_along_axis(valid_BN, order.positions_BN, axis=1)
     moved = _regroup(order, padding_BN.astype(jnp.int32), padding_BN, jnp.zeros_like(order.positions_BN))
     valid_sorted_BN = jnp.take_along_axis(valid_BN, moved.positions_BN, axis=1)
@@ -263,7 +272,7 @@ def padding_last(order: Order, valid_BN: jax.Array) -> Order:
 
 
 def _regroup(order: Order, group_BN: jax.Array, single_BN: jax.Array, within_BN: jax.Array) -> Order:
-    """Stable sort by (group, within), with indices marked `single` in blocks of their own and the rest as before."""
+    """Sorts stably by (group, within). Indices marked `single` get blocks of their own; the others keep theirs."""
     length = order.shape[1]
     index = jnp.arange(length)
     source_BN = jnp.argsort(group_BN * length + within_BN, axis=1, stable=True)

@@ -1,8 +1,8 @@
-"""Peak rates of accelerators in bfloat16, dense, by the name that JAX gives a device (`jax.Device.device_kind`).
+"""Peak rates of accelerators for dense bfloat16 products, by JAX's name of the device (`jax.Device.device_kind`).
 
-TPUs: Google's Cloud TPU documentation (cloud.google.com/tpu/docs/v4, v5e, v5p, v6e, "System architecture"), for a chip,
-which is one device. GPUs: NVIDIA's data sheets of A100, H100 and H200, without sparsity, by form factor. This module
-needs no JAX.
+The figures for TPUs are those of Google's Cloud TPU documentation (cloud.google.com/tpu/docs/v4, v5e, v5p, v6e, section
+"System architecture") for one chip, which is one device. Those for GPUs are from NVIDIA's data sheets of A100, H100 and
+H200 by form factor, without sparsity. This module needs no JAX.
 """
 
 TPU_FLOPS = {"v4": 275e12, "v5e": 197e12, "v5p": 459e12, "v6e": 918e12}
@@ -15,7 +15,8 @@ _TPU_KINDS = {
     "TPU v6 lite": "v6e",
     "TPU v6e": "v6e",
 }
-# The first whose words are all in the name: cards for a PCIe slot run at lower clocks than those on a board.
+# The first entry whose words all occur in the name counts. Cards for a PCIe slot run at lower clocks than those on
+# a board.
 _GPU_FLOPS = (
     (("H200", "NVL"), 835e12),
     (("H200",), 989e12),
@@ -27,7 +28,7 @@ _GPU_FLOPS = (
 
 
 def peak_flops(device_kind: str) -> float | None:
-    """bfloat16 FLOP/s of one device; None where it is not known, as for every CPU."""
+    """bfloat16 FLOP/s of one device; None if it is not known, as for every CPU."""
     if device_kind in _TPU_KINDS:
         return TPU_FLOPS[_TPU_KINDS[device_kind]]
     words = set(device_kind.replace("-", " ").split())

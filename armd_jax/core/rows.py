@@ -1,4 +1,4 @@
-"""The rows that one network call works on, in training (a whole sequence) and in decoding (two blocks) alike."""
+"""The rows that one network call works on: a whole sequence in training, two blocks in decoding."""
 
 import flax.struct
 import jax
@@ -7,32 +7,33 @@ import jax.numpy as jnp
 from armd_jax.core.block_mask import BlockMask
 from armd_jax.core.order import Order
 
-START = -1  # in Rows.x_tokens_BX: the learned start token
+START = -1  # stands for the learned start token in Rows.x_tokens_BX
 
 
 @flax.struct.dataclass
 class Rows:
     """What one network call works on: rows of stream X and rows of stream G, and how far each of them sees.
 
-    Lengths count from the start of the context, also where a cache holds its first part. In training X has N rows (the
-    start token and the first N - 1 tokens) and G has N; in decoding X has the last block and G the next one.
+    Lengths count from the start of the context, even if a cache holds its first part. In training, X has N rows (the
+    start token and the first N - 1 tokens) and G has N. In decoding, X has the block that was just sampled and G the
+    next one.
     """
 
     x_tokens_BX: jax.Array  # int32, START for the start token
     x_positions_BX: jax.Array  # int32, 0 for the start token, j + 1 for natural position j
-    x_len_BX: jax.Array  # int32, keys of X each row sees
-    g_positions_BG: jax.Array  # int32, as above
-    g_strict_len_BG: jax.Array  # int32, keys of X each target sees
-    g_previous_len_BG: jax.Array  # int32, where the block before the target's begins
-    g_len_BG: jax.Array  # int32, keys of G each target sees in the causal stack
+    x_len_BX: jax.Array  # int32, how many keys of X each row sees
+    g_positions_BG: jax.Array  # int32, likewise
+    g_strict_len_BG: jax.Array  # int32, how many keys of X each target sees
+    g_previous_len_BG: jax.Array  # int32, context index at which the block before the target's begins
+    g_len_BG: jax.Array  # int32, how many keys of G each target sees in the causal layers
     x_start: jax.Array | int = 0  # context index of the first row of X
     g_start: jax.Array | int = 0  # generation index of the first row of G
-    x_valid_BX: jax.Array | None = None  # bool; rows that are padding enter no cache. None: all valid
-    g_valid_BG: jax.Array | None = None
+    x_valid_BX: jax.Array | None = None  # bool, False for padding rows, which enter no cache; None: all are valid
+    g_valid_BG: jax.Array | None = None  # likewise
 
 
 def rows_for_training(tokens_BN: jax.Array, order: Order, mask: BlockMask) -> Rows:
-    """All rows of a sequence at once. tokens_BN int32 at natural positions."""
+    """All rows of a sequence at once. tokens_BN: int32, at natural positions."""
     generated_BN = jnp.take_along_axis(tokens_BN, order.positions_BN, axis=1)
     positions_BN = order.positions_BN + 1
     start = jnp.full_like(generated_BN[:, :1], START)

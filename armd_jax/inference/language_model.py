@@ -25,10 +25,13 @@ from armd_jax.inference.draw import Draw
 
 @flax.struct.dataclass
 class Generation:
-    """What `LanguageModel.generate` returns; arrays at natural positions.
+    """What `LanguageModel.generate` returns. Arrays are at natural positions.
 
-    tokens_BN: int32. log_prob_BN: float32, the model's log-probability of each token given all earlier blocks, before
-    temperature and truncation, at evidence positions too. order: the order used. num_calls: network calls made.
+    tokens_BN: int32.
+    log_prob_BN: float32, the model's log-probability of each token given all earlier blocks, at evidence positions too.
+        It is the model's own, before temperature and truncation.
+    order: the order that was used.
+    num_calls: the number of function evaluations (NFE), that is of network calls.
     call_BN: int32, the number (from 1) of the call that made each token; 0 at evidence.
     """
 
@@ -41,7 +44,7 @@ class Generation:
 
 @dataclasses.dataclass(frozen=True)
 class LanguageModel:
-    """A model ready to score and to generate. `params` is the plain nested dict of `core.parameters.init`."""
+    """A model that is ready to score and to generate. `params` is the plain nested dict of `core.parameters.init`."""
 
     config: ModelConfig
     params: Params

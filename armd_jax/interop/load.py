@@ -20,9 +20,9 @@ from armd_jax.training import checkpoints, sharding
 def load(path: str | os.PathLike[str], ema: bool = True, mesh: Mesh | None = None) -> LanguageModel:
     """The model in `path`: a training run (its newest whole checkpoint) or a folder written by `armd export`.
 
-    ema: take the averaged weights of a run that keeps them. An export holds the weights that were exported.
+    ema: take the averaged weights of a run, if it keeps an average. An export holds the weights that were exported.
     mesh: spread the weights over it as in training; None puts them on one device.
-    Raises UserError where `path` is neither.
+    Raises UserError if `path` is neither a run nor an export.
     """
     folder = pathlib.Path(path)
     config = configs.read(folder)
@@ -43,7 +43,7 @@ def load(path: str | os.PathLike[str], ema: bool = True, mesh: Mesh | None = Non
 
 
 def without_padding(params: Params, config: Config) -> Params:
-    """The parameters with the padding rows of the vocabulary set to 0, as a reader of an export has them."""
+    """The parameters with the padding rows of the vocabulary set to 0, as they are when an export is read."""
     real = jnp.arange(params["embedding"].shape[0]) < config.model.vocab_size
     params = dict(params, embedding=jnp.where(real[:, None], params["embedding"], 0))
     if "head" in params:

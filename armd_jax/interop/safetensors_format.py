@@ -1,8 +1,8 @@
 """The export format: `model.safetensors`, `config.json` and `tokenizer/` in one folder.
 
 Tensors are float32 under flat names: `embedding` [vocab_size, D], `start` [D], `layers.<i>.<name>` for the layers in
-order (the first `two_stream_layers` of them two-stream), `aggregator.…`, `final_norm.…`, `head` [D, vocab_size] where
-untied. Padding rows of the vocabulary are left out.
+order (the first `two_stream_layers` of them are two-stream layers), `aggregator.…`, `final_norm.…`, and `head`
+[D, vocab_size] if it is not tied to the embedding. Padding rows of the vocabulary are left out.
 """
 
 import pathlib
@@ -73,7 +73,7 @@ def unflatten(flat: dict[str, np.ndarray], config: ModelConfig) -> Params:
 
 
 def write(lm: LanguageModel, config: Config, out: pathlib.Path) -> None:
-    """Writes the export folder, whole or not at all. Raises UserError where `out` is there already."""
+    """Writes the export folder, whole or not at all. Raises UserError if `out` exists already."""
     if out.exists():
         raise UserError(f"--out={out}: exists already; choose another folder or remove it")
     if lm.tokenizer is None:
@@ -86,14 +86,16 @@ def write(lm: LanguageModel, config: Config, out: pathlib.Path) -> None:
 
 
 def read(folder: pathlib.Path, config: ModelConfig) -> Params:
-    """The parameters of an export. Raises UserError where names or shapes are not those of the config's model."""
+    """The parameters of an export. Raises UserError if names or shapes are not those of the config's model."""
     file = folder / WEIGHTS
     try:
         flat = safetensors.numpy.load_file(file)
     except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
         raise UserError(f"{file}: cannot be read ({error})") from error
     layers = {name.split(".")[1] for name in flat if name.startswith("layers.")}
-    if len(layers) != config.num_layers:  # before shapes are worked out, which takes time in proportion to the layers
+    if (
+        len(layers) != config.num_layers
+    ):  # checked before shapes are worked out, whose cost grows with the number of layers
         raise UserError(f"{file}: has {len(layers)} layers, its config.json says model.num_layers={config.num_layers}")
     other = sorted(name for name, value in flat.items() if value.dtype != np.float32)
     if other:

@@ -1,8 +1,8 @@
 """Orbax checkpoints of a run: saving while training goes on, restoring the newest one that is whole.
 
-A checkpoint holds the training state and a digest of every array in it. Orbax notices a truncated file, but gives back
-flipped bytes without a word and lists an emptied folder as the newest step; so a checkpoint counts only where it can be
-read, has the arrays that the config asks for, and every digest is that of what was saved.
+A checkpoint holds the training state and a digest of every array in it. Orbax notices a truncated file, but returns
+flipped bytes without an error and lists an emptied folder as the newest step. A checkpoint therefore counts as whole
+only if it can be read, has the arrays that the config asks for, and every digest is that of what was saved.
 """
 
 import dataclasses
@@ -33,17 +33,17 @@ OnFault = Callable[[int, str], None]  # (step, reason)
 
 
 class Checkpointer:
-    """The checkpoints of one workdir. Use as a context manager: leaving it waits for a save that was begun."""
+    """The checkpoints of one workdir. Use it as a context manager; leaving it waits for a save that is under way."""
 
     def __init__(
         self, workdir: pathlib.Path, config: Config, read_only: bool = False, on_failed_save: OnFault | None = None
     ) -> None:
         self._workdir, self._read_only = workdir, read_only
         self._on_failed_save = on_failed_save
-        self._begun: int | None = None  # the step of a save that may still be under way
+        self._begun: int | None = None  # the step of the save that may still be under way
         self._last_failed = False
         training = config.training
-        # A rollback goes back to a checkpoint of the interval: the newest stays, however many stops come after it.
+        # A rollback needs a checkpoint of the interval, so the newest of them stays however many stops come after it.
         every = checkpoint_managers.EveryNSteps(training.checkpoint_every, max_to_keep=1)
         keep = [checkpoint_managers.LatestN(training.keep_checkpoints), every]
         if training.keep_every:
@@ -64,15 +64,15 @@ class Checkpointer:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is not None and jax.process_count() > 1:
-            return  # the other processes may be gone: waiting for them would hang, and the job is ending anyway
+            return  # the other processes may be gone, so waiting for them could hang, and the job is ending anyway
         self.wait()
         self._manager.close()
 
     def save(self, state: TrainState, step: int, force: bool = False) -> bool:
-        """Saves in the background where `step` is due by the config's interval, or with `force` whatever it says.
+        """Begins to save in the background if the config's interval makes `step` due, or in any case with `force`.
 
-        True where a save was begun. A save that fails, as on a full disk, is told to on_failed_save, at the latest by
-        the next call; earlier checkpoints stay.
+        Returns whether a save was begun. If a save fails, on a full disk for example, `on_failed_save` is called at the
+        next call of this object at the latest, and earlier checkpoints stay.
         """
         if step in self._manager.all_steps() or not (force or self._manager.should_save(step)):
             return False
@@ -87,7 +87,7 @@ class Checkpointer:
             return False
 
     def wait(self) -> bool:
-        """Waits until the save that was begun is on disk; False where the last one failed."""
+        """Waits until the save that is under way is on disk. Returns whether the last save succeeded."""
         if self._begun is not None:
             try:
                 self._manager.wait_until_finished()
@@ -110,7 +110,7 @@ class Checkpointer:
         return sorted(self._manager.all_steps())
 
     def restore(self, step: int, target: TrainState) -> TrainState:
-        """The state of one step, into the shapes and shardings of `target`; UserError where it is not whole."""
+        """The state of one step, in the shapes and shardings of `target`. Raises UserError if it is not whole."""
         reason, state = "", target
         try:
             self._check_shapes(step, target)
@@ -128,7 +128,7 @@ class Checkpointer:
         return state
 
     def _check_shapes(self, step: int, target: TrainState) -> None:
-        """Raises ValueError where the stored arrays are not those of `target` (Orbax's own errors fill screens)."""
+        """Raises ValueError if the stored arrays are not those of `target`. Orbax's own errors would fill screens."""
         metadata = self._manager.item_metadata(step)
         if metadata.state is None:
             raise ValueError("holds no training state")
@@ -141,11 +141,12 @@ class Checkpointer:
     def restore_newest(
         self, target: TrainState, on_skip: OnFault, among: Callable[[int], bool] = lambda step: True
     ) -> TrainState | None:
-        """The newest whole checkpoint among those that qualify; None where none does.
+        """The newest whole checkpoint among those whose step qualifies; None if none qualifies.
 
-        A damaged one is reported through on_skip(step, reason) and passed over; unless reading only, it is moved to
-        `damaged/<step>` beside the checkpoints, so that the step can be saved again and retention counts good ones.
-        Raises UserError where there are checkpoints but none is whole.
+        A damaged one is reported through on_skip(step, reason) and passed over. Unless this object only reads, it is
+        also moved to `damaged/<step>` beside the checkpoints, so that the step can be saved again and only good
+        checkpoints count towards how many are kept.
+        Raises UserError if there are checkpoints but none of them is whole.
         """
         found = [step for step in self.steps() if among(step)]
         state, damaged = None, []
@@ -174,7 +175,7 @@ class Checkpointer:
 
 
 def _handlers() -> ocp.handlers.CheckpointHandlerRegistry:
-    """What reads and writes each item, named beforehand: so a fresh manager can tell the shapes that are stored."""
+    """The handlers of each item. Naming them beforehand lets a fresh manager find out the shapes that are stored."""
     registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
     state, meta = ocp.StandardCheckpointHandler(), ocp.JsonCheckpointHandler()
     for item, handler, kinds in (
@@ -195,17 +196,17 @@ def _line(error: Exception) -> str:
 
 
 def _named(tree: Any) -> Iterator[tuple[str, Any]]:
-    """Leaves with their path; the names agree between a state and what Orbax stored of it."""
+    """The leaves with their dotted path. The names are the same for a state and for what Orbax stored of it."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         yield ".".join(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path), leaf
 
 
 @jax.jit
 def digests(state: TrainState) -> TrainState:
-    """A uint32 for every array, the same on every mesh: the sum of its words, each times its own odd number, mod 2^32.
+    """A uint32 for every array: the sum of its words, each times an odd number of its own, modulo 2^32.
 
-    Sums of integers that wrap around do not depend on their order, and an odd factor is invertible: no change of a
-    single word goes unseen.
+    Integer sums that wrap around do not depend on the order of the terms, so the digest is the same on every mesh. An
+    odd factor is invertible, so no change of a single word goes unseen.
     """
 
     def digest(array: jax.Array) -> jax.Array:
@@ -232,7 +233,7 @@ def _one_device() -> Mesh:
 
 
 def restore_for_inference(run: pathlib.Path, config: Config, mesh: Mesh | None = None) -> TrainState:
-    """The newest whole state of a run, over the mesh or on one device."""
+    """The newest whole state of a run, spread over the mesh, or on one device if there is none."""
     logging.getLogger("absl").setLevel(logging.ERROR)
     if not (run / "checkpoints").is_dir():
         raise UserError(f"{run}: has no checkpoints yet")
@@ -248,18 +249,18 @@ def restore_for_inference(run: pathlib.Path, config: Config, mesh: Mesh | None =
 
 @dataclasses.dataclass(frozen=True)
 class Found:
-    """One checkpoint as `armd checkpoints` lists it; `fault` is empty where it is whole."""
+    """One checkpoint as `armd checkpoints` lists it. `fault` is empty if it is whole."""
 
     step: int
     bytes: int
     parameters: int
-    average: bool  # it holds averaged parameters
-    skipped: int  # updates skipped in a row when it was made
+    average: bool  # whether it holds averaged parameters
+    skipped: int  # how many updates in a row had been skipped when it was made
     fault: str
 
 
 def inspect(run: pathlib.Path) -> list[Found]:
-    """Every checkpoint of a run, oldest first, each read whole and verified. Raises UserError where there is no run."""
+    """Every checkpoint of a run, oldest first, each read whole and verified. Raises UserError if there is no run."""
     logging.getLogger("absl").setLevel(logging.ERROR)
     config = configs.read(run)
     if not (run / "checkpoints").is_dir():

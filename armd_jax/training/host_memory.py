@@ -13,17 +13,23 @@ _ACCELERATORS = ("libtpu", "jax_plugins")
 
 
 def trains_on_cpu() -> bool:
-    """Whether JAX will compute on the CPU, told without starting it: asked to, or nothing else is installed."""
+    """Whether JAX will compute on the CPU, found out without starting it: it was told to, or has nothing else."""
     platforms = os.environ.get("JAX_PLATFORMS", "")
     return platforms == "cpu" or (not platforms and not any(map(importlib.util.find_spec, _ACCELERATORS)))
 
 
-def keep_freed_memory() -> bool:
-    """Lets freed blocks stay with the process for the next step to use; True where that could be set (glibc).
+def settle() -> None:
+    """Prepares the allocator if JAX will compute on the CPU. Call it before JAX is imported."""
+    if trains_on_cpu():
+        keep_freed_memory()
 
-    To be called before there are threads, which means before JAX is imported: each would get an arena of its own. By
-    default every large buffer of a step is mapped, filled with zeros page by page, and given back to the kernel,
-    at every step anew: about a third of the CPU time of the quickstart's training on two cores.
+
+def keep_freed_memory() -> bool:
+    """Keeps freed memory in the process, for the next step to use. Returns whether the allocator could be told (glibc).
+
+    By default every large buffer of a step is mapped, filled with zeros page by page, and returned to the kernel, and
+    so again at the next step: about a third of the CPU time of the quickstart's training on two cores. Call it before
+    there are threads, which means before JAX is imported, because every thread would get an arena of its own.
     """
     if not sys.platform.startswith("linux"):
         return False

@@ -1,4 +1,4 @@
-"""Stopping in good order: SIGTERM or SIGINT end the run after the step that is under way, with everything saved."""
+"""Stopping in good order: SIGTERM or SIGINT ends the run after the current step, with everything saved."""
 
 import os
 import signal
@@ -10,15 +10,17 @@ from typing import Any
 import jax
 from jax.experimental import multihost_utils
 
-STOPPED = 75  # exit code: saved and stopped by a signal; the same command continues (EX_TEMPFAIL of sysexits.h)
+# The exit code after a signal stopped the run and everything was saved; the same command continues. It is EX_TEMPFAIL
+# of sysexits.h.
+STOPPED = 75
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class Preemption:
-    """Watches for a request to stop while it is entered; a second signal leaves the process at once.
+    """A context manager that watches for a request to stop. A second signal ends the process at once.
 
-    In one process its own handlers set a flag. Several processes must stop at the same step: there JAX's preemption
-    service catches SIGTERM in any of them and all agree on the step, and SIGINT is passed on to it.
+    A single process has handlers that set a flag. Several processes must stop at the same step, so there JAX's
+    preemption service catches SIGTERM in any of them and makes all agree on a step; SIGINT is passed on to it.
     """
 
     def __init__(self) -> None:
@@ -52,7 +54,7 @@ class Preemption:
         os.kill(os.getpid(), signal.SIGTERM)
 
     def requested(self, step: int) -> bool:
-        """Whether to stop now; every process calls it with every step, and all get the same answer."""
+        """Whether to stop now. Every process has to call this with every step, and all get the same answer."""
         if jax.process_count() > 1:
             return multihost_utils.reached_preemption_sync_point(step)
         return self._signal is not None

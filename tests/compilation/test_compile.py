@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from armd_jax import cli
 from armd_jax import config as configs
+from armd_jax.cli import main as cli
 from armd_jax.compilation import compile as compilation
 from armd_jax.compilation import topology
 from armd_jax.compilation.hlo import Program

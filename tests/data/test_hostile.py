@@ -8,7 +8,7 @@ import shutil
 import numpy as np
 import pytest
 
-from armd_jax import cli
+from armd_jax.cli import main as cli
 from armd_jax.config import DataConfig
 from armd_jax.data import corpora, loader, manifest, packing, tokenizers
 from armd_jax.data.corpora import open_corpus

@@ -168,7 +168,7 @@ def test_a_training_of_two_processes(tmp_path, smoke_config, corpus):
     """`armd train` for real: both processes end well, and process 0 has written a whole run."""
     run, armd = tmp_path / "run", tmp_path / "bin" / "armd"
     armd.parent.mkdir()
-    armd.write_text(f'#!/bin/sh\nPYTHONPATH="{ROOT}" exec "{sys.executable}" -m armd_jax.cli "$@"\n')
+    armd.write_text(f'#!/bin/sh\nPYTHONPATH="{ROOT}" exec "{sys.executable}" -m armd_jax "$@"\n')
     armd.chmod(0o755)
     command = ["armd", "train", f"--config={smoke_config}", f"--workdir={run}", f"--config.data.path={corpus}"]
     command += ["--config.training.num_steps=4", "--config.training.eval_every=0", "--config.order.sbp_steps=0"]

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from armd_jax import cli
 from armd_jax import config as configs
+from armd_jax.cli import main as cli
 from armd_jax.config import Config
 from armd_jax.errors import UserError
 from armd_jax.training import checkpoints, metrics, sharding, state

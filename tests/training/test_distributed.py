@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-from armd_jax import cli
+from armd_jax.cli import main as cli
 from armd_jax.errors import UserError
 from armd_jax.training import checkpoints, distributed
 
@@ -19,7 +19,7 @@ STEPS = 12
 
 
 def _command(workdir: pathlib.Path, smoke_config: str, corpus: pathlib.Path, steps: int = STEPS) -> list[str]:
-    command = [sys.executable, "-m", "armd_jax.cli", "train", f"--config={smoke_config}", f"--workdir={workdir}"]
+    command = [sys.executable, "-m", "armd_jax", "train", f"--config={smoke_config}", f"--workdir={workdir}"]
     command += [f"--config.data.path={corpus}", f"--config.training.num_steps={steps}"]
     command += ["--config.training.checkpoint_every=4", "--config.training.eval_every=6", "--config.mesh.fsdp=2"]
     return [*command, "--config.order.sbp_steps=0", "--config.optimizer.schedule=constant"]
@@ -102,7 +102,7 @@ def test_two_processes_train_like_one(tmp_path, smoke_config, corpus, one_proces
 def test_a_tensor_axis_across_processes(tmp_path, smoke_run, smoke_config, corpus):
     """Two processes that hold halves of the weights read the same rows, begin with weights from elsewhere, spread over
     both, and train like one process."""
-    base = [sys.executable, "-m", "armd_jax.cli", "train", f"--config={smoke_config}", f"--config.data.path={corpus}"]
+    base = [sys.executable, "-m", "armd_jax", "train", f"--config={smoke_config}", f"--config.data.path={corpus}"]
     base += [f"--config.training.init_from={smoke_run}", "--config.training.num_steps=3", "--config.order.sbp_steps=0"]
     for name, processes in (("one", 1), ("two", 2)):
         command = [*base, f"--workdir={tmp_path / name}", f"--config.mesh.tensor={processes}"]

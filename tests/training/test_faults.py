@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from armd_jax import cli
 from armd_jax import config as configs
+from armd_jax.cli import main as cli
 from armd_jax.config import Config
 from armd_jax.data import loader
 from armd_jax.training import checkpoints, faults, placement, run_data, sharding, state, step, train

@@ -14,7 +14,7 @@ from armd_jax.training import checkpoints
 
 
 def _start(workdir: pathlib.Path, smoke_config: str, corpus: pathlib.Path, steps: int) -> subprocess.Popen:
-    command = [sys.executable, "-m", "armd_jax.cli", "train", f"--config={smoke_config}", f"--workdir={workdir}"]
+    command = [sys.executable, "-m", "armd_jax", "train", f"--config={smoke_config}", f"--workdir={workdir}"]
     command += [f"--config.data.path={corpus}", f"--config.training.num_steps={steps}"]
     command += ["--config.training.checkpoint_every=1000", "--config.training.eval_every=0"]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

@@ -13,8 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from armd_jax import cli, order
 from armd_jax import config as configs
+from armd_jax import order
+from armd_jax.cli import main as cli
 from armd_jax.config import Config, OptimizerConfig
 from armd_jax.core import objective, parameters
 from armd_jax.data import loader

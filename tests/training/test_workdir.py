@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from armd_jax import cli
+from armd_jax.cli import main as cli
 from armd_jax.config import Config
 from armd_jax.errors import UserError
 from armd_jax.training import workdir as workdirs

@@ -70,15 +70,15 @@ def _join(a_CBHcK: jax.Array, rows: int) -> jax.Array:
 
 
 def _split_lens(len_BQ: jax.Array, chunk: int) -> tuple[jax.Array, jax.Array]:
-    """Prefix lengths [C, B, 1, chunk, 1] of chunks of queries, and how many chunks of keys each of them sees [C]."""
+    """Prefix lengths of chunks of queries [C, B, 1, chunk, 1], and how many chunks of keys each of them sees [C]."""
     batch, rows = len_BQ.shape
-    padded = jnp.pad(len_BQ, ((0, 0), (0, -rows % chunk)), constant_values=1)  # a row of padding has a softmax too
+    padded = jnp.pad(len_BQ, ((0, 0), (0, -rows % chunk)), constant_values=1)  # so that a padding row has a softmax
     len_CBc = jnp.moveaxis(padded.reshape(batch, -1, chunk), 1, 0)
     return len_CBc[:, :, None, :, None], -(-len_CBc.max(axis=(1, 2)) // chunk)
 
 
 def _scores(q_BHQK: jax.Array, k_BHTK: jax.Array, len_B1Q1: jax.Array, first_key: jax.Array | int) -> jax.Array:
-    """Scores [B, H, Q, T] float32 of scaled queries, masked to each query's prefix; key 0 here is key `first_key`."""
+    """Scores [B, H, Q, T] float32 of scaled queries, masked to each query's prefix. Key 0 here is key `first_key`."""
     s_BHQT = jnp.einsum("BHQK,BHTK->BHQT", q_BHQK, k_BHTK, preferred_element_type=jnp.float32)
     return jnp.where(first_key + jnp.arange(k_BHTK.shape[2]) < len_B1Q1, s_BHQT, _MASKED)
 
@@ -91,7 +91,7 @@ def _chunked(chunk: int, q_BQHK: jax.Array, k_BTHK: jax.Array, v_BTHK: jax.Array
 def _chunked_forward(
     chunk: int, q_BQHK: jax.Array, k_BTHK: jax.Array, v_BTHK: jax.Array, len_BQ: jax.Array
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    """Chunks of queries one after another; each walks over the chunks of keys that any of its rows can see."""
+    """Takes chunks of queries one after another. Each walks over the chunks of keys that any of its rows can see."""
     k_chunks, v_chunks = _split(k_BTHK, chunk), _split(v_BTHK, chunk)
     queries, scale = q_BQHK.shape[1], q_BQHK.shape[-1] ** -0.5
 
@@ -117,7 +117,7 @@ def _chunked_forward(
         return (out_BHQK / sum_BHQ[..., None]).astype(q_BQHK.dtype), max_BHQ + jnp.log(sum_BHQ)
 
     out_chunks, log_sum_chunks = jax.lax.map(attend, (_split(q_BQHK * scale, chunk), *_split_lens(len_BQ, chunk)))
-    # A rematerialised layer that keeps these two has what the backward pass needs of the softmax.
+    # If a rematerialised layer keeps these two, its backward pass has all that it needs of the softmax.
     out_BQHK = checkpoint_name(_join(out_chunks, queries), KERNEL_OUTPUT)
     log_sum_chunks = checkpoint_name(log_sum_chunks, KERNEL_OUTPUT)
     return out_BQHK, (q_BQHK, k_BTHK, v_BTHK, len_BQ, out_BQHK, log_sum_chunks)
@@ -141,7 +141,7 @@ def _chunked_backward(
     ) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
         q_BHQK, len_B1Q1, visible_chunks, out_BHQK, d_out_BHQK, log_sum_BHQ = inputs
         dot_BHQ = jnp.einsum("BHQK,BHQK->BHQ", d_out_BHQK, out_BHQK, **f32)
-        # Products with p and ds from the left read those as they lie: only these two, small ones are transposed.
+        # Written like this, p and ds are read in the layout they have, and only these two small arrays are transposed.
         q_BHKQ, d_out_BHKQ = jnp.swapaxes(q_BHQK, 2, 3), jnp.swapaxes(d_out_BHQK, 2, 3)
 
         def step(number: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
@@ -179,7 +179,7 @@ _chunked.defvjp(_chunked_forward, _chunked_backward)
 
 
 def cached_attention(q_BQHK: jax.Array, k_ZKT: jax.Array, v_ZTK: jax.Array, len_BQ: jax.Array) -> jax.Array:
-    """The same for a few queries over caches whose first axis is batch and heads together."""
+    """The same for a few queries, over caches whose first axis is batch and heads together."""
     batch, queries, heads, head_width = q_BQHK.shape
     q_ZQK = jnp.swapaxes(q_BQHK * head_width**-0.5, 1, 2).reshape(-1, queries, head_width)
     s_ZQT = jnp.einsum("ZQK,ZKT->ZQT", q_ZQK, k_ZKT, preferred_element_type=jnp.float32)

@@ -1,4 +1,4 @@
-"""Looking tokens up in the embedding table, with a gradient that loses nothing to the activations' dtype."""
+"""The embedding lookup, whose gradient is summed in float32 whatever the dtype of the activations."""
 
 import functools
 from collections.abc import Callable
@@ -11,13 +11,15 @@ ConstrainTable = Callable[[jax.Array], jax.Array]
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def look_up(dtype: jnp.dtype, constrain: ConstrainTable, embedding_VD: jax.Array, tokens_BX: jax.Array) -> jax.Array:
-    """Rows of the float32 table in the activations' dtype; their gradients are summed in float32.
+    """Rows of the float32 table, in the dtype of the activations. Their gradients are summed in float32.
 
-    A frequent token has tens of thousands of them in a batch, and a bfloat16 sum stands still after a few hundred.
-    constrain: tells a table how to lie on the mesh.
+    A frequent token occurs tens of thousands of times in a batch, and a bfloat16 sum stops growing after a few hundred
+    terms.
+
+    dtype: of the activations. constrain: tells an array of the table's shape how to lie on the mesh.
     """
-    # Rows are looked up in a table put together along the width: of a sharded one every device would look up its share
-    # of the width for the rows of all devices, and the whole batch's activations would travel.
+    # The constraint gathers the table along the width before the lookup. Otherwise every device would look up its share
+    # of the width for the rows of all devices, and the activations of the whole batch would have to be exchanged.
     return constrain(embedding_VD.astype(dtype))[tokens_BX]
 
 

@@ -1,15 +1,16 @@
 """Flash attention for NVIDIA GPUs over key prefixes: Pallas kernels for Triton that skip what a tile cannot see.
 
-Prefix lengths are data, so one kernel serves every order, drawn blocks included. It is ours because it can be checked
-anywhere, interpreted, with nothing but JAX: tokamax takes a length a row in a private interface alone and its kernels
-run on a GPU or not at all, and of our masks cuDNN knows the triangle only.
+Prefix lengths are data here, so one kernel serves every order, including those whose blocks are drawn. The project has
+a kernel of its own because this one can be interpreted and checked on any machine with nothing but JAX. The
+alternatives cannot: tokamax accepts one length per row only in a private interface and its kernels need a GPU, and of
+our masks cuDNN knows only the triangle.
 
-The algorithm is FlashAttention-2 (Dao 2023): forwards an online softmax over tiles of keys; backwards one kernel for
-the gradient of queries and one for those of keys and values, both from the log-sum-exp. Nothing is added atomically, so
-the same inputs give the same bits. Exponents are of two, which is what the hardware has. Tiles of keys that every query
-of a tile sees whole are not masked.
+The algorithm is FlashAttention-2 (Dao 2023). The forward pass is an online softmax over tiles of keys. The backward
+pass is one kernel for the gradient of the queries and one for those of keys and values, both from the log-sum-exp.
+Nothing is added atomically, so the same inputs give the same bits. Exponentials are powers of two, because that is what
+the hardware computes. Tiles of keys that every query of a tile sees completely are not masked.
 
-The kernels are called per device: on a mesh they belong inside `jax.shard_map` over batch and heads.
+The kernels are called per device: on a mesh, call them inside `jax.shard_map` over batch and heads.
 """
 
 import dataclasses
@@ -40,9 +41,10 @@ Carry = TypeVar("Carry")
 
 @dataclasses.dataclass(frozen=True)
 class Tile:
-    """Rows that a kernel instance keeps and rows that a step of its loop reads, powers of two from 16 on.
+    """The work of one kernel instance.
 
-    warps, stages: how many warps of threads an instance is, and how many steps are read ahead.
+    rows: rows that the instance keeps. step: rows that it reads per step of its loop. Both are powers of two from 16.
+    warps: warps of threads per instance. stages: how many steps are read ahead.
     """
 
     rows: int
@@ -53,7 +55,7 @@ class Tile:
 
 @dataclasses.dataclass(frozen=True)
 class Tiles:
-    """Tiles of the three kernels. `forward` and `dq` keep queries and step over keys, `dkv` the other way round."""
+    """Tiles of the three kernels. `forward` and `dq` keep queries and step over keys; `dkv` does the reverse."""
 
     forward: Tile
     dq: Tile
@@ -61,17 +63,18 @@ class Tiles:
 
     @property
     def queries(self) -> int:
-        """Every kernel can cut multiples of so many queries."""
+        """Every kernel can be used if the number of queries is a multiple of this."""
         return max(self.forward.rows, self.dq.rows, self.dkv.step)
 
     @property
     def keys(self) -> int:
-        """Every kernel can cut multiples of so many keys."""
+        """Every kernel can be used if the number of keys is a multiple of this."""
         return max(self.forward.step, self.dq.step, self.dkv.rows)
 
 
-# By bytes of a head's row. Compiled for compute capabilities 8.0, 8.6, 8.9, 9.0, 10.0 and 12.0 these fit the shared
-# memory of each, and up to 9.0 no register spills in bfloat16 up to width 128. Not tuned: no GPU has been measured.
+# The key is the number of bytes in a row of a head. Compiled for compute capabilities 8.0, 8.6, 8.9, 9.0, 10.0 and
+# 12.0, these tiles fit into the shared memory of each, and up to 9.0 no register is spilled in bfloat16 up to width
+# 128. They are not tuned: no GPU has been measured.
 _TILES = {
     128: Tiles(Tile(128, 64, 8, 3), Tile(128, 64, 8, 3), Tile(128, 64, 8, 3)),
     256: Tiles(Tile(128, 32, 8, 2), Tile(128, 32, 8, 2), Tile(64, 32, 4, 2)),
@@ -89,15 +92,15 @@ def attention(
     tiles: Tiles | None = None,
     interpret: bool = False,
 ) -> jax.Array:
-    """What `core.attention.attention` computes, on an NVIDIA GPU of compute capability 8.0 or newer.
+    """Computes what `core.kernels.attention.attention` does, on an NVIDIA GPU of compute capability 8.0 or newer.
 
-    Rows are padded to whole tiles, and heads to a width that is a power of two. Products of float32 are TF32, as XLA's
-    are, where `jax.default_matmul_precision` does not say otherwise.
+    Rows are padded to whole tiles, and heads to a width that is a power of two. Products of float32 arrays are TF32, as
+    XLA's are, unless `jax.default_matmul_precision` says otherwise.
 
     len_BQ: int32, 1 .. T.
-    tiles: None takes what suits the heads' width.
-    interpret: run the kernels' Python, for tests without a GPU.
-    Raises UserError where heads are wider than 256.
+    tiles: None takes those that suit the width of the heads.
+    interpret: run the kernels in Python, for tests without a GPU.
+    Raises UserError if heads are wider than 256.
     """
     queries, head_width = q_BQHK.shape[1], q_BQHK.shape[3]
     if head_width > FLASH_WIDEST:
@@ -108,7 +111,7 @@ def attention(
     def pad(a_BNHK: jax.Array, multiple: int) -> jax.Array:
         return jnp.pad(a_BNHK, ((0, 0), (0, -a_BNHK.shape[1] % multiple), (0, 0), (0, width - head_width)))
 
-    # A row of padding sees one key: it has a softmax too, and gives no gradient.
+    # A padding row sees one key, so that it has a softmax, and contributes no gradient.
     lens = jnp.pad(len_BQ, ((0, 0), (0, -queries % tiles.queries)), constant_values=1)
     q, k, v = pad(q_BQHK, tiles.queries), pad(k_BTHK, tiles.keys), pad(v_BTHK, tiles.keys)
     return _flash(tiles, head_width**-0.5, interpret, q, k, v, lens)[:, :queries, :, :head_width]
@@ -145,7 +148,7 @@ def _forward(
         whole=(k_BTHK, v_BTHK),
         out=(q_BQHK, jax.ShapeDtypeStruct((batch, heads, queries), jnp.float32)),
     )
-    # A rematerialised layer that keeps these two has what the backward pass needs of the softmax.
+    # If a rematerialised layer keeps these two, its backward pass has all that it needs of the softmax.
     out_BQHK, log_sum_BHQ = (checkpoint_name(a, KERNEL_OUTPUT) for a in (out_BQHK, log_sum_BHQ))
     return out_BQHK, (q_BQHK, k_BTHK, v_BTHK, len_BQ, out_BQHK, log_sum_BHQ)
 
@@ -181,10 +184,10 @@ _flash.defvjp(_forward, _backward)
 def _call(
     kernel: Kernel, tile: Tile, interpret: bool, tiled: Arrays, whole: Arrays, out: tuple[Any, ...]
 ) -> tuple[jax.Array, ...]:
-    """Runs the kernel for every tile, head and row of the batch: kernel(*tiled, *whole, *out).
+    """Runs the kernel for every tile, head and row of the batch, as kernel(*tiled, *whole, *out).
 
-    Arrays are [B, N, H, K], [B, H, N] or [B, N]. An instance is given the tile's rows of `tiled`, all rows of `whole`,
-    and writes the tile's rows of arrays like `out`.
+    Arrays are [B, N, H, K], [B, H, N] or [B, N]. An instance receives its tile's rows of the arrays in `tiled` and all
+    rows of those in `whole`, and writes its tile's rows of arrays that look like those in `out`.
     """
 
     def block(array: jax.Array | jax.ShapeDtypeStruct, tiled: bool) -> pl.BlockSpec:
@@ -213,15 +216,16 @@ def _call(
 
 
 def _seen_by(len_BQ: jax.Array, tile: Tile, num_keys: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Which tiles I of queries see which tiles J of keys, int32 and without an I x J array.
+    """Which tiles I of queries see which tiles J of keys, as int32 arrays and without an I x J array.
 
-    Tiles of queries in an order [B, I], the one with the longest prefix first; how many of them, from the first on, see
-    anything of each tile of keys [B, J]; how many of these, from the first on, see all of it [B, J].
+    Returns an order of the tiles of queries [B, I] with the longest prefix first; for each tile of keys, how many of
+    them, counted from the first in that order, see anything of it [B, J]; and how many, counted likewise, see all of
+    it [B, J].
     """
     len_BIQ = len_BQ.reshape(len_BQ.shape[0], -1, tile.step)
     longest_BI, shortest_BI = len_BIQ.max(axis=2), len_BIQ.min(axis=2)
     order_BI = jnp.argsort(-longest_BI, axis=1).astype(jnp.int32)
-    # The shortest prefix up to a place in the order: what sees all of a tile of keys is then a first part as well.
+    # With the minimum up to each place of the order, the tiles that see all of a tile of keys also come first.
     shortest_BI = jax.lax.cummin(jnp.take_along_axis(shortest_BI, order_BI, axis=1), axis=1)
     first_J = jnp.arange(0, num_keys, tile.rows)[:, None]
     seen_BJ = jnp.sum(longest_BI[:, None] > first_J, axis=2, dtype=jnp.int32)
@@ -229,7 +233,7 @@ def _seen_by(len_BQ: jax.Array, tile: Tile, num_keys: int) -> tuple[jax.Array, j
     return order_BI, seen_BJ, entire_BJ
 
 
-# --- The kernels. Q and T are the queries and keys of one tile or step; log-sum-exps are in units of log 2. -----------
+# --- the kernels: Q and T are the queries and keys of one tile or step; a log-sum-exp is in units of log 2 ------------
 
 
 def _dot(a: jax.Array, b: jax.Array, sum_over: tuple[int, int]) -> jax.Array:
@@ -239,13 +243,16 @@ def _dot(a: jax.Array, b: jax.Array, sum_over: tuple[int, int]) -> jax.Array:
 
 
 def _walk(step: Callable[..., Carry], entire: jax.Array, seen: jax.Array, carry: Carry) -> Carry:
-    """carry = step(number, carry, masked) for the numbers below `seen`; those below `entire` need no mask."""
+    """Applies carry = step(number, carry, masked) to the numbers below `seen`. Those below `entire` need no mask."""
     carry = jax.lax.fori_loop(0, entire, functools.partial(step, masked=False), carry)
     return jax.lax.fori_loop(entire, seen, functools.partial(step, masked=True), carry)
 
 
 def _walk_keys(step: Callable[..., Carry], size: int, len_Q: jax.Array, carry: Carry) -> Carry:
-    """carry = step(keys, carry, visible_QT) over the tiles of `size` keys that any query sees; None: all visible."""
+    """Applies carry = step(keys, carry, visible_QT) to the tiles of `size` keys that any query sees.
+
+    visible_QT is None if every query sees all keys of the tile.
+    """
 
     def at(number: jax.Array, carry: Carry, masked: bool) -> Carry:
         key_T = number * size + jnp.arange(size)

@@ -1,4 +1,4 @@
-"""A matrix product with a weight, whose gradient is laid out so that the wide operand is never transposed."""
+"""A matrix product of rows with a weight. Its gradient is arranged so that the wider operand is never transposed."""
 
 import functools
 import math
@@ -12,18 +12,22 @@ from armd_jax.core.kernels.panels import Panels
 
 
 def linear(rows_BRD: jax.Array, weight: jax.Array | Panels, dtype: jnp.dtype | None = None) -> jax.Array:
-    """rows [B, R, D] times weight [D, ...] over D; [B, R, ...], summed and put out in `dtype` (the rows' by default).
+    """Multiplies rows [B, R, D] with a weight [D, ...] over D. Returns [B, R, ...].
 
-    A weight in panels is for decoding: no gradient rule, float32.
+    dtype: of the sums and the result; None: that of the rows. A weight in panels serves decoding only: its result is
+    float32, and there is no gradient rule.
     """
     return panels.product(rows_BRD, weight) if isinstance(weight, Panels) else _linear(rows_BRD, weight, dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _linear(rows_BRD: jax.Array, weight: jax.Array, dtype: jnp.dtype | None) -> jax.Array:
-    """The ordinary product, with a gradient rule of its own for the order of the weight's gradient: autodiff
-    writes it as (d out)^T rows, and where the output is wider than the input XLA on CPU then computes the derivative
-    of what follows a second time, column by column, for the transposed copy: two fifths of the time of a whole layer.
+    """The ordinary product, with a gradient rule of its own.
+
+    The rule exists for speed on CPU. Autodiff computes the weight's gradient as (d out)^T rows, which needs a
+    transposed copy of d out. If the output is wider than the input, XLA fills that copy column by column and computes
+    the derivative of the operation after the product (GELU, say) a second time for it, which took two fifths of the
+    time of a whole layer. `_backward` therefore orders the factors so that the narrower one is transposed.
     """
     return _product(rows_BRD, weight, dtype)
 
@@ -35,7 +39,7 @@ def _product(rows_BRD: jax.Array, weight: jax.Array, dtype: jnp.dtype | None) ->
 def _forward(
     rows_BRD: jax.Array, weight: jax.Array, dtype: jnp.dtype | None
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    # Not `_linear` itself: a rematerialisation policy that keeps products does not look into it.
+    # This calls the plain product, because a rematerialisation policy that keeps products does not see into `_linear`.
     return _product(rows_BRD, weight, dtype), (rows_BRD, weight)
 
 
@@ -51,7 +55,7 @@ def _backward(
     )
     if math.prod(weight.shape[1:]) >= weight.shape[0]:
         return d_rows_BRD, over_rows(rows_BRD, d_out)
-    # XLA would turn the small transpose at the end into one of the wide rows; on CPU it must not.
+    # The small transpose at the end must stay there: XLA on CPU would move it to the wide rows.
     d_weight = lax.platform_dependent(over_rows(d_out, rows_BRD), cpu=lax.optimization_barrier, default=lambda a: a)
     return d_rows_BRD, jnp.moveaxis(d_weight, -1, 0)
 

@@ -1,9 +1,10 @@
-"""Weights laid out for the products of decoding on CPU, which have a few rows each.
+"""A layout of weights for decoding on CPU, whose matrix products have only a few rows.
 
-XLA's own product of a few rows with a weight [D, F] walks down columns that lie F numbers apart, at a third of the
-speed at which a core reads memory. Cut into panels of a few dozen columns, each of which lies in one piece, and written
-as a sum of products, the same weight is read once from end to end: twice as fast at 2 and 4 rows, equal at 16. A single
-row is better off with the ordinary product, and so is an accelerator.
+If XLA multiplies a few rows with a weight [D, F], it walks down columns whose numbers are F apart in memory, at a
+third of the speed at which a core can read. Here the weight is cut into panels of a few dozen columns, each of them
+contiguous in memory, and the product is written as a sum of products. The weight is then read once from end to end,
+which is twice as fast at 2 and 4 rows and equally fast at 16. For a single row, and on accelerators, the ordinary
+product is faster.
 """
 
 import math
@@ -12,15 +13,16 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-_WIDTHS = (64, 32)  # columns a panel, the first that fits
-_PANEL = 64 * 512  # numbers a panel has at most, by which D bounds its width: every row reads it again, out of a cache
+_WIDTHS = (64, 32)  # columns per panel; the first of these that fits is taken
+# A panel has at most this many numbers, so that it stays in the cache while row after row reads it.
+_PANEL = 64 * 512
 
 
 @flax.struct.dataclass
 class Panels:
     """A weight [D, ...] in panels of W columns.
 
-    panels_PDW: column w of panel p is column p W + w of the weight, its axes after the first taken as one.
+    panels_PDW: column w of panel p is column p W + w of the weight, whose axes after the first count as one.
     outer: the shape of those axes.
     """
 
@@ -29,12 +31,12 @@ class Panels:
 
 
 def few_rows(rows: int) -> bool:
-    """Whether panels are the better layout for a product of so many rows."""
+    """Whether panels are the faster layout for a product with this many rows."""
     return 2 <= rows <= 16
 
 
 def cut(weight: jax.Array) -> Panels | jax.Array:
-    """The weight [D, ...] in panels; as it is where its columns do not fill whole panels."""
+    """The weight [D, ...] in panels, or unchanged if its columns do not fill whole panels."""
     columns = math.prod(weight.shape[1:])
     fitting = [width for width in _WIDTHS if columns % width == 0]
     if not fitting:
@@ -45,13 +47,13 @@ def cut(weight: jax.Array) -> Panels | jax.Array:
 
 
 def product(rows_BRD: jax.Array, weight: Panels) -> jax.Array:
-    """rows [B, R, D] times the weight [D, ...]: [B, R, ...] float32.
+    """Multiplies rows [B, R, D] with a weight [D, ...] over D. Returns [B, R, ...] float32.
 
-    The rows must be data, not a broadcast of one row that XLA sees through: such a sum of products its CPU library of
-    jaxlib 0.10 gets wrong (and one row it computes twenty times slower than the ordinary product).
+    The rows must be real data. If XLA can see that they are copies of one row, the CPU library of jaxlib 0.10 computes
+    this sum of products wrongly. With a single row it is right, but twenty times slower than the ordinary product.
     """
     batch, rows, width = rows_BRD.shape
-    # The barrier keeps XLA from sharing one broadcast copy of the rows between products: as large as the weight.
+    # Without the barrier XLA makes one broadcast copy of the rows, as large as the weight, to share between products.
     rows_MD, panels_PDW = jax.lax.optimization_barrier((rows_BRD.reshape(-1, width), weight.panels_PDW))
     out_PMW = jnp.sum(panels_PDW[:, None] * rows_MD[None, :, :, None], axis=2)
     return jnp.moveaxis(out_PMW, 0, 1).reshape(batch, rows, *weight.outer)

@@ -1,10 +1,11 @@
-"""Splash attention: the flash kernel for TPU that skips what a mask hides, with masks made of prefix lengths.
+"""Splash attention: JAX's flash kernel for TPU, which skips what a mask hides, with masks made of prefix lengths.
 
-The kernel wants its masks when the program is traced, while orders are drawn on the device. What is drawn is which
-token stands where; the block structure, and so every prefix length, is that of one of a few strided orders
-(`config.block_patterns`). Each is a table of N numbers here and a kernel of its own; of several, the data choose one.
+The kernel has to know its mask when the program is traced, but orders are drawn on the device. This works because only
+the position of each token is drawn. The block structure, and with it every prefix length, is that of one of a few
+strided orders (`config.block_patterns`). Each of them is a table of N numbers and has a kernel of its own, and if there
+are several, the data decide which kernel runs.
 
-The kernel is called per device: on a mesh it belongs inside `jax.shard_map` over batch and heads.
+The kernel is called per device: on a mesh, call it inside `jax.shard_map` over batch and heads.
 """
 
 import functools
@@ -25,10 +26,10 @@ _BLOCKS = (512, 256, 128)
 
 
 class PrefixMask(masks._ComputableMask):
-    """Row i sees the keys before prefix_Q[i], of which there must be at least one; no N x N array exists.
+    """Row i sees the keys before prefix_Q[i], which must be at least 1. No N x N array is ever built.
 
-    The library has no public mask of a formula. This one is used through its shape, slices, `q_sequence` (which the
-    kernel is given for the rows of its tile) and `mask_function(q_sequence, key)`.
+    The library has no public class for a mask that is computed from a formula, so this derives from a private one. The
+    kernel uses its shape, its slices, `q_sequence` (of the rows in a tile) and `mask_function(q_sequence, key)`.
     """
 
     def __init__(self, prefix_Q: np.ndarray, num_keys: int) -> None:
@@ -46,9 +47,10 @@ class PrefixMask(masks._ComputableMask):
 
 @functools.lru_cache
 def prefix_tables(length: int, streams: int) -> Mapping[LayerGroup, np.ndarray]:
-    """Prefix lengths of the query rows of each layer group in training, under the strided order of `streams`.
+    """Prefix lengths of the query rows of each layer group in training, for the strided order of `streams` streams.
 
-    two_stream [2 N]: rows of X, then G; last_two_stream [N]: rows of G over keys of X; causal [N]: G over G.
+    two_stream [2 N]: the rows of X, then those of G. last_two_stream [N]: the rows of G over the keys of X. causal [N]:
+    the rows of G over the keys of G.
     """
     with jax.ensure_compile_time_eval():
         mask = block_mask.build(order.strided(1, length, streams))
@@ -63,7 +65,7 @@ def _block(rows: int) -> int:
 
 def _kernel(prefix_Q: np.ndarray, num_keys: int, heads: int, interpret: bool) -> kernels.SplashAttentionKernel:
     q, kv = _block(len(prefix_Q)), _block(num_keys)
-    # The fused backward kernel keeps a query gradient for every block of keys: memory quadratic in N. Not fused.
+    # The fused backward kernel is not used: it keeps a query gradient per block of keys, which is quadratic in N.
     sizes = kernels.BlockSizes(
         block_q=q,
         block_kv=kv,
@@ -95,10 +97,13 @@ def attention(
     patterns: tuple[int, ...],
     interpret: bool = False,
 ) -> jax.Array:
-    """What `core.attention.attention` computes, for rows in training whose lengths follow one of `patterns`.
+    """Computes what `core.kernels.attention.attention` does, for training rows with one of these block patterns.
 
-    All rows of the batch share the pattern; len_BQ is read only to tell several apart. T is a multiple of 128 and is
-    the sequence length. interpret: run the kernel's Python, for tests without a TPU.
+    All rows of the batch share one pattern, and len_BQ is read only to find out which of several it is. T is the
+    sequence length and a multiple of 128.
+
+    patterns: numbers of streams, as `config.block_patterns` gives them.
+    interpret: run the kernel in Python, for tests without a TPU.
     """
     num_keys, heads = k_BTHK.shape[1], k_BTHK.shape[2]
     tables = [prefix_tables(num_keys, streams)[group] for streams in patterns]

@@ -1,0 +1,70 @@
+"""Arguments that several verbs take, and how all of them print."""
+
+import argparse
+import pathlib
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from armd_jax import typed
+from armd_jax.config import Config, from_config_dict
+from armd_jax.errors import UserError
+from armd_jax.experiment_file import apply_overrides, load_config_file
+
+
+def folder(text: str) -> pathlib.Path:
+    """The type of a folder argument. An empty one, as from an unset shell variable, would be the current folder."""
+    if not text or "\0" in text:
+        raise argparse.ArgumentTypeError("expected the name of a folder")
+    return pathlib.Path(text)
+
+
+def add_run(parser: argparse.ArgumentParser) -> None:
+    """`--run` and which of its weights to take."""
+    parser.add_argument("--run", required=True, type=folder, help="a training run or an export")
+    parser.add_argument("--no-ema", action="store_true", help="take the raw weights instead of their moving average")
+
+
+def add_config(parser: argparse.ArgumentParser) -> None:
+    """`--config`, and `--config.section.field=value` for its fields."""
+    parser.add_argument("--config", required=True, help="experiment file, file.py or file.py:arg")
+    parser.set_defaults(takes_overrides=True)
+    parser.epilog = "Fields of the config are set with --config.section.field=value."
+
+
+def read_config(args: argparse.Namespace, overrides: Sequence[str]) -> Config:
+    """The config of `--config` with the overrides of the command line."""
+    values = load_config_file(args.config)
+    apply_overrides(values, overrides)
+    return from_config_dict(values)
+
+
+def whole_numbers(text: str, flag: str) -> list[int]:
+    """The numbers of a list such as `1,2,4`. Raises UserError if it is not one."""
+    try:
+        numbers = [int(word) for word in text.split(",") if word]
+    except ValueError:
+        numbers = []
+    if not numbers or min(numbers) < 1:
+        raise UserError(f"{flag}={text!r}: expected whole numbers from 1 such as 1,2,4")
+    return numbers
+
+
+def check_seed(seed: int) -> None:
+    """Raises UserError if `--seed` is no seed."""
+    if not 0 <= seed < 2**31:
+        raise UserError(f"--seed={seed}: must be in [0, 2**31)")
+
+
+def show(args: argparse.Namespace, result: Any, text: str) -> int:
+    """Prints the result as text, or with `--json` as one JSON object. Returns exit code 0."""
+    print(typed.to_json(result) if args.json else text)
+    return 0
+
+
+def failed(reason: str, code: int = 2) -> int:
+    """Prints one line `error: …` on stderr and returns the exit code."""
+    # The text of a command line may not be UTF-8, and what cannot be encoded must not become a traceback.
+    line = " ".join(reason.split()).encode(errors="backslashreplace").decode()
+    print(f"error: {line}", file=sys.stderr)
+    return code

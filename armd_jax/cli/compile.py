@@ -1,0 +1,45 @@
+"""`armd compile`: compile a training step or the sampler for a TPU slice, on a machine without one."""
+
+import argparse
+import pathlib
+from collections.abc import Sequence
+
+from armd_jax.cli.arguments import add_config, failed, read_config, show
+from armd_jax.errors import UserError
+
+HELP = "Compile a training step or the sampler for a TPU slice, on a machine without one."
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    """Declares the arguments."""
+    add_config(parser)
+    parser.add_argument("--topology", required=True, help="chip and slice, such as v5e:4x4 or v5p:8x8x8")
+    parser.add_argument("--slices", type=int, default=1, help="number of slices, joined by the data centre's network")
+    parser.add_argument("--what", default="train", choices=("train", "sample"))
+    parser.add_argument("--batch", type=int, default=0, help="sample: rows; default: one per device of data x fsdp")
+    parser.add_argument("--streams", type=int, default=1, help="sample: parallel streams")
+    parser.add_argument(
+        "--dump-hlo", type=pathlib.Path, default=None, metavar="FILE", help="write the compiled program"
+    )
+    parser.epilog = "The exit code is 0 if it fits into the chip's memory, 1 if not. " + (parser.epilog or "")
+
+
+def run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
+    """Compiles and reports."""
+    config = read_config(args, overrides)
+    if args.batch < 0 or args.streams < 1:
+        raise UserError("--batch must be at least 0 and --streams at least 1")
+
+    from armd_jax.compilation import topology
+
+    where = topology.parse(args.topology, args.slices)
+    topology.prepare_environment()  # before JAX is imported
+
+    from armd_jax.compilation import compile as compilation
+
+    try:
+        result = compilation.report(config, args.config, where, args.what, args.batch, args.streams, args.dump_hlo)
+    except compilation.CompilerFailed as error:
+        return failed(f"--topology={args.topology}: {error}", 1)
+    show(args, result, compilation.table(result))
+    return 0 if result["fits"] else 1

@@ -1,0 +1,57 @@
+"""`armd eval`: likelihoods of held-out text under several generation orders."""
+
+import argparse
+from collections.abc import Sequence
+
+from armd_jax import config as configs
+from armd_jax import files, typed
+from armd_jax.cli.arguments import add_run, check_seed, show, whole_numbers
+from armd_jax.config import DrawnBlocksOrder, Split
+from armd_jax.errors import UserError
+
+HELP = "Exact left-to-right likelihood, expected likelihood over random orders, likelihood under strided orders."
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    """Declares the arguments."""
+    add_run(parser)
+    parser.add_argument("--split", default="test", choices=typed.choices(Split))
+    parser.add_argument("--data", default=None, help="other text: file, folder, glob or tfds:NAME")
+    parser.add_argument(
+        "--streams", default=None, help="numbers of streams of the strided orders; default: of 2,4,8 those that fit"
+    )
+    parser.add_argument("--draws", type=int, default=1, help="random orders per row; 0: none")
+    parser.add_argument("--batch", type=int, default=16, help="rows per network call")
+    parser.add_argument("--seed", type=int, default=0, help="of the random orders")
+
+
+def run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
+    """Scores the text, prints the figures, and stores them in the run if the text is the run's own."""
+    del overrides
+    streams = whole_numbers(args.streams or "2,4,8", "--streams")
+    if args.draws < 0 or args.batch < 1:
+        raise UserError("--draws must be at least 0, --batch at least 1")
+    check_seed(args.seed)
+    if args.data == "":
+        raise UserError("--data is empty; name a file, a folder, a glob or tfds:NAME")
+    config = configs.read(args.run)
+    wrong = [count for count in streams if config.model.max_length % count]
+    if wrong and args.streams is not None:
+        raise UserError(
+            f"--streams={args.streams}: {wrong[0]} does not divide model.max_length={config.model.max_length}"
+        )
+
+    from armd_jax.training import host_memory
+
+    host_memory.settle()  # before JAX is imported
+
+    from armd_jax.evaluation import held_out, perplexity
+    from armd_jax.interop.load import load
+
+    lm = load(args.run, ema=not args.no_ema)
+    data = held_out.find(args.run, config, args.split, args.data)
+    elbo = config.order if config.order.kind in typed.choices(DrawnBlocksOrder) else None
+    result = perplexity.evaluate(lm, data, args.split, streams, args.draws, elbo, args.batch, args.seed)
+    if args.data is None:
+        files.write(args.run / "eval.json", typed.to_json(result, indent=2) + "\n")
+    return show(args, result, perplexity.table(result))

@@ -1,0 +1,27 @@
+"""`armd export`: write safetensors, config.json and tokenizer files."""
+
+import argparse
+from collections.abc import Sequence
+
+from armd_jax import config as configs
+from armd_jax.cli.arguments import add_run, folder, show
+
+HELP = "Write safetensors, config.json and tokenizer files."
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    """Declares the arguments."""
+    add_run(parser)
+    parser.add_argument("--out", required=True, type=folder, help="folder to write; must not exist")
+
+
+def run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
+    """Writes the export."""
+    del overrides
+    config = configs.read(args.run)
+
+    from armd_jax.interop import safetensors_format
+    from armd_jax.interop.load import load
+
+    safetensors_format.write(load(args.run, ema=not args.no_ema), config, args.out)
+    return show(args, {"out": str(args.out)}, f"{args.out}: {safetensors_format.WEIGHTS}, config.json, tokenizer/")

@@ -1,0 +1,69 @@
+"""`armd <verb>`: finds the verb, and turns what goes wrong into one line and an exit code.
+
+Every verb is a module of this folder with `HELP` (one sentence), `add(parser)`, which declares its arguments, and
+`run(args, overrides)`, which does the work and returns the exit code. Verbs print progress on stderr and results on
+stdout, with `--json` as one JSON object.
+
+Exit codes: 0 if the verb did its job; 2, with one line `error: …` on stderr, for a mistake in what the user gave; 75 if
+a signal stopped training and everything was saved, so that the same command continues; 1 if something else failed.
+"""
+
+import argparse
+import errno
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from armd_jax.cli import checkpoints, compile, eval, export, prepare, report, sample, train
+from armd_jax.cli.arguments import failed
+from armd_jax.errors import UserError
+
+VERBS = {
+    "prepare": prepare,
+    "train": train,
+    "eval": eval,
+    "sample": sample,
+    "export": export,
+    "checkpoints": checkpoints,
+    "report": report,
+    "compile": compile,
+}
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (see {self.prog} --help)")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit code."""
+    try:
+        args, rest = _parser().parse_known_args(argv)
+        if rest and not (args.takes_overrides and rest[0].startswith("--config.")):
+            raise UserError(f"unknown argument {rest[0]!r} (see armd {args.verb} --help)")
+        return VERBS[args.verb].run(args, rest)
+    except UserError as error:
+        return failed(str(error))
+    except BrokenPipeError:  # the reader of our output went away, as `| head` does
+        sys.stderr.close()
+        return 1
+    except OSError as error:  # a name that no file system takes, a folder that may not be written, a full disk
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        reason = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        return failed(f"{reason}; free some space and run it again", 1) if full else failed(reason)
+    except MemoryError as error:
+        return failed(f"not enough memory: {error}; use a smaller batch, length or model")
+    except KeyboardInterrupt:
+        print("interrupted; run the same command again to continue", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="armd", description="Auto-Regressive Masked Diffusion language models.", allow_abbrev=False)
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB", parser_class=_Parser)
+    for name, module in VERBS.items():
+        verb = verbs.add_parser(name, help=module.HELP, description=module.HELP, allow_abbrev=False)
+        verb.set_defaults(takes_overrides=False)
+        verb.add_argument("--json", action="store_true", help="print results as one JSON object")
+        module.add(verb)
+    return parser

@@ -1,0 +1,48 @@
+"""`armd prepare`: tokenize a corpus and pack it into rows, ahead of training."""
+
+import argparse
+import dataclasses
+from collections.abc import Sequence
+
+from armd_jax.cli.arguments import folder, show
+from armd_jax.config import from_config_dict
+
+HELP = "Tokenize a corpus and pack it into rows, ahead of training."
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    """Declares the arguments."""
+    parser.add_argument("--source", default="", help="file, folder, glob or tfds:NAME; empty: the embedded corpus")
+    parser.add_argument("--out", required=True, type=folder, help="folder to write")
+    parser.add_argument("--tokenizer", default="sentencepiece", help="sentencepiece, bytes or a vocabulary folder")
+    parser.add_argument("--vocab-size", type=int, default=2048, help="vocabulary size of a tokenizer that is trained")
+    parser.add_argument("--length", type=int, default=1024, help="tokens per row")
+    parser.add_argument("--text-field", default="text", help="field of .jsonl objects and TFDS examples with the text")
+    parser.add_argument("--skip-damaged", action="store_true", help="leave out and count documents that are not text")
+
+
+def run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
+    """Prepares the data and prints what they hold."""
+    del overrides
+    from armd_jax.data import packing
+
+    data = {"path": args.source, "tokenizer": args.tokenizer, "vocab_size": args.vocab_size}
+    data |= {"text_field": args.text_field, "damaged": "skip" if args.skip_damaged else "error"}
+    # The other sections only have to be valid with this row length.
+    config = from_config_dict({"data": data, "model": {"max_length": args.length}, "order": {"max_permuted": 1}})
+    prepared = packing.prepare_into(config.data, args.length, args.out)
+    splits = {name: dataclasses.asdict(prepared.counts(name)) for name in prepared.splits}
+    left_out = {name: dataclasses.asdict(counts) for name, counts in prepared.left_out.items()}
+    lines = [f"{args.out}: rows of {args.length} tokens, vocabulary {prepared.tokenizer.vocab_size}"]
+    for name, counts in splits.items():
+        lines.append(
+            f"  {name:<6} {counts['documents']:>9,} documents {counts['bytes']:>13,} bytes"
+            f" {counts['tokens']:>12,} tokens {counts['rows']:>9,} rows"
+        )
+    for name, counts in left_out.items():
+        if counts["empty"] or counts["damaged"]:
+            lines.append(
+                f"  left out of {name}: {counts['empty']:,} documents without text, {counts['damaged']:,} damaged"
+            )
+            lines[-1] += f" (the first: {counts['first_damaged']})" if counts["damaged"] else ""
+    return show(args, {"out": str(args.out), "splits": splits, "left_out": left_out}, "\n".join(lines))

@@ -1,0 +1,22 @@
+"""`armd report`: write report.html and its pictures into the run."""
+
+import argparse
+from collections.abc import Sequence
+
+from armd_jax.cli.arguments import folder, show
+
+HELP = "Write report.html and its pictures into the run."
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    """Declares the arguments."""
+    parser.add_argument("--run", required=True, type=folder, help="a training run or an export")
+
+
+def run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
+    """Writes the page and prints its path."""
+    del overrides
+    from armd_jax.evaluation import report as page
+
+    path = page.write(args.run)
+    return show(args, {"report": str(path)}, f"{path}")

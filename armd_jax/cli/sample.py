@@ -1,0 +1,53 @@
+"""`armd sample`: draw samples in one or several parallel streams, and time it."""
+
+import argparse
+import re
+from collections.abc import Sequence
+
+from armd_jax import files, typed
+from armd_jax.cli.arguments import add_run, show, whole_numbers
+from armd_jax.errors import UserError
+
+HELP = "Draw samples in one or several parallel streams, and time it."
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    """Declares the arguments."""
+    add_run(parser)
+    parser.add_argument("--streams", default="1", help="one or more numbers of streams, such as 1,2,4,8")
+    parser.add_argument("--batch", type=int, default=1, help="samples per number of streams")
+    parser.add_argument("--length", type=int, default=None, help="tokens; default: the model's max_length")
+    parser.add_argument("--temperature", type=float, default=1.0, help="0: always the likeliest token")
+    parser.add_argument("--top-k", type=int, default=None, help="draw from the k likeliest tokens only")
+    parser.add_argument("--top-p", type=float, default=None, help="draw from the nucleus of this probability only")
+    parser.add_argument("--prompt", default="", help="text to continue")
+    parser.add_argument("--suffix", default="", help="text to end with; what lies between is filled in")
+    parser.add_argument("--seed", type=int, default=0)
+
+
+def run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
+    """Draws the samples, prints them, and stores them in the run."""
+    del overrides
+    streams = whole_numbers(args.streams, "--streams")
+    for flag, text in (("--prompt", args.prompt), ("--suffix", args.suffix)):
+        if not text.isascii() and re.search("[\ud800-\udfff]", text):
+            raise UserError(f"{flag}={text!r}: is not UTF-8 text")
+
+    from armd_jax.evaluation import samples
+    from armd_jax.interop.load import load
+
+    lm = load(args.run, ema=not args.no_ema)
+    result = samples.draw(
+        lm,
+        streams,
+        batch=args.batch,
+        length=lm.config.max_length if args.length is None else args.length,
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        prompt=args.prompt,
+        suffix=args.suffix,
+        seed=args.seed,
+    )
+    files.write(args.run / "samples.json", typed.to_json(result, indent=2) + "\n")
+    return show(args, result, samples.table(result))

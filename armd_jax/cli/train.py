@@ -1,0 +1,75 @@
+"""`armd train`: train a model, or continue the run that is in the workdir."""
+
+import argparse
+from collections.abc import Sequence
+
+from armd_jax import typed
+from armd_jax.cli.arguments import add_config, failed, folder, read_config, show
+from armd_jax.config import Config, Switch
+
+HELP = "Train a model, or continue the run that is in the workdir."
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    """Declares the arguments."""
+    add_config(parser)
+    parser.add_argument("--workdir", required=True, type=folder, help="folder of the run")
+    parser.add_argument(
+        "--debug-nans", action="store_true", help="stop at the operation that first gives NaN, and name it; slow"
+    )
+    parser.add_argument(
+        "--distributed",
+        default="auto",
+        choices=typed.choices(Switch),
+        help="join the other processes of the job; auto: if the environment shows that there are any",
+    )
+    parser.add_argument(
+        "--coordinator",
+        default=None,
+        metavar="HOST:PORT",
+        help="address of process 0; needed only if neither a cluster manager nor TPU metadata tell it",
+    )
+    parser.add_argument("--num-processes", type=int, default=None, help="how many processes there are")
+    parser.add_argument("--process-id", type=int, default=None, help="which of them this one is, from 0")
+
+
+def run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
+    """Trains, alone or as one process of several."""
+    config = read_config(args, overrides)
+
+    from armd_jax.training import host_memory
+
+    host_memory.settle()  # before JAX is imported
+
+    from armd_jax.training import distributed
+
+    several = distributed.initialize(args.distributed, args.coordinator, args.num_processes, args.process_id)
+    return distributed.run_together(lambda: _train(args, config)) if several else _train(args, config)
+
+
+def _train(args: argparse.Namespace, config: Config) -> int:
+    import jax
+
+    from armd_jax.interop import fine_tuning
+    from armd_jax.training import train
+    from armd_jax.training.faults import RunFailed
+    from armd_jax.training.preemption import STOPPED
+
+    start = fine_tuning.initial_params if config.training.init_from else None
+    try:
+        if start and not (args.workdir / "config.json").exists():
+            fine_tuning.check_source(config)
+        result = train.train(config, args.workdir, start, debug_nans=args.debug_nans)
+    except RunFailed as error:
+        return failed(str(error), 1)
+    at = int(result.state.step)
+    if result.stopped:
+        text = f"stopped by a signal after step {at}, which is saved; the same command continues"
+    elif not result.steps_done:
+        text = f"all {config.training.num_steps} steps are done, nothing left to do"
+    else:
+        text = f"trained {result.steps_done} steps, now at {at}"
+    if jax.process_index() == 0:
+        done = {"workdir": str(args.workdir), "step": at, "steps_done": result.steps_done, "stopped": result.stopped}
+        show(args, done, f"{args.workdir}: {text}")
+    return STOPPED if result.stopped else 0

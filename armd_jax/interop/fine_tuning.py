@@ -1,0 +1,40 @@
+"""Fine-tuning: a new run that starts from the weights of another run or of an export (`training.init_from`)."""
+
+import pathlib
+
+from jax.sharding import Mesh
+
+from armd_jax import config as configs
+from armd_jax.config import Config
+from armd_jax.core.parameters import Params
+from armd_jax.data import tokenizers
+from armd_jax.data.packing import PreparedData
+from armd_jax.errors import UserError
+from armd_jax.interop.load import load
+
+
+def check_source(config: Config) -> None:
+    """Raises UserError if the weights of `training.init_from` are not those of the new run's model.
+
+    It reads only configs, so that a mistake is found before any text is prepared.
+    """
+    source = pathlib.Path(config.training.init_from)
+    model = configs.read(source).model
+    for name in configs.weight_fields():
+        theirs, ours = getattr(model, name), getattr(config.model, name)
+        if theirs != ours:
+            raise UserError(f"training.init_from={source}: model.{name} is {theirs!r} there, {ours!r} here")
+
+
+def initial_params(config: Config, data: PreparedData, mesh: Mesh) -> Params:
+    """The weights of `training.init_from`, spread over the mesh.
+
+    Raises UserError if their tokenizer is not that of the data.
+    """
+    source = pathlib.Path(config.training.init_from)
+    if tokenizers.load(source / "tokenizer").hash != data.tokenizer.hash:
+        raise UserError(
+            f"training.init_from={source}: another vocabulary than the data's; set"
+            f" data.tokenizer={source / 'tokenizer'}"
+        )
+    return load(source, mesh=mesh).params
