@@ -20,6 +20,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["armd_jax", "armd_jax.*"]),
+    package_data={"armd_jax": ["py.typed"]},
     install_requires=REQUIREMENTS,
     extras_require={
         "tpu": ["jax[tpu]>=0.10"],
@@ -32,6 +33,7 @@ setup(
             "pytest>=8",
             "pytest-xdist>=3.5",
             "hypothesis>=6.100",
+            "mypy>=2.0",
             "ruff>=0.14",
             "pyyaml>=6",
             "tensorflow-datasets>=4.9.7",

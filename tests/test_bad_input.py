@@ -264,7 +264,7 @@ CONFIGS = [
     ("optimizer.learning_rate=1" + "0" * 400, r"learning_rate="),
     ("optimizer.schedule=cosin", r"did you mean 'cosine'"),
     ("order.kind=random", r"order.kind='random' is not known"),
-    ("order.kind=masked_diffusion --config.order.weight=simple --config.order.noise_schedule=geometric", r"one token"),
+    ("order.kind=masked_diffusion --config.order.weight=simple --config.order.noise_schedule=geometric", r"a single token would decide"),
     ("order.streams=1,3", r"not divisible by 3 streams"),
     ("order.streams=1,two", r"order.streams='1,two': expected whole numbers"),
     ("order.streams=()", r"needs at least one number"),
