@@ -315,7 +315,7 @@ def _held_out(args: argparse.Namespace, data: "DataConfig", length: int) -> Any:
     corpus.check_split(args.split)
     for candidate in candidates:
         for root in roots:
-            if packing.place(candidate, corpus, length, root).is_dir():
+            if packing.folder_for(candidate, corpus, length, root).is_dir():
                 return packing.prepare(candidate, length, root, corpus=corpus)
     return packing.prepare(data, length, roots[0], corpus=corpus)
 
