@@ -42,6 +42,9 @@ LearningRateSchedule = Literal["constant", "cosine", "wsd"]
 AfterSkipped = Literal["rollback", "stop"]
 Damaged = Literal["error", "skip"]
 Split = Literal["train", "valid", "test"]
+NamedTokenizer = Literal["sentencepiece", "bytes"]  # data.tokenizer may name these; anything else there is a folder
+VocabularyTokenizerKind = Literal["bpe", "wordpiece"]  # read from a folder of vocabulary files
+TokenizerKind = Literal[NamedTokenizer, VocabularyTokenizerKind]
 
 SPLASH_TILE = 128  # the TPU kernel needs rows of a multiple of this length
 FLASH_WIDEST = 256  # the GPU kernel takes heads up to this width
@@ -136,7 +139,12 @@ class DataConfig:
     test_fraction: float = _field(0.05, fraction="open")
     shard_rows: int = _field(8192, at_least=1)  # rows per file
     cache_dir: str = _free("")  # where prepared data are kept; empty: <workdir>/data
-    damaged: Damaged = "error"  # what a document that is not text is: an error, or skipped and counted
+    damaged: Damaged = "error"  # whether a document that is not text is an error, or is skipped and counted
+
+
+def is_named_tokenizer(tokenizer: str) -> TypeGuard[NamedTokenizer]:
+    """Whether `data.tokenizer` names a kind of tokenizer. If not, it is a folder of vocabulary files."""
+    return tokenizer in typed.choices(NamedTokenizer)
 
 
 @dataclasses.dataclass(frozen=True)

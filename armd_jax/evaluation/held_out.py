@@ -24,6 +24,6 @@ def find(run: pathlib.Path, config: Config, split: str, source: str | None = Non
     corpus.check_split(split)
     for candidate in candidates:
         for root in roots:
-            if packing.place(candidate, corpus, length, root).is_dir():
+            if packing.folder_for(candidate, corpus, length, root).is_dir():
                 return packing.prepare(candidate, length, root, corpus=corpus)
     return packing.prepare(data, length, roots[0], corpus=corpus)
