@@ -157,7 +157,9 @@ def test_mathematics_is_pure():
 
 def test_one_door_to_files():
     """JSON is parsed, and files are replaced, in `files` alone; other modules call it."""
-    allowed = {"files.py": {"loads", "replace", "mkstemp"}, "data/reading.py": {"loads"}}
+    # A line of a text file and a vocabulary are parsed where they are read: their errors name a line, or the folder.
+    allowed = {"files.py": {"loads", "replace", "mkstemp"}}
+    allowed |= {"data/text_files.py": {"loads"}, "data/tokenizers.py": {"loads"}}
     for file in FILES:
         called = {
             node.func.attr
@@ -188,14 +190,18 @@ def test_nothing_only_forwards():
         for node in ast.walk(tree):
             if isinstance(node, ast.FunctionDef):
                 assert not _only_forwards(node), f"{_name(file)}.{node.name}"
-        body = [node for node in tree.body if not isinstance(node, ast.Expr)]
+        body = [node for node in tree.body if not _is_docstring(node)]
         imports_only = body and all(isinstance(node, ast.Import | ast.ImportFrom) for node in body)
         assert not imports_only, _name(file)
 
 
+def _is_docstring(node: ast.stmt) -> bool:
+    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+
+
 def _only_forwards(function: ast.FunctionDef) -> bool:
     """Whether the body is one call that passes on exactly the function's own arguments, in order."""
-    body = [node for node in function.body if not (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant))]
+    body = [node for node in function.body if not _is_docstring(node)]
     if len(body) != 1 or not isinstance(body[0], ast.Return | ast.Expr) or not isinstance(body[0].value, ast.Call):
         return False
     call, names = body[0].value, [argument.arg for argument in function.args.args]
