@@ -7,7 +7,6 @@ and everything was saved (the same command continues); 1 where something else fa
 
 import argparse
 import errno
-import json
 import pathlib
 import re
 import sys
@@ -19,7 +18,7 @@ from armd_jax.errors import UserError
 from armd_jax.experiment_file import apply_overrides, load_config_file
 
 if TYPE_CHECKING:
-    from armd_jax.config import Config, DataConfig
+    from armd_jax.config import Config
 
 
 class _Parser(argparse.ArgumentParser):
@@ -273,7 +272,7 @@ def _eval(args: argparse.Namespace, _: Sequence[str]) -> int:
 
     from armd_jax import files, typed
     from armd_jax.config import read as read_config
-    from armd_jax.evaluation import perplexity
+    from armd_jax.evaluation import held_out, perplexity, results
     from armd_jax.interop.load import load
 
     config = read_config(args.run)
@@ -283,41 +282,11 @@ def _eval(args: argparse.Namespace, _: Sequence[str]) -> int:
             f"--streams={args.streams}: {wrong[0]} does not divide model.max_length={config.model.max_length}"
         )
     lm = load(args.run, ema=not args.no_ema)
-    data = _held_out(args, config.data, config.model.max_length)
-    elbo = config.order if config.order.kind == "masked_diffusion" else None
-    result = perplexity.evaluate(lm, data, args.split, streams, args.draws, elbo, args.batch, args.seed)
-    result["seed"] = args.seed
+    data = held_out.find(args.run, config, args.split, args.data)
+    found = perplexity.evaluate(lm, data, args.split, streams, args.draws, config.order, args.batch, args.seed)
     if args.data is None:
-        files.write(args.run / "eval.json", typed.to_json(result, indent=2) + "\n")
-    return _print(args, result, perplexity.table(result))
-
-
-def _held_out(args: argparse.Namespace, data: "DataConfig", length: int) -> Any:
-    """The prepared text to score: the run's own, or `--data` with the run's tokenizer.
-
-    It is looked for where the run's config says and made in the run's folder only: a run that came from elsewhere does
-    not choose where to write.
-    """
-    import dataclasses
-
-    from armd_jax.data import packing
-    from armd_jax.data.corpora import open_corpus
-
-    roots = [args.run / "data", *([pathlib.Path(data.cache_dir)] if data.cache_dir else [])]
-    trained_on = data.tokenizer
-    data = dataclasses.replace(data, tokenizer=str(args.run / "tokenizer"))
-    candidates = [data]
-    if args.data is not None:
-        data = candidates[0] = dataclasses.replace(data, path=args.data)
-    elif trained_on in ("sentencepiece", "bytes"):  # prepared under the name of the kind
-        candidates.insert(0, dataclasses.replace(data, tokenizer=trained_on))
-    corpus = open_corpus(data)
-    corpus.check_split(args.split)
-    for candidate in candidates:
-        for root in roots:
-            if packing.place(candidate, corpus, length, root).is_dir():
-                return packing.prepare(candidate, length, root, corpus=corpus)
-    return packing.prepare(data, length, roots[0], corpus=corpus)
+        files.write(args.run / results.EVALUATION_FILE, typed.to_json(found.as_dict(), indent=2) + "\n")
+    return _print(args, found.as_dict(), perplexity.as_text(found))
 
 
 def _sample(args: argparse.Namespace, _: Sequence[str]) -> int:
@@ -326,12 +295,14 @@ def _sample(args: argparse.Namespace, _: Sequence[str]) -> int:
         if not text.isascii() and re.search("[\ud800-\udfff]", text):
             raise UserError(f"{flag}={text!r}: is not UTF-8 text")
 
-    from armd_jax import files
-    from armd_jax.evaluation import samples
+    import dataclasses
+
+    from armd_jax import files, typed
+    from armd_jax.evaluation import results, samples
     from armd_jax.interop.load import load
 
     lm = load(args.run, ema=not args.no_ema)
-    result = samples.draw(
+    drawn = samples.draw(
         lm,
         streams,
         batch=args.batch,
@@ -343,8 +314,8 @@ def _sample(args: argparse.Namespace, _: Sequence[str]) -> int:
         suffix=args.suffix,
         seed=args.seed,
     )
-    files.write(args.run / "samples.json", json.dumps(result, indent=2) + "\n")
-    return _print(args, result, samples.table(result))
+    files.write(args.run / results.SAMPLES_FILE, typed.to_json(drawn, indent=2) + "\n")
+    return _print(args, dataclasses.asdict(drawn), samples.as_text(drawn))
 
 
 def _export(args: argparse.Namespace, _: Sequence[str]) -> int:
