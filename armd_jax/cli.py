@@ -347,10 +347,10 @@ def _checkpoints(args: argparse.Namespace, _: Sequence[str]) -> int:
 
 
 def _report(args: argparse.Namespace, _: Sequence[str]) -> int:
-    from armd_jax.evaluation import report
+    from armd_jax.report import page
 
-    page = report.write(args.run)
-    return _print(args, {"report": str(page)}, f"{page}")
+    written = page.write(args.run)
+    return _print(args, {"report": str(written)}, f"{written}")
 
 
 def _compile(args: argparse.Namespace, rest: Sequence[str]) -> int:

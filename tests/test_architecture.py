@@ -26,6 +26,7 @@ ALLOWED = {
     "training": READERS | {"training"},
     "inference": READERS | {"inference"},
     "evaluation": READERS | {"training", "inference", "evaluation"},
+    "report": READERS | {"training", "inference", "evaluation", "report"},
     "interop": READERS | {"training", "inference", "interop"},
     "compilation": READERS | {"training", "inference", "compilation"},
 }

@@ -128,3 +128,17 @@ def draw(config: OrderConfig, key: jax.Array, step: jax.Array, num_steps: int, b
         return base()
     sbp_begins = num_steps - config.sbp_steps
     return jax.lax.cond(step >= sbp_begins, lambda: _strided(config, keys, batch, length), base)
+
+
+def shuffled_tokens(config: OrderConfig, step: jax.Array | int) -> jax.Array | None:
+    """How many tokens the orders of a step shuffle, before the SBP phase.
+
+    None if orders of this kind are not the natural one with some of its tokens shuffled.
+    """
+    match config.kind:
+        case "progressive":
+            return num_permuted(config, step)
+        case "left_to_right" | "uniform" | "strided" | "masked_diffusion":
+            return None
+        case _:
+            assert_never(config.kind)
