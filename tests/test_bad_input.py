@@ -135,7 +135,9 @@ def _write_runs(place: pathlib.Path) -> None:
             file.write_bytes(file.read_bytes()[:3])
     _edit(copy("foreign", "tensorboard") / "config.json", width=64)
     _edit(copy("other-vocabulary", "tensorboard") / "config.json", vocab_size=300)
-    (copy("odd-scores", "checkpoints") / "eval.json").write_text('{"split": "test", "left_to_right": 3}')
+    (copy("odd-scores", "checkpoints") / "eval.json").write_text(
+        '{"split": "test", "lossless": true, "left_to_right": 3}'
+    )
     (copy("cut-scores", "checkpoints") / "eval.json").write_text("{")
     for folder in ("shard", "manifest", "link"):
         shutil.copytree(place / "run", place / f"run-{folder}", ignore=shutil.ignore_patterns("tensorboard"))
@@ -408,11 +410,11 @@ OTHER_FILES = [
     ("eval --run=run-link", r"test-00000.array_record: this shard is a link out of its folder"),
     (AGAIN.replace("=run ", "=run-shard "), r"test-00000.array_record: this shard is damaged"),
     (AGAIN.replace("=run ", "=run-manifest "), r"is not the name of a shard"),
-    ("report --run=missing", r"missing: no such run folder"),
-    ("report --run=nothing", r"holds no config.json"),
+    ("report --run=missing", r"missing: there is no such folder"),
+    ("report --run=nothing", r"neither a training run nor an export \(it has no config.json\)"),
     ("report --run=run-deep-config", r"cannot be read as JSON"),
-    ("report --run=run-cut-scores", r"eval.json: cannot be read as JSON"),
-    ("report --run=run-odd-scores", r"is not what a verb of armd wrote there"),
+    ("report --run=run-cut-scores", r"eval.json: cannot be read as JSON: .*; write it again with armd eval"),
+    ("report --run=run-odd-scores", r"eval.json: not what armd eval writes: eval.left_to_right=3: .*; write it again"),
     ("export --run=run-of-nothing --out=new", r"neither a training run nor an export"),
     ("export --run=run-damaged --out=new", r"none of the checkpoints"),
 ]

@@ -14,11 +14,12 @@ import functools
 from collections.abc import Callable, Iterator
 from typing import Literal, assert_never
 
-from armd_jax.config import Damaged, DataConfig, Split
+from armd_jax.config import DataConfig
 from armd_jax.data import embedded, text_files, tfds
 from armd_jax.data.reading import Documents, LeftOut, Source
 from armd_jax.data.splits import SPLITS, Division
 from armd_jax.errors import UserError
+from armd_jax.names import Damaged, Split
 
 SourceKind = Literal["embedded", "tfds", "files"]
 

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Literal
 
 from armd_jax import files, typed
-from armd_jax.config import Split, TokenizerKind
 from armd_jax.data.reading import LeftOut
 from armd_jax.errors import UserError, shown
+from armd_jax.names import Split, TokenizerKind
 
 FORMAT = 2
 MANIFEST_FILE = "manifest.json"

@@ -19,7 +19,7 @@ import numpy as np
 from tqdm import tqdm
 
 from armd_jax import typed
-from armd_jax.config import DataConfig, Split
+from armd_jax.config import DataConfig
 from armd_jax.data import tokenizers
 from armd_jax.data.building import large_folder
 from armd_jax.data.corpora import Corpus, open_corpus
@@ -39,6 +39,7 @@ from armd_jax.data.reading import LeftOut
 from armd_jax.data.shards import PackedRows, ShardWriter, check_shard
 from armd_jax.data.tokenizers import Tokenizer
 from armd_jax.errors import UserError
+from armd_jax.names import Split
 
 TOKENIZER_FOLDER = "tokenizer"
 BATCH_CHARACTERS = 1 << 22  # encoded at a time: enough to keep all cores busy, little enough to hold as Python ints

@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import assert_never
 
-from armd_jax.config import Damaged, Split
 from armd_jax.errors import UserError
+from armd_jax.names import Damaged, Split
 
 # A document, or what is wrong with it. The error names the place and is yielded, not raised: one damaged document does
 # not end the reading.

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from armd_jax.config import Split
 from armd_jax.data.reading import Documents
 from armd_jax.errors import UserError
+from armd_jax.names import Split
 
 SPLITS: tuple[Split, ...] = typing.get_args(Split)
 # The words that sources use for a split.

@@ -16,10 +16,11 @@ import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from armd_jax.config import DataConfig, Split
+from armd_jax.config import DataConfig
 from armd_jax.data.reading import Reader, Source, TextOrError, decode_utf8, hash_file
 from armd_jax.data.splits import SPLIT_NAMES, SPLITS
 from armd_jax.errors import UserError
+from armd_jax.names import Split
 
 # Formats
 

@@ -6,10 +6,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from armd_jax.config import DataConfig, Split
+from armd_jax.config import DataConfig
 from armd_jax.data.reading import Reader, Source, TextOrError, decode_utf8
 from armd_jax.data.splits import SPLIT_NAMES
 from armd_jax.errors import UserError
+from armd_jax.names import Split
 
 PREFIX = "tfds:"  # how `data.path` names such a source
 EXAMPLES_PER_READ = 256

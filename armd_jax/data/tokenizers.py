@@ -18,9 +18,10 @@ import sentencepiece
 import tokenizers as library
 
 from armd_jax import files, typed
-from armd_jax.config import DataConfig, NamedTokenizer, TokenizerKind, VocabularyTokenizerKind, is_named_tokenizer
+from armd_jax.config import DataConfig, is_named_tokenizer
 from armd_jax.data.sentencepiece_training import SPACE_MARK, train_model
 from armd_jax.errors import UserError, shown
+from armd_jax.names import NamedTokenizer, TokenizerKind, VocabularyTokenizerKind
 
 CONFIG_FILE = "tokenizer_config.json"
 MODEL_FILE = "tokenizer.model"

@@ -5,10 +5,10 @@ import json
 import pytest
 
 from armd_jax import typed
-from armd_jax.config import Split
 from armd_jax.data.manifest import MANIFEST_FILE, Counts, Shard, read_manifest, write_manifest
 from armd_jax.data.reading import LeftOut
 from armd_jax.errors import UserError
+from armd_jax.names import Split
 
 # As written by the first version of format 2.
 STORED = """\
