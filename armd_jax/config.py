@@ -4,8 +4,7 @@ An experiment file's `get_config(arg)` starts from `default_config_dict()`, an `
 fields; the command line changes more (`--config.model.width=512`); `from_config_dict` turns the result into the frozen
 `Config`. Unknown names, wrong types and impossible values are `UserError`s of one line each.
 
-Every closed set of names is one `Literal` below. Code that depends on such a name is a `match` that ends in
-`assert_never`, so the type checker finds every place that a new name has to be added to.
+The closed sets of names that fields take are in `armd_jax.names`.
 """
 
 import dataclasses
@@ -13,38 +12,13 @@ import functools
 import json
 import pathlib
 from collections.abc import Iterator
-from typing import Any, Literal, TypeGuard, assert_never
+from typing import Any, TypeGuard, assert_never
 
 import ml_collections
 
-from armd_jax import files, typed
+from armd_jax import files, names, typed
 from armd_jax.errors import UserError
 
-AggregatorKind = Literal["positional", "mean", "shift"]
-NormKind = Literal["layernorm", "rmsnorm"]
-MlpKind = Literal["gelu", "swiglu"]
-Remat = Literal["none", "dots", "full"]
-PlainAttention = Literal["auto", "dense", "chunked"]  # runs everywhere
-TpuKernel = Literal["splash"]
-GpuKernel = Literal["flash"]
-AttentionKind = Literal[PlainAttention, TpuKernel, GpuKernel]
-Dtype = Literal["auto", "float32", "bfloat16"]
-Switch = Literal["auto", "on", "off"]
-OneTokenOrder = Literal["left_to_right", "progressive", "uniform"]  # every block is one token
-StridedOrder = Literal["strided"]  # the blocks follow from the number of streams
-DrawnBlocksOrder = Literal["masked_diffusion"]  # the blocks themselves are drawn at random
-OrderKind = Literal[OneTokenOrder, StridedOrder, DrawnBlocksOrder]
-Permutation = Literal["scatter", "window", "reinsert"]
-NoiseSchedule = Literal["linear", "cosine", "geometric"]
-OrderWeight = Literal["elbo", "simple"]
-OptimizerKind = Literal["adamw"]
-LearningRateSchedule = Literal["constant", "cosine", "wsd"]
-AfterSkipped = Literal["rollback", "stop"]
-Damaged = Literal["error", "skip"]
-Split = Literal["train", "valid", "test"]
-
-SPLASH_TILE = 128  # the TPU kernel needs rows of a multiple of this length
-FLASH_WIDEST = 256  # the GPU kernel takes heads up to this width
 _LARGEST = 2**31 - 1  # steps, sizes and seeds are int32 on devices
 
 _field = typed.field
@@ -71,20 +45,20 @@ class ModelConfig:
     num_heads: int = _weights(12, at_least=1)  # H
     # F. 0: 4 D for gelu, 8/3 D rounded up to a multiple of 64 for swiglu (about as many parameters).
     mlp_width: int = _weights(0, at_least=0)
-    mlp: MlpKind = _weights("gelu")
-    norm: NormKind = _weights("layernorm")
-    aggregator: AggregatorKind = _weights("positional")
+    mlp: names.MlpKind = _weights("gelu")
+    norm: names.NormKind = _weights("layernorm")
+    aggregator: names.AggregatorKind = _weights("positional")
     positional_width: int = _weights(128)  # P, width of the aggregator's sinusoidal embedding
     tie_embeddings: bool = _weights(True)  # the output head is the embedding table, transposed
     dropout: float = _field(0.0, fraction="open")  # on embeddings, attention outputs and MLP outputs
     rope_base: float = _weights(10_000.0, above=1)
-    dtype: Dtype = "auto"  # of activations. auto: bfloat16 on accelerators, float32 on CPU
+    dtype: names.Dtype = "auto"  # of activations. auto: bfloat16 on accelerators, float32 on CPU
     # What the backward pass computes again instead of keeping: nothing, all but matrix products, or whole layers.
-    remat: Remat = _free("none")
+    remat: names.Remat = _free("none")
     # Compile one layer and loop over it, so that compile time does not grow with depth. auto: on accelerators.
-    scan_layers: Switch = _free("auto")
+    scan_layers: names.Switch = _free("auto")
     # auto: flash on GPU and splash on TPU for training, if the orders allow it; otherwise chosen by size.
-    attention: AttentionKind = _free("auto")
+    attention: names.AttentionKind = _free("auto")
     # Queries and keys per step of chunked attention. 0: 128 on CPU, 512 on accelerators.
     attention_chunk: int = _free(0, at_least=0)
     # Positions whose logits exist at the same time. 0: as many as keep them below 64 MiB.
@@ -96,7 +70,7 @@ class ModelConfig:
         return self.width // self.num_heads
 
     @property
-    def plain_attention(self) -> PlainAttention:
+    def plain_attention(self) -> names.PlainAttention:
         """The attention of calls that no kernel serves, such as decoding: chosen by size if the config names one."""
         return self.attention if _is_plain(self.attention) else "auto"
 
@@ -106,7 +80,9 @@ class ModelConfig:
         `attention` stays `auto` if no kernel of the platform fits; then sizes decide between dense and chunked.
         """
         accelerated = platform != "cpu"
-        kernels: tuple[Any, ...] = {"tpu": typed.choices(TpuKernel), "gpu": typed.choices(GpuKernel)}.get(platform, ())
+        kernels: tuple[Any, ...] = {"tpu": typed.choices(names.TpuKernel), "gpu": typed.choices(names.GpuKernel)}.get(
+            platform, ()
+        )
         fitting = [kind for kind in kernels if not _kernel_fault(self, kind)]
         decided: dict[str, Any] = {
             "dtype": "bfloat16" if accelerated else "float32",
@@ -119,8 +95,8 @@ class ModelConfig:
         return dataclasses.replace(self, **decided)
 
 
-def _is_plain(kind: AttentionKind) -> TypeGuard[PlainAttention]:
-    return kind in typed.choices(PlainAttention)
+def _is_plain(kind: names.AttentionKind) -> TypeGuard[names.PlainAttention]:
+    return kind in typed.choices(names.PlainAttention)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,16 +112,21 @@ class DataConfig:
     test_fraction: float = _field(0.05, fraction="open")
     shard_rows: int = _field(8192, at_least=1)  # rows per file
     cache_dir: str = _free("")  # where prepared data are kept; empty: <workdir>/data
-    damaged: Damaged = "error"  # what a document that is not text is: an error, or skipped and counted
+    damaged: names.Damaged = "error"  # whether a document that is not text is an error, or is skipped and counted
+
+
+def is_named_tokenizer(tokenizer: str) -> TypeGuard[names.NamedTokenizer]:
+    """Whether `data.tokenizer` names a kind of tokenizer. If not, it is a folder of vocabulary files."""
+    return tokenizer in typed.choices(names.NamedTokenizer)
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
     """The optimizer. The defaults are the paper's protocol, which follows SEDD and MDLM."""
 
-    kind: OptimizerKind = "adamw"
+    kind: names.OptimizerKind = "adamw"
     learning_rate: float = _field(3e-4, above=0)
-    schedule: LearningRateSchedule = "constant"  # after the warm-up
+    schedule: names.LearningRateSchedule = "constant"  # after the warm-up
     warmup_steps: int = _field(2500, at_least=0)
     decay_fraction: float = _field(0.2, fraction="closed")  # wsd: the last part of training, in which the rate falls
     final_fraction: float = _field(0.0, fraction="closed")  # cosine, wsd: last learning rate divided by the peak
@@ -163,16 +144,16 @@ class OptimizerConfig:
 class OrderConfig:
     """The generation orders drawn during training (the paper's curriculum, and choices that it leaves open)."""
 
-    kind: OrderKind = "progressive"
-    permute: Permutation = "scatter"  # progressive: which tokens are shuffled
+    kind: names.OrderKind = "progressive"
+    permute: names.Permutation = "scatter"  # progressive: which tokens are shuffled
     ar_steps: int = _field(9_000, at_least=0)  # progressive: left to right until this step (i_AR)
     permute_steps: int = 48_000  # progressive: the number of shuffled tokens rises linearly until this step (i_perm) …
     max_permuted: int = _field(32, at_least=1)  # … to this number, and stays there (rho)
     streams: tuple[int, ...] = (1, 2, 4)  # strided: the number of streams S of each step is drawn from these
     sbp_steps: int = 0  # the last steps of training use strided orders (strided block-parallel fine-tuning)
     diffusion_steps: int = _field(64, at_least=1)  # masked_diffusion: T
-    noise_schedule: NoiseSchedule = "linear"  # masked_diffusion
-    weight: OrderWeight = "elbo"  # masked_diffusion: the weights gamma of the loss
+    noise_schedule: names.NoiseSchedule = "linear"  # masked_diffusion
+    weight: names.OrderWeight = "elbo"  # masked_diffusion: the weights gamma of the loss
 
 
 def block_patterns(order: OrderConfig) -> tuple[int, ...] | None:
@@ -181,9 +162,9 @@ def block_patterns(order: OrderConfig) -> tuple[int, ...] | None:
     The position of each token may be drawn at random, but the blocks, and with them every mask, are those of a strided
     order with one of these numbers of streams. None if the blocks themselves are drawn.
     """
-    if order.kind in typed.choices(DrawnBlocksOrder):
+    if order.kind in typed.choices(names.DrawnBlocksOrder):
         return None
-    base = order.streams if order.kind in typed.choices(StridedOrder) else (1,)
+    base = order.streams if order.kind in typed.choices(names.StridedOrder) else (1,)
     return tuple(sorted({*base, *(order.streams if order.sbp_steps else ())}))
 
 
@@ -207,7 +188,7 @@ class TrainingConfig:
     # skipped in a row, `after_skipped` says what happens: go back to the last checkpoint and past the batches that
     # failed (rollback), or stop.
     max_skipped: int = _free(10, at_least=1)
-    after_skipped: AfterSkipped = _free("rollback")
+    after_skipped: names.AfterSkipped = _free("rollback")
     # An update is also skipped if its loss exceeds the running average by this many nats per token; 0: never.
     spike_nats: float = _field(0.0, at_least=0)
     init_from: str = ""  # fine-tuning: a run or an export whose weights training starts from
@@ -297,14 +278,14 @@ def differences(old: Config, new: Config) -> Iterator[tuple[str, Any, Any, bool]
 # --- checks ---------------------------------------------------------------------------------------------------------
 
 
-def _kernel_fault(model: ModelConfig, kind: AttentionKind, where: str = "model") -> str:
+def _kernel_fault(model: ModelConfig, kind: names.AttentionKind, where: str = "model") -> str:
     """Why an attention kernel cannot compute this model; empty if it can."""
     match kind:
-        case "splash" if model.max_length % SPLASH_TILE:
-            return f"{where}.max_length={model.max_length} must be a multiple of {SPLASH_TILE}"
-        case "flash" if model.head_width > FLASH_WIDEST:
+        case "splash" if model.max_length % names.SPLASH_TILE:
+            return f"{where}.max_length={model.max_length} must be a multiple of {names.SPLASH_TILE}"
+        case "flash" if model.head_width > names.FLASH_WIDEST:
             return (
-                f"{where}.width / {where}.num_heads = {model.head_width} is more than {FLASH_WIDEST};"
+                f"{where}.width / {where}.num_heads = {model.head_width} is more than {names.FLASH_WIDEST};"
                 " use auto or chunked"
             )
         case "auto" | "dense" | "chunked" | "splash" | "flash":
@@ -371,7 +352,7 @@ def _check_order(order: OrderConfig, config: Config) -> None:
         case _:
             pass
     patterns = block_patterns(order)
-    if patterns is None and config.model.attention in typed.choices(TpuKernel):
+    if patterns is None and config.model.attention in typed.choices(names.TpuKernel):
         raise UserError(
             f"model.attention={config.model.attention!r}: the blocks of order.kind={order.kind!r} are drawn at random,"
             " and this kernel has to know its mask beforehand; use auto or chunked"

@@ -12,14 +12,21 @@ import math
 import re
 import types
 import typing
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 from armd_jax.errors import UserError, nearest, shown
 
 T = TypeVar("T")
 
 
-def build(cls: type[T], values: Any, where: str = "", largest: int | None = None) -> T:
+class _Limits(NamedTuple):
+    """The arguments of `build` of the same names."""
+
+    largest: int | None
+    any_text: bool
+
+
+def build(cls: type[T], values: Any, where: str = "", largest: int | None = None, any_text: bool = False) -> T:
     """An instance of the dataclass `cls` from a dict of plain values.
 
     Fields may be int, float, str, bool, a `Literal` of strings, another dataclass, `X | None`, `tuple[X, ...]` or
@@ -27,6 +34,7 @@ def build(cls: type[T], values: Any, where: str = "", largest: int | None = None
 
     where: dotted name of the dict inside what was read, for messages.
     largest: if given, numbers must lie in -largest .. largest.
+    any_text: whether a text may hold a NUL, as what a model wrote may and no name or path does.
     Raises UserError if a field is unknown, missing (and without a default), or of the wrong type.
     """
     if not isinstance(values, dict):
@@ -44,7 +52,8 @@ def build(cls: type[T], values: Any, where: str = "", largest: int | None = None
         has_default = field.default is not dataclasses.MISSING or field.default_factory is not dataclasses.MISSING
         if field.name not in values and not has_default:
             raise UserError(f"{prefix}{field.name} is missing")
-    return cls(**{name: _coerce(hints[name], value, prefix + name, largest) for name, value in values.items()})
+    limits = _Limits(largest, any_text)
+    return cls(**{name: _coerce(hints[name], value, prefix + name, limits) for name, value in values.items()})
 
 
 def field(
@@ -96,9 +105,9 @@ def check_choice(literal: Any, value: str, where: str) -> None:
         raise UserError(f"{where}={shown(value)} is not known{nearest(value, known)}")
 
 
-def _coerce(hint: Any, value: Any, where: str, largest: int | None) -> Any:
+def _coerce(hint: Any, value: Any, where: str, limits: _Limits) -> Any:
     if dataclasses.is_dataclass(hint):
-        return build(typing.cast(type, hint), value, where, largest)
+        return build(typing.cast(type, hint), value, where, *limits)
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is Literal:
         _check_type(str, value, where)
@@ -106,18 +115,19 @@ def _coerce(hint: Any, value: Any, where: str, largest: int | None) -> Any:
         return value
     if origin in (types.UnionType, typing.Union):
         (inner,) = (argument for argument in arguments if argument is not types.NoneType)
-        return None if value is None else _coerce(inner, value, where, largest)
+        return None if value is None else _coerce(inner, value, where, limits)
     if origin is tuple:
         items = value if isinstance(value, list | tuple) else (value,)
-        return tuple(_coerce(arguments[0], item, where, largest) for item in items)
+        return tuple(_coerce(arguments[0], item, where, limits) for item in items)
     if origin is dict:
         if not isinstance(value, dict):
             raise UserError(f"{where}={shown(value)}: expected a section with fields, got {type(value).__name__}")
-        return {name: _coerce(arguments[1], item, f"{where}.{name}", largest) for name, item in value.items()}
-    return _scalar(hint, value, where, largest)
+        return {name: _coerce(arguments[1], item, f"{where}.{name}", limits) for name, item in value.items()}
+    return _scalar(hint, value, where, limits)
 
 
-def _scalar(hint: type, value: Any, where: str, largest: int | None) -> Any:
+def _scalar(hint: type, value: Any, where: str, limits: _Limits) -> Any:
+    largest = limits.largest
     if hint in (int, float) and isinstance(value, int) and largest is not None and abs(value) > largest:
         size = f"={value}" if value.bit_length() <= 256 else f": a number of {value.bit_length()} bits"
         raise UserError(f"{where}{size}: must be in {-largest} .. {largest}")
@@ -126,7 +136,7 @@ def _scalar(hint: type, value: Any, where: str, largest: int | None) -> Any:
     _check_type(hint, value, where)
     if hint is float and not math.isfinite(value):
         raise UserError(f"{where}={value!r}: must be a finite number")
-    if hint is str and re.search("[\0\ud800-\udfff]", value):
+    if hint is str and re.search("[\ud800-\udfff]" if limits.any_text else "[\0\ud800-\udfff]", value):
         raise UserError(f"{where}={shown(value)}: holds a NUL or half a surrogate pair, which no name or path does")
     return value
 

@@ -1,21 +1,28 @@
 #!/usr/bin/env bash
-# Lint and the whole test suite, in a virtual environment of its own. Arguments go to pytest (default: all tests).
-# Where a newer Python is at hand, the mathematics and the sampler are tested there too, on the newest JAX.
+# Lint, types and tests, in a virtual environment of its own. --fast: lint, types and the tests that are not slow, in
+# about two minutes on two cores. Other arguments go to pytest (default: all tests). If a newer Python is at hand, the
+# whole run also tests the mathematics and the sampler there, on the newest JAX.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 if [ "${1:-}" = "--help" ]; then
-    sed -n '2,3s/^# //p' launch/test.sh
-    echo "usage: bash launch/test.sh [pytest arguments]"
+    sed -n '2,4s/^# //p' launch/test.sh
+    echo "usage: bash launch/test.sh [--fast] [pytest arguments]"
     exit 0
 fi
 . launch/environment.sh
 
+whole=$([ $# -eq 0 ] && echo yes || echo no)
+if [ "${1:-}" = "--fast" ]; then
+    shift
+    set -- -m "not slow" "$@"
+fi
 use_environment .venv/test "[test]"
 ruff check .
 ruff format --check .
-# Two workers where there are two cores; a file's tests stay together, so that its slow fixtures are made once.
+mypy
+# Two workers for two cores. The tests of a file stay together, so that its slow fixtures are made once.
 python -m pytest -n 2 --dist loadfile "$@"
-if [ $# -eq 0 ] && newer=$(newer_python); then
+if [ "$whole" = yes ] && newer=$(newer_python); then
     PYTHON=$newer use_environment .venv/newest "[test]"
     python -c 'import jax, platform; print("once more on Python", platform.python_version(), "with jax", jax.__version__)'
     python -m pytest -n 2 --dist loadfile tests/core tests/inference tests/experiments

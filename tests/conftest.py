@@ -1,13 +1,23 @@
 """Fixtures that several folders of tests share: a small corpus, and one trained smoke run."""
 
+import atexit
 import contextlib
 import json
 import os
 import pathlib
 import random
+import shutil
+import tempfile
 from collections.abc import Iterator
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    # One cache of compiled programs for the workers and for every process that tests start: many of them train the same
+    # small model. The first process to come here makes it, and removes it at the end.
+    _CACHE = tempfile.mkdtemp(prefix="armd-test-programs-")
+    atexit.register(shutil.rmtree, _CACHE, ignore_errors=True)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
 
 import jax
 import pytest

@@ -135,7 +135,9 @@ def _write_runs(place: pathlib.Path) -> None:
             file.write_bytes(file.read_bytes()[:3])
     _edit(copy("foreign", "tensorboard") / "config.json", width=64)
     _edit(copy("other-vocabulary", "tensorboard") / "config.json", vocab_size=300)
-    (copy("odd-scores", "checkpoints") / "eval.json").write_text('{"split": "test", "left_to_right": 3}')
+    (copy("odd-scores", "checkpoints") / "eval.json").write_text(
+        '{"split": "test", "lossless": true, "left_to_right": 3}'
+    )
     (copy("cut-scores", "checkpoints") / "eval.json").write_text("{")
     for folder in ("shard", "manifest", "link"):
         shutil.copytree(place / "run", place / f"run-{folder}", ignore=shutil.ignore_patterns("tensorboard"))
@@ -264,7 +266,10 @@ CONFIGS = [
     ("optimizer.learning_rate=1" + "0" * 400, r"learning_rate="),
     ("optimizer.schedule=cosin", r"did you mean 'cosine'"),
     ("order.kind=random", r"order.kind='random' is not known"),
-    ("order.kind=masked_diffusion --config.order.weight=simple --config.order.noise_schedule=geometric", r"a single token would decide"),
+    (
+        "order.kind=masked_diffusion --config.order.weight=simple --config.order.noise_schedule=geometric",
+        r"a single token",
+    ),
     ("order.streams=1,3", r"not divisible by 3 streams"),
     ("order.streams=1,two", r"order.streams='1,two': expected whole numbers"),
     ("order.streams=()", r"needs at least one number"),
@@ -393,7 +398,7 @@ OTHER_FILES = [
     ("prepare --source=text.jsonl --out=new --tokenizer=vocab/junk", r"not a sentencepiece model"),
     ("train --config={smoke} --workdir=file --config.data.path=text.jsonl", r"--workdir=.*file"),
     ("train --config={smoke} --workdir=file/new --config.data.path=text.jsonl", r"--workdir=.*file/new"),
-    ("train --config={smoke} --workdir=run-cut-config --config.data.path=text.jsonl", r"config.json: cannot be read as JSON"),
+    ("train --config={smoke} --workdir=run-cut-config --config.data.path=text.jsonl", r"config.json: cannot be read"),
     ("train --config={smoke} --workdir=nothing --config.data.path=text.jsonl --config.mesh.data=7", r"devices"),
     (AGAIN + "--config.model.width=64", r"model.width was 32, now 64"),
     (AGAIN + "--config.training.seed=1", r"training.seed was 0, now 1"),
@@ -405,11 +410,11 @@ OTHER_FILES = [
     ("eval --run=run-link", r"test-00000.array_record: this shard is a link out of its folder"),
     (AGAIN.replace("=run ", "=run-shard "), r"test-00000.array_record: this shard is damaged"),
     (AGAIN.replace("=run ", "=run-manifest "), r"is not the name of a shard"),
-    ("report --run=missing", r"missing: no such run folder"),
-    ("report --run=nothing", r"holds no config.json"),
+    ("report --run=missing", r"missing: there is no such folder"),
+    ("report --run=nothing", r"neither a training run nor an export \(it has no config.json\)"),
     ("report --run=run-deep-config", r"cannot be read as JSON"),
-    ("report --run=run-cut-scores", r"eval.json: cannot be read as JSON"),
-    ("report --run=run-odd-scores", r"is not what a verb of armd wrote there"),
+    ("report --run=run-cut-scores", r"eval.json: cannot be read as JSON: .*; write it again with armd eval"),
+    ("report --run=run-odd-scores", r"eval.json: not what armd eval writes: eval.left_to_right=3: .*; write it again"),
     ("export --run=run-of-nothing --out=new", r"neither a training run nor an export"),
     ("export --run=run-damaged --out=new", r"none of the checkpoints"),
 ]

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from armd_jax import config as configs
 from armd_jax import files, typed
 from armd_jax.cli.arguments import add_run, check_seed, show, whole_numbers
-from armd_jax.config import DrawnBlocksOrder, Split
 from armd_jax.errors import UserError
+from armd_jax.names import Split
 
 HELP = "Exact left-to-right likelihood, expected likelihood over random orders, likelihood under strided orders."
 
@@ -45,13 +45,12 @@ def run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
 
     host_memory.settle()  # before JAX is imported
 
-    from armd_jax.evaluation import held_out, perplexity
+    from armd_jax.evaluation import held_out, perplexity, results
     from armd_jax.interop.load import load
 
     lm = load(args.run, ema=not args.no_ema)
     data = held_out.find(args.run, config, args.split, args.data)
-    elbo = config.order if config.order.kind in typed.choices(DrawnBlocksOrder) else None
-    result = perplexity.evaluate(lm, data, args.split, streams, args.draws, elbo, args.batch, args.seed)
+    found = perplexity.evaluate(lm, data, args.split, streams, args.draws, config.order, args.batch, args.seed)
     if args.data is None:
-        files.write(args.run / "eval.json", typed.to_json(result, indent=2) + "\n")
-    return show(args, result, perplexity.table(result))
+        files.write(args.run / results.EVALUATION_FILE, typed.to_json(found.as_dict(), indent=2) + "\n")
+    return show(args, found.as_dict(), perplexity.as_text(found))

@@ -16,7 +16,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
     """Writes the page and prints its path."""
     del overrides
-    from armd_jax.evaluation import report as page
+    from armd_jax.report import page
 
     path = page.write(args.run)
     return show(args, {"report": str(path)}, f"{path}")

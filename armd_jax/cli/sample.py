@@ -33,11 +33,11 @@ def run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
         if not text.isascii() and re.search("[\ud800-\udfff]", text):
             raise UserError(f"{flag}={text!r}: is not UTF-8 text")
 
-    from armd_jax.evaluation import samples
+    from armd_jax.evaluation import results, samples
     from armd_jax.interop.load import load
 
     lm = load(args.run, ema=not args.no_ema)
-    result = samples.draw(
+    drawn = samples.draw(
         lm,
         streams,
         batch=args.batch,
@@ -49,5 +49,5 @@ def run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
         suffix=args.suffix,
         seed=args.seed,
     )
-    files.write(args.run / "samples.json", typed.to_json(result, indent=2) + "\n")
-    return show(args, result, samples.table(result))
+    files.write(args.run / results.SAMPLES_FILE, typed.to_json(drawn, indent=2) + "\n")
+    return show(args, drawn, samples.as_text(drawn))

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 
 from armd_jax import typed
 from armd_jax.cli.arguments import add_config, failed, folder, read_config, show
-from armd_jax.config import Config, Switch
+from armd_jax.config import Config
+from armd_jax.names import Switch
 
 HELP = "Train a model, or continue the run that is in the workdir."
 

@@ -13,9 +13,10 @@ import jax
 import jax.numpy as jnp
 
 from armd_jax import typed
-from armd_jax.config import OrderConfig, StridedOrder
+from armd_jax.config import OrderConfig
 from armd_jax.core import order as orders
 from armd_jax.core.order import Order
+from armd_jax.names import StridedOrder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,11 +42,13 @@ class _Base:
     describe: a few words for people.
     draw: (keys, step, batch, length) -> order.
     phases: names with the step at which each ends; the last one has no end of its own.
+    shuffled: step -> how many tokens are shuffled; None if the order is not the natural one with shuffled tokens.
     """
 
     describe: str
     draw: Callable[[_Keys, jax.Array, int, int], Order]
     phases: tuple[tuple[str, int | None], ...]
+    shuffled: Callable[[jax.Array | int], jax.Array] | None = None
 
 
 def _base(config: OrderConfig) -> _Base:
@@ -62,6 +65,7 @@ def _base(config: OrderConfig) -> _Base:
                     keys.order, batch, length, num_permuted(config, step), config.permute
                 ),
                 (("identity", config.ar_steps), ("rising", config.permute_steps), ("constant", None)),
+                lambda step: num_permuted(config, step),
             )
         case "uniform":
             return _Base(
@@ -128,3 +132,12 @@ def draw(config: OrderConfig, key: jax.Array, step: jax.Array, num_steps: int, b
         return base()
     sbp_begins = num_steps - config.sbp_steps
     return jax.lax.cond(step >= sbp_begins, lambda: _strided(config, keys, batch, length), base)
+
+
+def shuffled_tokens(config: OrderConfig, step: jax.Array | int) -> jax.Array | None:
+    """How many tokens the orders of a step shuffle, before the SBP phase.
+
+    None if orders of this kind are not the natural one with some of its tokens shuffled.
+    """
+    shuffled = _base(config).shuffled
+    return None if shuffled is None else shuffled(step)

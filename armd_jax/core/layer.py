@@ -12,7 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from armd_jax.config import ModelConfig, Remat
+from armd_jax.config import ModelConfig
 from armd_jax.core import axes
 from armd_jax.core.cache import write
 from armd_jax.core.context import Context, LayerGroup
@@ -20,6 +20,7 @@ from armd_jax.core.kernels.attention import KERNEL_OUTPUT, attention, attention_
 from armd_jax.core.kernels.linear import linear
 from armd_jax.core.kernels.panels import Panels
 from armd_jax.core.sizes import activation_dtype, mlp_width
+from armd_jax.names import Remat
 
 KeyValue = tuple[jax.Array, jax.Array]  # a layer's cache: keys [B H, K, N] and values [B H, N, K]
 

@@ -20,8 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from armd_jax import typed
-from armd_jax.config import NoiseSchedule, OrderWeight, Permutation
 from armd_jax.errors import UserError
+from armd_jax.names import NoiseSchedule, OrderWeight, Permutation
 
 
 @flax.struct.dataclass

@@ -1,14 +1,17 @@
 """The embedded corpus: English prose that every Python installation carries, so that nothing needs a download.
 
-It is made of the help topics of `pydoc` and the docstrings of the standard library. Sources are parsed, never imported.
+It is made of the help topics of `pydoc` and the docstrings of the standard library. Modules are parsed, never imported.
 """
 
 import ast
 import functools
+import hashlib
+import platform
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
+from armd_jax.data.reading import Source
 from armd_jax.errors import UserError
 
 # Left out: tests, what other programs install, what differs from machine to machine, and
@@ -16,15 +19,26 @@ from armd_jax.errors import UserError
 LEFT_OUT = {"test", "tests", "idlelib", "lib2to3", "site-packages", "dist-packages", "turtledemo", "ensurepip"}
 LEFT_OUT |= {"encodings", "pydoc_data", "lib-dynload", "__pycache__"}
 MIN_CHARACTERS = 200  # of a document
-LONG_PARAGRAPH = 200  # characters, white space not counted twice
+LONG_PARAGRAPH = 200  # characters, with white space counted as one each
+
+
+def open_source() -> Source:
+    """The embedded corpus. Raises UserError if this Python carries no documentation."""
+    documents = embedded_documents()
+    version = platform.python_version()
+    digest = hashlib.sha256(version.encode())
+    for text in documents:
+        digest.update(hashlib.sha256(text.encode()).digest())
+    description = f"documentation embedded in Python {version}"
+    return Source(description, digest.hexdigest(), "embedded corpus", {"train": lambda: documents})
 
 
 @functools.cache
 def embedded_documents() -> tuple[str, ...]:
-    """The documents: one a topic, then one a module, the same on every machine with the same Python.
+    """One document per topic, then one per module; the same on every machine with the same Python.
 
-    Docstrings and documents that occur twice are kept once, and so are long paragraphs, which topics quote from one
-    another: nothing held out was trained on. Raises UserError where this Python carries no documentation.
+    Docstrings and documents that occur twice are kept once. So are long paragraphs, because topics quote one another,
+    and no held-out passage may also be trained on. Raises UserError if this Python carries no documentation.
     """
     library = Path(sysconfig.get_paths()["stdlib"])
     documents = _without_repeats([*_topics(library), *_module_docstrings(library)])
@@ -35,7 +49,7 @@ def embedded_documents() -> tuple[str, ...]:
 
 
 def _without_repeats(documents: list[str]) -> Iterator[str]:
-    """The documents, every long paragraph only where it stands first, however it is indented or wrapped elsewhere."""
+    """The documents, with every long paragraph kept only where it occurs first, however others indent or wrap it."""
     seen: set[str] = set()
     for text in documents:
         kept = []
@@ -76,12 +90,12 @@ def _module_docstrings(library: Path) -> Iterator[str]:
 def _parse(file: Path) -> ast.Module | None:
     try:
         return ast.parse(file.read_bytes())
-    except (OSError, SyntaxError, ValueError):  # a Python without its sources, or a template that is no Python
+    except (OSError, SyntaxError, ValueError):  # a Python without its sources, or a template that is not Python
         return None
 
 
 def _docstrings(node: ast.AST) -> Iterator[str]:
-    """Docstrings at and below `node`, in source order. Only statements can hold one, so only they are walked."""
+    """The docstrings of `node` and of everything in it, in source order. Expressions hold none and are not walked."""
     if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
         text = ast.get_docstring(node, clean=True)
         if text and text.strip():

@@ -1,4 +1,4 @@
-"""Batches of prepared rows: for training a pure function of (seed, step), for evaluation every token exactly once."""
+"""Batches of prepared rows: a pure function of (seed, step) for training, every token exactly once for evaluation."""
 
 import sys
 from collections.abc import Iterator
@@ -7,7 +7,8 @@ import grain
 import numpy as np
 from grain.experimental import index_shuffle
 
-from armd_jax.data.packing import PreparedData, Rows
+from armd_jax.data.packing import PreparedData
+from armd_jax.data.shards import PackedRows
 
 PREFETCH_THREADS = 2
 PREFETCH_BATCHES = 4
@@ -16,7 +17,8 @@ PREFETCH_BATCHES = 4
 def batch_indices(step: int, batch_size: int, seed: int, num_rows: int) -> np.ndarray:
     """int64[batch_size]: the rows of training step `step`, over all processes.
 
-    Steps walk through epochs back to back; every epoch is a permutation of all rows of its own.
+    Epochs follow one another without a gap, so that a batch may hold the end of one and the start of the next. Every
+    epoch is another permutation of all rows.
     """
     places = step * batch_size + np.arange(batch_size)
     epochs, places = np.divmod(places, num_rows)
@@ -30,11 +32,11 @@ def batch_indices(step: int, batch_size: int, seed: int, num_rows: int) -> np.nd
     )
 
 
-class _Batches:
-    """A Grain source whose item k is the whole batch of step k: faster than rows that Grain gathers."""
+class _BatchSource:
+    """A Grain data source whose item k is the whole batch of step k; faster than letting Grain gather single rows."""
 
     def __init__(
-        self, rows: Rows, num_rows: int, batch_size: int, seed: int, start_step: int, part: np.ndarray | None
+        self, rows: PackedRows, num_rows: int, batch_size: int, seed: int, start_step: int, part: np.ndarray | None
     ) -> None:
         self._rows, self._num_rows, self._batch_size = rows, num_rows, batch_size
         self._seed, self._start_step = seed, start_step
@@ -49,9 +51,9 @@ class _Batches:
 
 
 class TrainBatches:
-    """An endless iterator of (step, tokens_BN) and a context manager; `close` ends its reading threads."""
+    """An endless iterator of (step, tokens_BN), and a context manager. `close` ends the threads that read ahead."""
 
-    def __init__(self, source: _Batches, start_step: int) -> None:
+    def __init__(self, source: _BatchSource, start_step: int) -> None:
         options = grain.ReadOptions(num_threads=PREFETCH_THREADS, prefetch_buffer_size=PREFETCH_BATCHES)
         self._items = iter(grain.MapDataset.source(source).to_iter_dataset(options))
         self._step = start_step
@@ -83,11 +85,13 @@ def train_batches(
 ) -> TrainBatches:
     """Training batches from `start_step` on: (step, tokens int32[batch_size, N]), read ahead.
 
-    part: places in the batch, of which alone rows are read: a process's part of the same global batch. Only full rows
-    are used: a partly filled last row would train on padding.
+    Only full rows are used, because a partly filled last row would train on padding.
+
+    part: int[rows], if given: which rows of the batch are read and returned. Every process reads its own part of the
+      same global batch.
     """
     num_rows = prepared.counts("train").tokens // prepared.length
-    return TrainBatches(_Batches(prepared.rows("train"), num_rows, batch_size, seed, start_step, part), start_step)
+    return TrainBatches(_BatchSource(prepared.rows("train"), num_rows, batch_size, seed, start_step, part), start_step)
 
 
 def eval_batches(
@@ -96,7 +100,10 @@ def eval_batches(
     """Every row of `split` once, in order: (tokens int32[batch_size, N], valid bool[batch_size, N]).
 
     Every token of the split is valid exactly once. The padding of the last row and the rows that fill up the last batch
-    hold end-of-text and are not valid. At most `max_batches` batches, all where it is None.
+    hold end-of-text and are not valid.
+
+    max_batches: return at most this many batches. None: all.
+    Raises UserError if there is no such split.
     """
     counts, rows = prepared.counts(split), prepared.rows(split)
     starts = range(0, counts.rows, batch_size)
@@ -104,7 +111,7 @@ def eval_batches(
 
 
 def _eval_batch(
-    prepared: PreparedData, rows: Rows, start: int, batch_size: int, num_tokens: int
+    prepared: PreparedData, rows: PackedRows, start: int, batch_size: int, num_tokens: int
 ) -> tuple[np.ndarray, np.ndarray]:
     tokens_BN = np.full((batch_size, prepared.length), prepared.tokenizer.end_of_text, np.int32)
     for row in range(start, min(start + batch_size, len(rows))):

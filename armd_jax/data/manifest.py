@@ -1,111 +1,151 @@
-"""The manifest of a prepared folder, and whether its shards are what it says.
+"""The manifest of a prepared folder: what its rows were made from, and which files hold them.
 
-A prepared folder may come from anywhere: every field is checked before it is used, a shard's name cannot lead out of
-the folder, and bytes that are not those that were written are an error that names the file.
+A prepared folder may come from anywhere, so every value is checked before it is used. The dataclasses below are the
+keys of manifest.json, in its order. A change to them changes the format: raise FORMAT with it.
 """
 
 import dataclasses
-import json
 import re
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
-from array_record.python.array_record_module import ArrayRecordReader
-
-from armd_jax.data.reading import LeftOut, hash_file
+from armd_jax import files, typed
+from armd_jax.data.reading import LeftOut
 from armd_jax.errors import UserError, shown
+from armd_jax.names import Split, TokenizerKind
 
 FORMAT = 2
 MANIFEST_FILE = "manifest.json"
-SHARD_NAME = re.compile(r"(train|valid|test)-\d{5,}\.array_record")  # so that no name leads out of the folder
+_SHARD_NAME = re.compile(rf"({'|'.join(typed.choices(Split))})-\d{{5,}}\.array_record")
+
+RowDtype = Literal["<u2", "<u4"]  # NumPy's names of little-endian unsigned integers
 
 
 @dataclasses.dataclass(frozen=True)
 class Counts:
-    """What one split holds."""
+    """The size of one split."""
 
     documents: int
-    bytes: int  # UTF-8 of the original text
-    words: int  # and line ends
-    tokens: int  # end-of-text included, padding not
-    rows: int  # the last, partly filled one included
+    bytes: int  # of the original text as UTF-8
+    words: int  # plus line ends
+    tokens: int  # with end-of-text, without padding
+    rows: int  # with the last one, even if it is not full
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest in `folder`, every field of it there and sound. Raises UserError where it is not."""
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    """One file of rows."""
+
+    file: str  # its name in the folder
+    rows: int
+    bytes: int
+    sha256: str
+
+
+@dataclasses.dataclass(frozen=True)
+class PackedSplit:
+    """The size of one split (see `Counts`) and its shards in order. All shards but the last have `shard_rows` rows."""
+
+    documents: int
+    bytes: int
+    words: int
+    tokens: int
+    rows: int
+    shards: tuple[Shard, ...]
+
+    @property
+    def counts(self) -> Counts:
+        return Counts(self.documents, self.bytes, self.words, self.tokens, self.rows)
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizerIdentity:
+    """Which tokenizer made the tokens: what was asked for (`tokenizers.request_of`), and what `Tokenizer` says."""
+
+    request: str
+    kind: TokenizerKind
+    hash: str
+    vocab_size: int
+    end_of_text: int
+    lossless: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class SourceIdentity:
+    """Which documents were read: `description` and `fingerprint` of the corpus."""
+
+    description: str
+    fingerprint: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+    """What a prepared folder holds.
+
+    Attributes:
+      row_length: N, tokens per row.
+      dtype: how a token is stored.
+      shard_rows: rows per shard, except for the last shard of a split.
+      split_rule: that of the corpus.
+      left_out: documents that are in no row, by the splits that the source itself has.
+    """
+
+    format: int
+    row_length: int
+    dtype: RowDtype
+    shard_rows: int
+    tokenizer: TokenizerIdentity
+    source: SourceIdentity
+    split_rule: str
+    left_out: dict[Split, LeftOut]
+    splits: dict[Split, PackedSplit]
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Writes the manifest of a folder. It comes last: a folder without one is not a prepared folder."""
+    files.write(folder / MANIFEST_FILE, typed.to_json(manifest, indent=2) + "\n")
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of a prepared folder. Raises UserError if there is none, or one that packing cannot have written."""
     file = folder / MANIFEST_FILE
     if not file.is_file():
         raise UserError(f"{folder}: no prepared data there ({MANIFEST_FILE} is missing)")
     try:
-        manifest = json.loads(file.read_bytes())
-        known = manifest["format"] == FORMAT
-        fault = _fault(manifest) if known else ""
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
-        what = f"it has no {error}" if isinstance(error, KeyError) else "damaged manifest"
-        raise UserError(f"{file}: {what}; delete the folder and prepare the data again") from error
-    if not known:
-        raise UserError(
-            f"{file}: format {shown(manifest['format'])} is not the {FORMAT} of this version; prepare again"
-        )
-    if fault:
-        raise UserError(f"{file}: {fault}; delete the folder and prepare the data again")
-    return manifest
+        values = files.read_json(file)
+        if not isinstance(values, dict):
+            raise UserError("it is not a JSON object")
+        if values.get("format", FORMAT) == FORMAT:
+            manifest = typed.build(Manifest, values)
+            _check(manifest)
+            return manifest
+    except UserError as error:
+        reason = str(error).removeprefix(f"{file}: ")
+        raise UserError(f"{file}: damaged manifest: {reason}; delete the folder and prepare the data again") from error
+    raise UserError(f"{file}: format {shown(values['format'])} is not the {FORMAT} of this version; prepare again")
 
 
-def _fault(manifest: dict[str, Any]) -> str:
-    """What packing would never have written, or nothing; raises a plain error where fields or types are missing."""
-    length, shard_rows, dtype = (manifest[name] for name in ("row_length", "shard_rows", "dtype"))
-    tokenizer, source, left_out = (manifest[name] for name in ("tokenizer", "source", "left_out"))
-    numbers = [length - 1, shard_rows - 1, tokenizer["vocab_size"], tokenizer["end_of_text"]]
-    texts = [manifest["split_rule"], source["description"], source["fingerprint"]]
-    texts += [tokenizer[name] for name in ("request", "kind", "hash")]
-    if dtype not in ("<u2", "<u4"):
-        return f"dtype {shown(dtype)} is none of row data"
-    for counts in left_out.values():
-        numbers += [LeftOut(**counts).empty, LeftOut(**counts).damaged]
-    for split in manifest["splits"].values():
-        shards = split["shards"]
-        numbers += [split[field.name] for field in dataclasses.fields(Counts)]
-        numbers += [shard[name] for shard in shards for name in ("rows", "bytes")]
-        texts += [shard["sha256"] for shard in shards]
-        for shard in shards:
-            if not SHARD_NAME.fullmatch(shard["file"]):
-                return f"{shown(shard['file'])} is not the name of a shard"
-        rows = [shard["rows"] for shard in shards]
-        full = len(rows) <= 1 or set(rows[:-1]) == {shard_rows}
-        if not full or sum(rows) != split["rows"] or split["rows"] != -(-split["tokens"] // length):
-            return "its counts contradict one another"
-    if not all(type(number) is int and number >= 0 for number in numbers):
-        return "its counts are not whole numbers"
-    named = all(isinstance(text, str) for text in texts) and type(tokenizer["lossless"]) is bool
-    return "" if named else "its names are not text"
-
-
-def check_shard(folder: Path, shard: dict[str, Any], hashed: bool) -> None:
-    """Raises UserError where a shard's place, size, number of rows or, if `hashed`, content is not the manifest's.
-
-    The library itself opens damaged files without a word.
-    """
-    file = folder / shard["file"]
-    if not file.is_file():
-        raise UserError(f"{file}: this shard is missing; delete the folder and prepare the data again")
-    if file.resolve().parent != folder.resolve():
-        raise UserError(f"{file}: this shard is a link out of its folder; copy the file itself there")
-    if file.stat().st_size != shard["bytes"] or (hashed and hash_file(file) != shard["sha256"]):
-        raise damaged(file)
-    try:
-        rows = open_reader(file).num_records()
-    except RuntimeError as error:
-        raise damaged(file) from error
-    if rows != shard["rows"]:
-        raise damaged(file)
-
-
-def damaged(file: Path) -> UserError:
-    """The error for a shard that cannot be used."""
-    return UserError(f"{file}: this shard is damaged or was changed; delete the folder and prepare the data again")
-
-
-def open_reader(file: Path) -> ArrayRecordReader:
-    """A reader for single records: no more is read ahead than a record needs."""
-    return ArrayRecordReader(str(file), options="readahead_buffer_size:0", file_reader_buffer_size=1 << 15)
+def _check(manifest: Manifest) -> None:
+    """Raises UserError if the values have the right types, but packing can never have written them together."""
+    for name in (*manifest.splits, *manifest.left_out):
+        typed.check_choice(Split, name, "split")
+    if "train" not in manifest.splits:
+        raise UserError("it has no train split")
+    if min(manifest.row_length, manifest.shard_rows) < 1:
+        raise UserError("its rows or shards are empty")
+    numbers = [manifest.tokenizer.vocab_size, manifest.tokenizer.end_of_text]
+    for left_out in manifest.left_out.values():
+        numbers += [left_out.empty, left_out.damaged]
+    for split in manifest.splits.values():
+        numbers += dataclasses.astuple(split.counts)
+        for shard in split.shards:
+            numbers += [shard.rows, shard.bytes]
+            if not _SHARD_NAME.fullmatch(shard.file):  # other names could lead out of the folder
+                raise UserError(f"{shown(shard.file)} is not the name of a shard")
+        rows = [shard.rows for shard in split.shards]
+        full_but_last = all(number == manifest.shard_rows for number in rows[:-1])
+        rows_of_tokens = -(-split.tokens // manifest.row_length)
+        if not full_but_last or sum(rows) != split.rows or split.rows != rows_of_tokens:
+            raise UserError("its counts contradict one another")
+    if min(numbers) < 0:
+        raise UserError("one of its counts is negative")

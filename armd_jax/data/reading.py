@@ -1,131 +1,107 @@
-"""Documents out of files and datasets, one at a time, and an account of those that were left out.
+"""Documents from any source, one at a time, and a count of those that were left out.
 
-What is damaged in one document (bytes that are not UTF-8, a NUL, broken JSON, no text in its field) costs that document
-where the user says so and is an error otherwise. A file that ends in the middle is an error always: nobody knows what
-is lost. Documents without a visible character hold nothing to learn and are left out, counted.
+A document is damaged if it is not text: it holds bytes that are not UTF-8, a NUL character or broken JSON, or the field
+that should hold the text does not. `data.damaged` decides whether that is an error or the document is skipped and
+counted. A file that ends too early is always an error, because nobody knows what the missing part held. Documents
+without a visible character hold nothing to learn; they are always left out and counted.
 """
 
 import dataclasses
-import gzip
 import hashlib
-import json
-import re
-import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import assert_never
 
 from armd_jax.errors import UserError
+from armd_jax.names import Damaged, Split
 
-Item = str | UserError  # a document, or what is wrong with it
+# A document, or what is wrong with it. The error names the place and is yielded, not raised: one damaged document does
+# not end the reading.
+TextOrError = str | UserError
+# Every call is a new pass over all documents of one split. UserError is raised only if the rest cannot be read either.
+Reader = Callable[[], Iterable[TextOrError]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """What opening `data.path` gives: documents in the splits that the source itself has.
+
+    Attributes:
+      description: one line for people.
+      fingerprint: sha256 of everything that decides the documents, such as contents, names and versions. Prepared data
+        are used again only if it is the same.
+      split_rule: a few words on where the splits come from. They become part of `Corpus.split_rule`.
+      readers: a reader per split, "train" always among them.
+    """
+
+    description: str
+    fingerprint: str
+    split_rule: str
+    readers: dict[Split, Reader] = dataclasses.field(repr=False)
 
 
 @dataclasses.dataclass
 class LeftOut:
-    """Documents that a whole pass over a source left out."""
+    """Documents that one complete pass over a source left out."""
 
     empty: int = 0  # without a visible character
     damaged: int = 0  # not text
-    first_damaged: str = ""  # where the first of them is and what is wrong with it
+    first_damaged: str = ""  # where the first of them is, and what is wrong with it
 
 
-class Source:
-    """Documents that can be read again: every call starts at the first one.
+class Documents:
+    """The documents of one split of a source, without those that are left out.
 
     Attributes:
-      left_out: what the last pass that came to the end left out.
+      left_out: what the last complete pass left out.
     """
 
-    def __init__(self, read: Callable[[], Iterable[Item]], skip_damaged: bool = False) -> None:
-        self._read, self._skip_damaged = read, skip_damaged
+    def __init__(self, reader: Reader, damaged: Damaged) -> None:
+        self._reader, self._damaged = reader, damaged
         self.left_out = LeftOut()
 
-    def __call__(self) -> Iterator[str]:
-        """Raises UserError at a damaged document unless they are skipped."""
+    def read(self) -> Iterator[str]:
+        """A new pass over all documents. Raises UserError at a damaged one unless such documents are skipped."""
         left_out = LeftOut()
-        for item in self._read():
-            if isinstance(item, UserError):
-                if not self._skip_damaged:
-                    raise UserError(f"{item} (data.damaged=skip leaves such documents out)") from item
-                left_out.damaged += 1
-                left_out.first_damaged = left_out.first_damaged or str(item)
-            elif not item or item.isspace():
+        for document in self._reader():
+            if isinstance(document, UserError):
+                match self._damaged:
+                    case "error":
+                        raise UserError(f"{document} (data.damaged=skip leaves such documents out)") from document
+                    case "skip":
+                        left_out.damaged += 1
+                        left_out.first_damaged = left_out.first_damaged or str(document)
+                    case _:
+                        assert_never(self._damaged)
+            elif not document or document.isspace():
                 left_out.empty += 1
             else:
-                yield item
+                yield document
         self.left_out = left_out
 
 
-def read_files(files: list[Path], text_field: str) -> Iterator[Item]:
-    """The documents of text files (one each) and of .jsonl files (one a line), gzipped or not."""
-    for file in files:
-        opener = gzip.open if file.suffix == ".gz" else open
-        line = 0
-        try:
-            with opener(file, "rb") as stream:
-                if not file.name.endswith((".jsonl", ".jsonl.gz")):
-                    yield decode(stream.read(), str(file))
-                    continue
-                for line, content in enumerate(stream, start=1):
-                    if content.strip():
-                        yield _parse_json_line(content, f"{file}, line {line}", text_field)
-        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-            place = f"{file}, after line {line}" if line else str(file)
-            raise UserError(f"{place}: damaged or truncated gzip file: {error}") from error
-        except OSError as error:
-            raise UserError(f"{file}: cannot be read: {error.strerror}") from error
+def decode_utf8(content: bytes, where: str, one_line: bool = False) -> TextOrError:
+    """UTF-8 bytes as text, without a byte order mark at the start.
 
+    where: the place that an error names. The number of the damaged line is added to it unless `one_line` is set, which
+    says that `content` is one line and `where` already names it.
+    """
 
-def _parse_json_line(content: bytes, where: str, text_field: str) -> Item:
-    line = decode(content, where, one_line=True)
-    if isinstance(line, UserError):
-        return line
-    try:
-        item = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        return UserError(f"{where}: not valid JSON: {error}")
-    text = item.get(text_field) if isinstance(item, dict) else None
-    if not isinstance(text, str):
-        return UserError(f"{where}: no text in field {text_field!r} (data.text_field)")
-    if "\0" in text:
-        return UserError(f"{where}: holds a NUL character, which marks binary data")
-    if not text.isascii() and re.search("[\ud800-\udfff]", text):  # JSON can spell half a character
-        return UserError(f"{where}: holds half a surrogate pair, which is no character")
-    return text
-
-
-def read_tfds(source: Any, text_field: str, where: str) -> Iterator[Item]:
-    """Documents of a TFDS data source, many a read: one read costs time in proportion to the records of its file."""
-    for start in range(0, len(source), 256):
-        indices = range(start, min(start + 256, len(source)))
-        for index, example in zip(indices, source.__getitems__(list(indices)), strict=True):
-            text = example[text_field]
-            if isinstance(text, bytes):
-                yield decode(text, f"{where}, example {index}", one_line=True)
-            elif isinstance(text, str):
-                yield text
-            else:
-                raise UserError(f"{where}, example {index}: field {text_field!r} is not text (data.text_field)")
-
-
-def decode(content: bytes, where: str, one_line: bool = False) -> Item:
-    """UTF-8 `content` as text. `one_line`: `where` names its line already."""
-
-    def damage(place: int, what: str) -> UserError:
-        line = content.count(b"\n", 0, place) + 1
-        return UserError(f"{where}{'' if one_line else f', line {line}'}: {what} (byte {place})")
+    def error_at(offset: int, what: str) -> UserError:
+        line = content.count(b"\n", 0, offset) + 1
+        return UserError(f"{where}{'' if one_line else f', line {line}'}: {what} (byte {offset})")
 
     nul = content.find(b"\0")
     if nul >= 0:
-        return damage(nul, "holds a NUL character, which marks binary data")
+        return error_at(nul, "holds a NUL character, which marks binary data")
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        return damage(error.start, "not UTF-8 text")
+        return error_at(error.start, "not UTF-8 text")
 
 
 def hash_file(file: Path) -> str:
-    """sha256 of the file's content. Raises UserError where it cannot be read."""
+    """sha256 of the file's content. Raises UserError if the file cannot be read."""
     try:
         with file.open("rb") as stream:
             return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -1,39 +1,40 @@
 """Tokenizers: text to ids and back, from a trained sentencepiece model, vocabulary files, or plain bytes.
 
-All kinds share one surface (`Tokenizer`). A tokenizer is `lossless` when decode(encode(text)) == text for every string,
-which is what makes bits per byte of the original text a true number. No text a user writes becomes the end-of-text id:
-that id stands between documents only and is put there by the packing.
+All kinds share one interface (`Tokenizer`). A tokenizer is `lossless` if decode(encode(text)) == text for every string;
+only then are bits per byte of the original text exact. No text that a user writes is ever encoded as the end-of-text
+id: that id stands only between documents, where packing puts it.
 """
 
 import abc
 import functools
 import hashlib
-import io
 import json
 import re
-import secrets
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any, assert_never
 
 import sentencepiece
 import tokenizers as library
 
-from armd_jax.config import DataConfig
+from armd_jax import files, typed
+from armd_jax.config import DataConfig, is_named_tokenizer
+from armd_jax.data.sentencepiece_training import SPACE_MARK, train_model
 from armd_jax.errors import UserError, shown
+from armd_jax.names import NamedTokenizer, TokenizerKind, VocabularyTokenizerKind
 
 CONFIG_FILE = "tokenizer_config.json"
 MODEL_FILE = "tokenizer.model"
-LOOKED_FOR = "vocab.json + merges.txt (byte-level BPE), vocab.txt (WordPiece) or one *.model (sentencepiece)"
+VOCABULARY_FILES: dict[VocabularyTokenizerKind, tuple[str, ...]] = {
+    "bpe": ("vocab.json", "merges.txt"),
+    "wordpiece": ("vocab.txt",),
+}
 
-SPACE_MARK = "\u2581"  # sentencepiece writes a space this way inside its pieces
-NEWLINES = ["\n", "\n\n"]  # pieces of their own, so that no word swallows a line end
-TRAINING_BYTES = 16 << 20  # more text than this adds time and hardly changes a vocabulary
-
-# Before a space or line end that follows a visible character no piece of our kinds goes on: encoding the two sides
-# apart gives the same ids as encoding the whole.
+# No piece of our kinds continues over a space or line end that follows a visible character. Text can therefore be cut
+# there: encoding the two sides apart gives the same ids as encoding the whole.
 CUT = re.compile(r"(?<=\S)[ \n]")
 CHUNK = 1 << 16  # characters
-LONGEST_CHUNK = 1 << 20  # characters; text without a cut for so long, such as encoded binary data, is cut anywhere
+LONGEST_CHUNK = 1 << 20  # characters; text that has no cut for this long, such as encoded binary data, is cut anywhere
 
 # What a normalising tokenizer changes: space runs, line ends, case, accents, compatibility forms, rare characters.
 PROBE = (
@@ -46,14 +47,14 @@ class Tokenizer(abc.ABC):
     """Text to ids and back.
 
     Attributes:
-      kind: "sentencepiece", "bytes", "bpe" or "wordpiece".
+      kind: how it works.
       vocab_size: number of ids, end-of-text included; ids are 0 .. vocab_size - 1.
       end_of_text: the id put after every document; `encode` never gives it.
       lossless: whether decode(encode(text)) == text for every string.
       hash: sha256 over the kind and the vocabulary files.
     """
 
-    kind: str
+    kind: TokenizerKind
     vocab_size: int
     end_of_text: int
     lossless: bool
@@ -61,15 +62,15 @@ class Tokenizer(abc.ABC):
 
     @abc.abstractmethod
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """The ids of every text, computed on all cores where the library can."""
+        """The ids of every text, computed on all cores if the library can do that."""
 
     @abc.abstractmethod
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of `ids`; end-of-text ids are dropped, and bytes that form no character become U+FFFD."""
+        """The text of `ids`. End-of-text ids are dropped, and bytes that form no character become U+FFFD."""
 
     @abc.abstractmethod
     def token_text(self, token: int) -> str:
-        """A short text for one id, for pictures; part of a character shows as <0x..>."""
+        """A short text for one id, for pictures. A byte that is only part of a character is shown as <0x..>."""
 
     @abc.abstractmethod
     def _files(self) -> dict[str, bytes]:
@@ -80,9 +81,10 @@ class Tokenizer(abc.ABC):
         return self.encode_batch([text])[0]
 
     def chunks(self, text: str) -> Iterator[str]:
-        """Cuts `text` where the ids of the parts, joined, are the ids of the whole: long texts need no more memory.
+        """Cuts `text` into parts whose ids, joined, are the ids of the whole. Long texts are encoded part by part.
 
-        LONGEST_CHUNK characters without such a place are cut all the same: what they decode to does not change.
+        If there is no place for such a cut in LONGEST_CHUNK characters, the text is cut there all the same. The ids may
+        then differ from those of the whole, but not the text that they decode to.
         """
         start = 0
         while len(text) - start > CHUNK:
@@ -96,23 +98,27 @@ class Tokenizer(abc.ABC):
         yield text[start:]
 
     def save(self, folder: Path) -> None:
-        """Writes what `load` needs into `folder`, which is made where it is missing."""
-        folder = Path(folder)
+        """Writes what `load` needs into `folder`, which is made if it is missing."""
         folder.mkdir(parents=True, exist_ok=True)
         about = {name: getattr(self, name) for name in ("kind", "vocab_size", "end_of_text", "lossless", "hash")}
-        for name, content in (self._files() | {CONFIG_FILE: (json.dumps(about, indent=2) + "\n").encode()}).items():
-            partial = folder / f".{name}.{secrets.token_hex(4)}"
-            partial.write_bytes(content)
-            partial.replace(folder / name)  # whole or not at all, and never through a link that was there
+        for name, content in self._files().items():
+            files.write(folder / name, content)
+        files.write(folder / CONFIG_FILE, typed.to_json(about, indent=2) + "\n")
 
     def _hash(self) -> str:
-        return hash_files(self.kind, self._files())
+        digest = hashlib.sha256(self.kind.encode())
+        for name, content in sorted(self._files().items()):
+            digest.update(b"\0" + name.encode() + b"\0" + hashlib.sha256(content).digest())
+        return digest.hexdigest()
 
 
 class BytesTokenizer(Tokenizer):
     """UTF-8 bytes as ids 0..255; 256 is end-of-text."""
 
-    kind, vocab_size, end_of_text, lossless = "bytes", 257, 256, True
+    kind = "bytes"
+    vocab_size = 257
+    end_of_text = 256
+    lossless = True
 
     def __init__(self) -> None:
         self.hash = self._hash()
@@ -133,14 +139,14 @@ class BytesTokenizer(Tokenizer):
 
 
 class SentencePieceTokenizer(Tokenizer):
-    """A sentencepiece model. Those trained here are lossless; for others that is found out with a probe text."""
+    """A sentencepiece model. Those trained here are lossless; for others a probe text finds out whether they are."""
 
     kind = "sentencepiece"
 
     def __init__(self, model: bytes, name: str = MODEL_FILE) -> None:
         self._model = model
         try:
-            if not model:  # which the library takes for no model at all
+            if not model:  # the library would take an empty file for an argument that was not given
                 raise RuntimeError("empty")
             self._pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
         except RuntimeError as error:
@@ -158,11 +164,12 @@ class SentencePieceTokenizer(Tokenizer):
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         if self._mark is None or not any(SPACE_MARK in text for text in texts):
             return self._pieces.encode(list(texts))
-        return [self._encode_marked(text) for text in texts]
+        return [self._encode_marked(text, self._mark) for text in texts]
 
-    def _encode_marked(self, text: str) -> list[int]:
+    def _encode_marked(self, text: str, mark: list[int]) -> list[int]:
+        """The ids of a text that holds U+2581, each of them encoded as the ids `mark` of its bytes."""
         first, *rest = self._pieces.encode(text.split(SPACE_MARK))
-        return first + [token for part in rest for token in self._mark + part]
+        return first + [token for part in rest for token in mark + part]
 
     def decode(self, ids: Iterable[int]) -> str:
         return self._pieces.decode([token for token in map(int, ids) if token != self.end_of_text])
@@ -176,7 +183,7 @@ class SentencePieceTokenizer(Tokenizer):
 
     @functools.cached_property
     def _can_cut(self) -> bool:
-        """Whether no piece reaches over a cut (pieces over several words would)."""
+        """Whether no piece contains a place where `chunks` cuts, as pieces of several words would."""
         pieces = (self._pieces.id_to_piece(token).replace(SPACE_MARK, " ") for token in range(self.vocab_size))
         return self.lossless and not any(CUT.search(piece) for piece in pieces)
 
@@ -187,26 +194,38 @@ class SentencePieceTokenizer(Tokenizer):
 class VocabularyTokenizer(Tokenizer):
     """Byte-level BPE (GPT-2) or uncased WordPiece (BERT) from vocabulary files, through the `tokenizers` library.
 
-    End-of-text is `<|endoftext|>` or `[SEP]`. No token is matched in the text before the model sees it, so that a
-    user's own "<|endoftext|>" is ordinary text.
+    End-of-text is `<|endoftext|>` or `[SEP]`. The library is told of no special tokens, so a user's own
+    "<|endoftext|>" is ordinary text.
     """
 
-    def __init__(self, kind: str, files: dict[str, bytes], where: str) -> None:
+    def __init__(self, kind: VocabularyTokenizerKind, contents: dict[str, bytes], where: str) -> None:
+        """contents: the files of VOCABULARY_FILES[kind]. where: what messages call them."""
         self.kind = kind
-        self._contents = files
+        self._contents = contents
         try:
-            self._library, vocab = _byte_level_bpe(files) if kind == "bpe" else _wordpiece(files)
+            match kind:
+                case "bpe":
+                    self._library, vocab = _byte_level_bpe(contents)
+                    end = "<|endoftext|>"
+                    # With every byte in the vocabulary, BPE can spell any text.
+                    lossless = vocab.keys() >= set(library.pre_tokenizers.ByteLevel.alphabet())
+                    self._pieces_are_text = False  # but bytes, each written as some printable character
+                case "wordpiece":
+                    self._library, vocab = _wordpiece(contents)
+                    end = "[SEP]"
+                    lossless = False  # the normaliser drops case and spaces
+                    self._pieces_are_text = True
+                case _:
+                    assert_never(kind)
         except Exception as error:  # the library raises bare Exceptions on malformed files
             raise UserError(f"{where}: the vocabulary files cannot be read: {error}") from error
         self.vocab_size = len(vocab)
         if sorted(vocab.values()) != list(range(self.vocab_size)):
             raise UserError(f"{where}: the ids of the vocabulary are not 0 .. {self.vocab_size - 1}")
-        end = "<|endoftext|>" if kind == "bpe" else "[SEP]"
         if end not in vocab:
             raise UserError(f"{where}: the vocabulary has no {end}")
         self.end_of_text = vocab[end]
-        # With every byte in the vocabulary BPE can spell any text; the WordPiece normaliser drops case and spaces.
-        self.lossless = kind == "bpe" and vocab.keys() >= set(library.pre_tokenizers.ByteLevel.alphabet())
+        self.lossless = lossless
         self.hash = self._hash()
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
@@ -217,7 +236,9 @@ class VocabularyTokenizer(Tokenizer):
 
     def token_text(self, token: int) -> str:
         piece = self._library.id_to_token(int(token))
-        if self.kind == "wordpiece" or token == self.end_of_text:
+        if piece is None:
+            raise IndexError(f"id {token} of {self.vocab_size}")
+        if self._pieces_are_text or token == self.end_of_text:
             return piece
         text = self._library.decode([int(token)])
         return text if "\ufffd" not in text else piece
@@ -226,18 +247,19 @@ class VocabularyTokenizer(Tokenizer):
         return self._contents
 
 
-def _byte_level_bpe(files: dict[str, bytes]) -> tuple[library.Tokenizer, dict[str, int]]:
-    vocab = json.loads(files["vocab.json"])
-    lines = files["merges.txt"].decode().split("\n")
-    merges = [tuple(line.split(" ")) for line in lines if line.strip() and not line.startswith("#version")]
+def _byte_level_bpe(contents: dict[str, bytes]) -> tuple[library.Tokenizer, dict[str, int]]:
+    vocab = json.loads(contents["vocab.json"])
+    lines = contents["merges.txt"].decode().split("\n")
+    parts = [line.partition(" ") for line in lines if line.strip() and not line.startswith("#version")]
+    merges = [(left, right) for left, _, right in parts]
     tokenizer = library.Tokenizer(library.models.BPE(vocab=vocab, merges=merges))
     tokenizer.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = library.decoders.ByteLevel()
     return tokenizer, vocab
 
 
-def _wordpiece(files: dict[str, bytes]) -> tuple[library.Tokenizer, dict[str, int]]:
-    lines = files["vocab.txt"].decode().rstrip("\n").split("\n")
+def _wordpiece(contents: dict[str, bytes]) -> tuple[library.Tokenizer, dict[str, int]]:
+    lines = contents["vocab.txt"].decode().rstrip("\n").split("\n")
     vocab = {line.rstrip("\r"): index for index, line in enumerate(lines)}
     tokenizer = library.Tokenizer(library.models.WordPiece(vocab=vocab, unk_token="[UNK]"))
     tokenizer.normalizer = library.normalizers.BertNormalizer(lowercase=True)
@@ -246,126 +268,97 @@ def _wordpiece(files: dict[str, bytes]) -> tuple[library.Tokenizer, dict[str, in
     return tokenizer, vocab
 
 
-def hash_files(kind: str, files: dict[str, bytes]) -> str:
-    """sha256 over the kind and the files, names included."""
-    digest = hashlib.sha256(kind.encode())
-    for name, content in sorted(files.items()):
-        digest.update(b"\0" + name.encode() + b"\0" + hashlib.sha256(content).digest())
-    return digest.hexdigest()
+# From a folder, and for a config
 
 
-def load(folder: str | Path) -> Tokenizer:
-    """The tokenizer in `folder`: one written by `save`, or plain vocabulary files. Raises UserError where none is."""
-    folder = Path(folder)
+def load(folder: Path) -> Tokenizer:
+    """The tokenizer in `folder`: what `save` wrote, or plain vocabulary files. Raises UserError if there is none."""
     if not folder.is_dir():
-        raise UserError(f"data.tokenizer={str(folder)!r}: neither a kind (sentencepiece, bytes) nor a folder")
-    kind = _saved_kind(folder)
-    models = sorted(folder.glob("*.model"))
-    tokenizer: Tokenizer
+        kinds = ", ".join(typed.choices(NamedTokenizer))
+        raise UserError(f"data.tokenizer={str(folder)!r}: neither a kind ({kinds}) nor a folder")
+    saved_kind = _saved_kind(folder)
+    kind = _kind_in(folder, saved_kind)
+    if kind is None:
+        raise UserError(
+            f"{folder} holds no tokenizer; looked for {' + '.join(VOCABULARY_FILES['bpe'])} (byte-level BPE),"
+            f" {' + '.join(VOCABULARY_FILES['wordpiece'])} (WordPiece) or one *.model (sentencepiece)"
+        )
     try:
-        if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
-            tokenizer = VocabularyTokenizer("bpe", _read(folder, "vocab.json", "merges.txt"), str(folder))
-        elif (folder / "vocab.txt").is_file():
-            tokenizer = VocabularyTokenizer("wordpiece", _read(folder, "vocab.txt"), str(folder))
-        elif len(models) == 1:
-            tokenizer = SentencePieceTokenizer(models[0].read_bytes(), str(models[0]))
-        elif kind == "bytes":
-            tokenizer = BytesTokenizer()
-        else:
-            raise UserError(f"{folder} holds no tokenizer; looked for {LOOKED_FOR}")
+        tokenizer = _load_kind(kind, folder)
     except OSError as error:
         raise UserError(f"{folder}: cannot read the tokenizer: {error.strerror}") from error
-    if kind is not None and kind != tokenizer.kind:
-        raise UserError(f"{folder}: {CONFIG_FILE} says kind {shown(kind)} but the files are {tokenizer.kind!r}")
+    if saved_kind is not None and saved_kind != tokenizer.kind:
+        raise UserError(f"{folder}: {CONFIG_FILE} says kind {shown(saved_kind)} but the files are {tokenizer.kind!r}")
     return tokenizer
 
 
-def _read(folder: Path, *names: str) -> dict[str, bytes]:
-    return {name: (folder / name).read_bytes() for name in names}
-
-
-def _saved_kind(folder: Path) -> str | None:
-    """The kind that `save` noted; None for plain vocabulary files, whose own config of that name knows no kind."""
+def _saved_kind(folder: Path) -> Any:
+    """The kind that `save` noted. None for plain vocabulary files, whose own config of that name gives no kind."""
     try:
-        about = json.loads((folder / CONFIG_FILE).read_bytes())
-    except (OSError, ValueError, RecursionError):
+        about = files.read_json(folder / CONFIG_FILE)
+    except UserError:
         return None
     return about.get("kind") if isinstance(about, dict) else None
 
 
-def request(config: DataConfig) -> str:
-    """Names the tokenizer that `config` asks for, before any training: equal requests on equal text give equal ids."""
-    if config.tokenizer == "sentencepiece":
-        return f"sentencepiece, vocab_size {config.vocab_size}"
-    if config.tokenizer == "bytes":
-        return "bytes"
-    tokenizer = load(config.tokenizer)
-    return f"{tokenizer.kind} {tokenizer.hash}"
+def _kind_in(folder: Path, saved_kind: Any) -> TokenizerKind | None:
+    """The kind of tokenizer that the files in `folder` are for."""
+    for kind, names in VOCABULARY_FILES.items():
+        if all((folder / name).is_file() for name in names):
+            return kind
+    if len(list(folder.glob("*.model"))) == 1:
+        return "sentencepiece"
+    # Bytes need no vocabulary file. Only what `save` noted tells of them.
+    match saved_kind:
+        case "bytes":
+            return "bytes"
+        case _:
+            return None
 
 
-def create(config: DataConfig, documents: Iterable[str]) -> Tokenizer:
-    """The tokenizer that `config` asks for; `documents` (the train split) is read only where one is trained."""
-    if config.tokenizer == "sentencepiece":
-        return train_sentencepiece(documents, config.vocab_size)
-    return BytesTokenizer() if config.tokenizer == "bytes" else load(config.tokenizer)
+def _load_kind(kind: TokenizerKind, folder: Path) -> Tokenizer:
+    match kind:
+        case "sentencepiece":
+            (model,) = folder.glob("*.model")
+            return SentencePieceTokenizer(model.read_bytes(), str(model))
+        case "bytes":
+            return BytesTokenizer()
+        case "bpe" | "wordpiece":
+            contents = {name: (folder / name).read_bytes() for name in VOCABULARY_FILES[kind]}
+            return VocabularyTokenizer(kind, contents, str(folder))
+        case _:
+            assert_never(kind)
 
 
-def train_sentencepiece(documents: Iterable[str], vocab_size: int) -> SentencePieceTokenizer:
-    """Trains a lossless sentencepiece BPE model; the same documents give the same model.
+def request_of(config: DataConfig) -> str:
+    """A text for the tokenizer that `config` asks for, known before any training.
 
-    BPE rather than a unigram model: on the embedded corpus it trains ten times faster and needs fewer tokens a byte.
-    Runs of spaces are pieces, which indented text pays for. Where the text has fewer pieces than asked for, the
-    vocabulary is smaller than `vocab_size`. Raises UserError where `vocab_size` does not hold the alphabet.
+    Equal requests on equal training documents give equal tokenizers. Raises UserError if a folder is asked for that
+    holds no tokenizer.
     """
-    model = io.BytesIO()
-    lines = _sample_lines(documents)
-    # Without a piece for it, a space would come back as the mark that stands for it.
-    required = {} if any(" " in line for line in lines) else {"required_chars": SPACE_MARK}
-    try:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(lines),
-            model_writer=model,
-            model_type="bpe",
-            vocab_size=vocab_size,
-            hard_vocab_limit=False,
-            byte_fallback=True,
-            normalization_rule_name="identity",
-            remove_extra_whitespaces=False,
-            add_dummy_prefix=False,
-            allow_whitespace_only_pieces=True,
-            user_defined_symbols=NEWLINES,
-            max_sentence_length=1 << 30,
-            unk_id=0,
-            eos_id=1,
-            bos_id=-1,
-            pad_id=-1,
-            num_threads=1,
-            minloglevel=2,
-            **required,
-        )
-    except RuntimeError as error:
-        too_small = re.search(r"smaller than required_chars\. \d+ vs (\d+)", str(error))
-        if too_small:
-            raise UserError(
-                f"data.vocab_size={vocab_size}: the bytes and the alphabet of this text alone need {too_small[1]}"
-            ) from error
-        raise UserError(f"data.vocab_size={vocab_size}: sentencepiece cannot train on this text: {error}") from error
-    return SentencePieceTokenizer(model.getvalue())
+    if not is_named_tokenizer(config.tokenizer):
+        tokenizer = load(Path(config.tokenizer))
+        return f"{tokenizer.kind} {tokenizer.hash}"
+    match config.tokenizer:
+        case "sentencepiece":
+            return f"sentencepiece, vocab_size {config.vocab_size}"
+        case "bytes":
+            return "bytes"
+        case _:
+            assert_never(config.tokenizer)
 
 
-def _sample_lines(documents: Iterable[str]) -> list[str]:
-    """Lines of the documents, thinned evenly over all of them so that at most TRAINING_BYTES are kept."""
-    lines: list[str] = []
-    size, every, seen = 0, 1, 0
-    for text in documents:
-        for line in text.split("\n"):
-            for start in range(0, len(line), CHUNK):  # text without line ends must be thinned too
-                seen += 1
-                if seen % every == 0:
-                    lines.append(line[start : start + CHUNK])
-                    size += len(lines[-1].encode())
-        while size > TRAINING_BYTES and len(lines) > 1:
-            every *= 2
-            lines = lines[1::2]  # the lines whose number is divisible by the new `every`
-            size = sum(len(line.encode()) for line in lines)
-    return lines
+def load_or_train(config: DataConfig, documents: Iterable[str]) -> Tokenizer:
+    """The tokenizer that `config` asks for.
+
+    documents: the train split. They are read only if a tokenizer is trained.
+    """
+    if not is_named_tokenizer(config.tokenizer):
+        return load(Path(config.tokenizer))
+    match config.tokenizer:
+        case "sentencepiece":
+            return SentencePieceTokenizer(train_model(documents, config.vocab_size))
+        case "bytes":
+            return BytesTokenizer()
+        case _:
+            assert_never(config.tokenizer)

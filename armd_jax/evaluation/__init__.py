@@ -1,1 +1,1 @@
-"""Held-out likelihoods, reports and plots."""
+"""Likelihoods of held-out text, samples with their speed, and the results of both."""

@@ -9,28 +9,42 @@ import functools
 import lzma
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import assert_never
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from armd_jax.config import OrderConfig
+from armd_jax.config import ModelConfig, OrderConfig
 from armd_jax.core import objective
 from armd_jax.core import order as orders
 from armd_jax.core.order import Order
+from armd_jax.core.parameters import Params
 from armd_jax.data import loader
 from armd_jax.data.manifest import Counts
 from armd_jax.data.packing import PreparedData
 from armd_jax.errors import UserError
+from armd_jax.evaluation import results
+from armd_jax.evaluation.results import Elbo, Evaluation, RandomOrders, Score
 from armd_jax.inference.language_model import LanguageModel
 
 _XZ_LIMIT = 64 * 2**20  # bytes; beyond this xz -9e takes minutes and its dictionary no longer holds the training text
 
 
+# (key, batch, length) -> order. A static argument of compiled functions: the same order must be the same object.
+MakeOrder = Callable[[jax.Array, int, int], Order]
+
+
 @functools.partial(jax.jit, static_argnames=("config", "make_order"))
-def _nll(params, config, tokens_BN, valid_BN, key, make_order):
+def _nll(
+    params: Params,
+    config: ModelConfig,
+    tokens_BN: jax.Array,
+    valid_BN: jax.Array,
+    key: jax.Array,
+    make_order: MakeOrder,
+) -> jax.Array:
     order = orders.padding_last(make_order(key, *tokens_BN.shape), valid_BN)
     return objective.loss_sums(params, config, tokens_BN, order).nll
 
@@ -39,12 +53,15 @@ def total_nats(
     lm: LanguageModel,
     data: PreparedData,
     split: str,
-    make_order: Callable[[jax.Array, int, int], Order],
+    make_order: MakeOrder,
     batch_size: int = 16,
     seed: int = 0,
     progress: str | None = None,
 ) -> float:
-    """Nats of all tokens of the split under `make_order(key, batch, length)`, in float64. `progress`: a label."""
+    """Nats of all tokens of the split under `make_order(key, batch, length)`, in float64.
+
+    progress: the label of the progress bar; None: no bar.
+    """
     key = jax.random.key(seed)
     steps = -(-data.num_rows(split) // batch_size)
     total = 0.0
@@ -57,14 +74,14 @@ def total_nats(
     return total
 
 
-def figures(nats: float, counts: Counts, lossless: bool) -> dict[str, float | None]:
-    """Per-token, per-word and per-byte figures of a total; bits per byte is None where the tokenizer is lossy."""
-    return {
-        "nats_per_token": nats / counts.tokens,
-        "perplexity_per_token": _exp(nats / counts.tokens),
-        "perplexity_per_word": _exp(nats / max(counts.words, 1)),
-        "bits_per_byte": nats / math.log(2) / counts.bytes if lossless else None,
-    }
+def score(nats: float, counts: Counts, lossless: bool) -> Score:
+    """The figures per token, word and byte of a total. There are no bits per byte if the tokenizer is lossy."""
+    return Score(
+        nats_per_token=nats / counts.tokens,
+        perplexity_per_token=_exp(nats / counts.tokens),
+        perplexity_per_word=_exp(nats / max(counts.words, 1)),
+        bits_per_byte=nats / math.log(2) / counts.bytes if lossless else None,
+    )
 
 
 def _exp(value: float) -> float:
@@ -82,15 +99,22 @@ def _strided(streams: int, key: jax.Array, batch: int, length: int) -> Order:
 
 
 @functools.cache
-def _strided_order(streams: int) -> Callable[[jax.Array, int, int], Order]:
+def _strided_order(streams: int) -> MakeOrder:
     return functools.partial(_strided, streams)
 
 
 @functools.cache
-def _elbo_order(order: OrderConfig) -> Callable[[jax.Array, int, int], Order]:
-    return lambda key, batch, length: orders.masked_diffusion(
-        key, batch, length, order.diffusion_steps, order.noise_schedule
-    )
+def _bounding_order(config: OrderConfig) -> MakeOrder | None:
+    """The orders under which the expected loss of a model trained with `config` bounds the likelihood, if it does."""
+    match config.kind:
+        case "masked_diffusion":
+            return lambda key, batch, length: orders.masked_diffusion(
+                key, batch, length, config.diffusion_steps, config.noise_schedule
+            )
+        case "left_to_right" | "progressive" | "uniform" | "strided":
+            return None
+        case _:
+            assert_never(config.kind)
 
 
 def unigram_nats(data: PreparedData, split: str) -> float:
@@ -104,9 +128,10 @@ def unigram_nats(data: PreparedData, split: str) -> float:
 
 
 def xz_bits_per_byte(data: PreparedData, split: str) -> float | None:
-    """Bits a byte that `xz -9e` needs for the split's text after the training text; None where that cannot be known.
+    """Bits per byte that `xz -9e` needs for the split's text after the training text.
 
-    Of the training text after itself nothing would be left to compress: None too.
+    None if that cannot be known: the tokenizer is lossy, the text is too long, or the split is the training text, of
+    which nothing would be left to compress after itself.
     """
     counts = [data.counts(name) for name in ("train", split)]
     if split == "train" or not data.tokenizer.lossless or sum(c.bytes for c in counts) > _XZ_LIMIT:
@@ -125,39 +150,57 @@ def evaluate(
     split: str,
     streams: Sequence[int] = (2, 4, 8),
     draws: int = 1,
-    elbo: OrderConfig | None = None,
+    trained_on: OrderConfig | None = None,
     batch_size: int = 16,
     seed: int = 0,
     progress: bool = True,
-) -> dict[str, Any]:
-    """All figures of a split, as written to `eval.json`.
+) -> Evaluation:
+    """All figures of a split.
 
-    draws: random orders a row. elbo: the masked-diffusion order to bound the likelihood with, None for none.
-    Raises UserError where the model's vocabulary is not the data's, or its rows are longer than the model's.
+    streams: numbers of streams whose strided orders are scored; those that do not divide the rows are left out.
+    draws: random orders per row of tokens; 0: random orders are not scored.
+    trained_on: the orders that the model was trained with. Only those of a masked diffusion matter: they bound the
+        likelihood (ELBO).
+    progress: whether progress bars are shown on stderr.
+    Raises UserError if the model's vocabulary is not the data's, or if the rows are longer than the model's.
     """
     check_data(lm, data)
     counts, lossless = data.counts(split), data.tokenizer.lossless
 
-    def under(make_order: Callable, label: str, repeat: int = 1) -> dict[str, float | None]:
+    def under(make_order: MakeOrder, label: str, repeat: int = 1) -> Score:
         name = label if progress else None
         nats = [total_nats(lm, data, split, make_order, batch_size, seed + i, name) for i in range(repeat)]
-        return figures(float(np.mean(nats)), counts, lossless)
+        return score(float(np.mean(nats)), counts, lossless)
 
-    result: dict[str, Any] = {"split": split, "lossless": lossless, **dataclasses.asdict(counts)}
-    result["left_to_right"] = under(_left_to_right, "left to right")
+    random_orders = elbo = None
+    left_to_right = under(_left_to_right, "left to right")
     if draws:
-        result["random_orders"] = under(orders.uniform, "random orders", draws) | {"draws": draws}
+        random_orders = RandomOrders(**dataclasses.asdict(under(orders.uniform, "random orders", draws)), draws=draws)
     fitting = [s for s in streams if s > 1 and data.length % s == 0]
-    result["strided"] = {str(s): under(_strided_order(s), f"strided S={s}") for s in fitting}
-    if elbo is not None:
-        result["elbo"] = under(_elbo_order(elbo), "ELBO", max(draws, 1)) | {"diffusion_steps": elbo.diffusion_steps}
-    result["unigram"] = figures(unigram_nats(data, split), counts, lossless)
-    result["xz_bits_per_byte"] = xz_bits_per_byte(data, split)
-    return result
+    strided = {str(s): under(_strided_order(s), f"strided, S = {s}") for s in fitting}
+    if trained_on is not None and (make_order := _bounding_order(trained_on)):
+        bound = under(make_order, "ELBO", max(draws, 1))
+        elbo = Elbo(**dataclasses.asdict(bound), diffusion_steps=trained_on.diffusion_steps)
+    return Evaluation(
+        split=split,
+        lossless=lossless,
+        documents=counts.documents,
+        bytes=counts.bytes,
+        words=counts.words,
+        tokens=counts.tokens,
+        rows=counts.rows,
+        left_to_right=left_to_right,
+        random_orders=random_orders,
+        strided=strided,
+        elbo=elbo,
+        unigram=score(unigram_nats(data, split), counts, lossless),
+        xz_bits_per_byte=xz_bits_per_byte(data, split),
+        seed=seed,
+    )
 
 
 def check_data(lm: LanguageModel, data: PreparedData) -> None:
-    """Raises UserError where the model was made for another vocabulary or for shorter rows than the data's."""
+    """Raises UserError if the model was made for another vocabulary or for shorter rows than the data's."""
     if data.length > lm.config.max_length:
         raise UserError(
             f"{data.folder}: rows of {data.length} tokens are longer than the model's"
@@ -171,23 +214,16 @@ def check_data(lm: LanguageModel, data: PreparedData) -> None:
         )
 
 
-def table(result: dict[str, Any]) -> str:
-    """The figures as text lines for a terminal."""
-    rows = [("left to right (exact)", result["left_to_right"])]
-    if "random_orders" in result:
-        rows.append(("random orders (expected)", result["random_orders"]))
-    rows += [(f"strided, S = {s}", value) for s, value in result["strided"].items()]
-    if "elbo" in result:
-        rows.append((f"ELBO, T = {result['elbo']['diffusion_steps']}", result["elbo"]))
-    rows.append(("unigram of the training split", result["unigram"]))
-    lines = [f"{result['split']}: {result['bytes']:,} bytes, {result['tokens']:,} tokens, {result['words']:,} words"]
-    lines.append(f"{'':<30} {'bits/byte':>11} {'ppl/token':>12} {'ppl/word':>14}")
-    for name, value in rows:
-        bits = value["bits_per_byte"]
-        shown = f"{bits:.4f}" if bits is not None else "n/a (lossy)"
-        lines.append(
-            f"{name:<30} {shown:>11} {value['perplexity_per_token']:>12.3f} {value['perplexity_per_word']:>14.3f}"
+def as_text(result: Evaluation) -> str:
+    """The figures as a table for a terminal."""
+    rows = results.rows(result)
+    width = max(30, *(len(row.name) for row in rows))
+    lines = [f"{result.split}: {result.bytes:,} bytes, {result.tokens:,} tokens, {result.words:,} words"]
+    lines.append(f"{'':<{width}} {'bits/byte':>11} {'ppl/token':>13} {'ppl/word':>18}")
+    for row in rows:
+        per_token, per_word = (
+            results.formatted(value, 3) for value in (row.score.perplexity_per_token, row.score.perplexity_per_word)
         )
-    if result["xz_bits_per_byte"] is not None:
-        lines.append(f"{'xz -9e after the training text':<30} {result['xz_bits_per_byte']:>11.4f}")
+        bits = results.formatted_bits(row.score, result.lossless, 4)
+        lines.append(f"{row.name:<{width}} {bits:>11} {per_token:>13} {per_word:>18}")
     return "\n".join(lines)

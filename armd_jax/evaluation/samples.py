@@ -1,14 +1,15 @@
-"""Samples with their speed: what `armd sample` prints and `samples.json` holds."""
+"""Samples of a model in one or several parallel streams, and how fast they were drawn."""
 
+import functools
 import platform
 import time
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import numpy as np
 
 from armd_jax.errors import UserError
+from armd_jax.evaluation.results import Sample, Samples
 from armd_jax.inference.draw import Draw
 from armd_jax.inference.language_model import LanguageModel
 
@@ -25,11 +26,14 @@ def draw(
     prompt: str = "",
     suffix: str = "",
     seed: int = 0,
-) -> dict[str, Any]:
-    """Samples for every number of streams; each is drawn twice and the second time taken, so compiling is left out.
+) -> Samples:
+    """Draws `batch` texts of `length` tokens in each of the numbers of streams.
 
-    prompt, suffix: text at the beginning and at the end; the tokens between are generated.
-    Raises UserError where they do not fit into `length`, and where `lm.generate` does.
+    Each batch is drawn twice and the second time counts, so that the speed does not include compilation.
+
+    temperature, top_k, top_p: see `LanguageModel.generate`.
+    prompt, suffix: text at the beginning and at the end; the tokens between them are generated.
+    Raises UserError if prompt and suffix are longer than `length`, or if `lm.generate` cannot take the settings.
     """
     if lm.tokenizer is None:
         raise UserError("this model has no tokenizer: use lm.generate")
@@ -46,43 +50,42 @@ def draw(
     evidence[length - len(after) :] = after
     samples = []
     for count in streams:
-        options: dict[str, Any] = dict(temperature=temperature, top_k=top_k, top_p=top_p, evidence_BN=evidence)
-        lm.generate(batch, length, count, **options, seed=seed)
+        generate = functools.partial(
+            lm.generate, batch, length, count, temperature, top_k, top_p, evidence_BN=evidence, seed=seed
+        )
+        generate()  # compiles
         begin = time.perf_counter()
-        out = lm.generate(batch, length, count, **options, seed=seed)
+        out = generate()
         seconds = time.perf_counter() - begin
         generated = batch * (length - len(before) - len(after))
         for tokens, calls in zip(out.tokens_BN.tolist(), out.call_BN.tolist(), strict=True):
             samples.append(
-                {
-                    "streams": count,
-                    "num_calls": out.num_calls,
-                    "tokens_per_second": generated / seconds,
-                    "text": tokenizer.decode(tokens),
-                    "tokens": tokens,
-                    "pieces": [tokenizer.token_text(token) for token in tokens],
-                    "calls": calls,
-                }
+                Sample(
+                    streams=count,
+                    num_calls=out.num_calls,
+                    tokens_per_second=generated / seconds,
+                    text=tokenizer.decode(tokens),
+                    tokens=tuple(tokens),
+                    pieces=tuple(tokenizer.token_text(token) for token in tokens),
+                    calls=tuple(calls),
+                )
             )
-    device = jax.devices()[0]
-    return {
-        "length": length,
-        "batch": batch,
-        "temperature": temperature,
-        "top_k": top_k,
-        "top_p": top_p,
-        "seed": seed,
-        "hardware": f"{jax.device_count()} x {device.device_kind} ({platform.machine()})",
-        "samples": samples,
-    }
+    return Samples(
+        length=length,
+        batch=batch,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+        hardware=f"{jax.device_count()} x {jax.devices()[0].device_kind} ({platform.machine()})",
+        samples=tuple(samples),
+    )
 
 
-def table(result: dict[str, Any]) -> str:
+def as_text(drawn: Samples) -> str:
     """The samples as text for a terminal."""
     parts = []
-    for sample in result["samples"]:
-        head = (
-            f"S = {sample['streams']}: {sample['num_calls']} network calls, {sample['tokens_per_second']:,.0f} tokens/s"
-        )
-        parts.append(f"--- {head}\n{sample['text']}")
+    for sample in drawn.samples:
+        speed = f"{sample.num_calls:,} network calls (NFE), {sample.tokens_per_second:,.0f} tokens per second"
+        parts.append(f"--- S = {sample.streams}: {speed}\n{sample.text}")
     return "\n".join(parts)

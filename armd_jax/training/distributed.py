@@ -8,8 +8,8 @@ from typing import NoReturn, assert_never
 
 import jax
 
-from armd_jax.config import Switch
 from armd_jax.errors import UserError
+from armd_jax.names import Switch
 
 # With the runtime's own defaults, the others would wait for minutes after one process died without a word.
 _HEARTBEAT_SECONDS = 20

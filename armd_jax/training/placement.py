@@ -7,11 +7,12 @@ from typing import assert_never
 import jax
 from jax.sharding import Mesh, PartitionSpec
 
-from armd_jax.config import Config, GpuKernel, TpuKernel, block_patterns
+from armd_jax.config import Config, block_patterns
 from armd_jax.core import objective
 from armd_jax.core.context import Attend, Context, LayerGroup
 from armd_jax.core.sizes import padded_vocab
 from armd_jax.errors import UserError
+from armd_jax.names import GpuKernel, TpuKernel
 from armd_jax.training import sharding
 
 

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from armd_jax import typed
-from armd_jax.config import AggregatorKind, Remat
 from armd_jax.core import aggregation, block_mask, network, objective, order
 from armd_jax.core.rows import rows_for_training, single_row
+from armd_jax.names import AggregatorKind, Remat
 
 LENGTH, VOCAB = 8, 7
 # Every pair of aggregator, remat, scan and attention appears; every aggregator meets all four of scan x attention.

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from armd_jax import typed
-from armd_jax.config import AggregatorKind
 from armd_jax.core import network, objective, order, sizes
+from armd_jax.names import AggregatorKind
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from armd_jax import typed
-from armd_jax.config import AggregatorKind
 from armd_jax.core import block_mask, network, objective, order, parameters
 from armd_jax.core.rows import rows_for_training
+from armd_jax.names import AggregatorKind
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

@@ -1,4 +1,4 @@
-"""Hostile data: damaged documents are counted or named with their line; a prepared folder that lies is refused."""
+"""Hostile data: damaged documents are counted or named with their line, and wrong prepared folders are refused."""
 
 import dataclasses
 import gzip
@@ -10,9 +10,10 @@ import pytest
 
 from armd_jax.cli import main as cli
 from armd_jax.config import DataConfig
-from armd_jax.data import corpora, loader, manifest, packing, tokenizers
+from armd_jax.data import loader, manifest, packing, tokenizers
 from armd_jax.data.corpora import open_corpus
 from armd_jax.data.reading import LeftOut
+from armd_jax.data.sentencepiece_training import train_model
 from armd_jax.errors import UserError
 
 LENGTH = 32
@@ -45,7 +46,7 @@ def _config(path, **fields) -> DataConfig:
 
 @pytest.mark.parametrize("name", ["text.jsonl", "text.jsonl.gz"])
 def test_damaged_documents_are_left_out_and_counted(tmp_path, capsys, name):
-    """With data.damaged=skip exactly the good documents remain; the manifest and `armd prepare` give both counts."""
+    """With data.damaged=skip exactly the good documents remain. The manifest and `armd prepare` give both counts."""
     content = _lines(*DAMAGED.values(), *EMPTY)
     (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
     config = _config(tmp_path / name, damaged="skip")
@@ -62,13 +63,14 @@ def test_damaged_documents_are_left_out_and_counted(tmp_path, capsys, name):
     assert f"train: {len(DAMAGED)} damaged documents left out" in err
     assert cli.main([*command, "--length=32", "--skip-damaged", "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
-    assert LeftOut(**result["left_out"]["train"]) == left_out == packing.load(tmp_path / "out").left_out["train"]
+    assert LeftOut(**result["left_out"]["train"]) == left_out
+    assert packing.open_prepared(tmp_path / "out").left_out == {"train": left_out}
     assert sum(split["documents"] for split in result["splits"].values()) == len(GOOD)
 
 
 @pytest.mark.parametrize("kind", DAMAGED)
 def test_damaged_document_is_an_error_by_default(tmp_path, kind):
-    """Unless told otherwise a damaged document ends the preparation with its file and line, and how to go on."""
+    """By default a damaged document ends the preparation. The error has its file and line, and says how to go on."""
     (tmp_path / "text.jsonl").write_bytes(_lines(DAMAGED[kind]))
     with pytest.raises(UserError, match=r"text.jsonl, line 2: .*data\.damaged=skip") as error:
         packing.prepare(_config(tmp_path / "text.jsonl"), LENGTH, tmp_path / "cache", progress=False)
@@ -83,7 +85,7 @@ def test_empty_documents_are_always_left_out_and_counted(tmp_path):
 
 
 def test_damaged_text_files_are_left_out_whole(tmp_path):
-    """A text file is one document; splits by name keep their own counts."""
+    """A text file is one document. If file names give the splits, every split has counts of its own."""
     for name, content in (
         ("train/0.txt", b"good " * 50),
         ("train/1.txt", b"fine\nfine\n\xff"),
@@ -100,18 +102,18 @@ def test_damaged_text_files_are_left_out_whole(tmp_path):
 
 
 def test_skipping_is_another_preparation(tmp_path):
-    """Rows made without damaged documents never serve a config that calls them an error."""
+    """Rows that were made without the damaged documents are not used for a config that calls these an error."""
     (tmp_path / "text.jsonl").write_bytes(_lines(DAMAGED["no JSON"]))
     config = _config(tmp_path / "text.jsonl", damaged="skip")
     prepared = packing.prepare(config, LENGTH, tmp_path / "cache", progress=False)
     with pytest.raises(UserError, match="line 2: not valid JSON"):
         packing.prepare(_config(tmp_path / "text.jsonl"), LENGTH, tmp_path / "cache", progress=False)
     with pytest.raises(UserError, match="split rule"):
-        packing.load(prepared.folder, _config(tmp_path / "text.jsonl"))
+        packing.open_prepared(prepared.folder, _config(tmp_path / "text.jsonl"))
 
 
 def test_truncated_gzip_is_never_skipped(tmp_path):
-    """Nobody knows what the missing end held."""
+    """A file that ends too early is an error even if damaged documents are skipped: the missing end is unknown."""
     rng = np.random.default_rng(0)
     content = b"".join(json.dumps({"text": rng.bytes(40).hex()}).encode() + b"\n" for _ in range(2000))
     (tmp_path / "text.jsonl.gz").write_bytes(gzip.compress(content)[:-1000])
@@ -121,19 +123,19 @@ def test_truncated_gzip_is_never_skipped(tmp_path):
 
 
 def test_one_line_of_a_hundred_megabytes(tmp_path):
-    """It is one document, whole, and its words are counted without holding them all."""
+    """It is one whole document, and its words are counted without all of them in memory at once."""
     words = b"all work and no play " * 5_000_000
     (tmp_path / "line.jsonl").write_bytes(b'{"text": "' + words + b'"}\n')
     config = dataclasses.replace(_config(tmp_path / "line.jsonl"), valid_fraction=0.0, test_fraction=0.0)
     (text,) = open_corpus(config).documents("train")
     assert len(text) == len(words) > 100e6 and text.encode() == words
-    assert corpora.count_words(text[: 3 << 20]) == len(text[: 3 << 20].split())
+    assert packing.count_words(text[: 3 << 20]) == len(text[: 3 << 20].split())
 
 
 @pytest.mark.parametrize("tokenizer", ["bytes", "sentencepiece"])
 @pytest.mark.parametrize("text", ["all work and no play " * 80_000, "deadbeef" * 300_000], ids=["words", "one word"])
 def test_one_long_line_is_packed_whole(tmp_path, tokenizer, text):
-    """Also where no space allows a cut that keeps the ids: the text that comes back is the same."""
+    """Even if the text has no space where a cut would keep the ids, its rows decode to the same text."""
     (tmp_path / "line.txt").write_text(text)
     config = DataConfig(path=str(tmp_path / "line.txt"), tokenizer=tokenizer, vocab_size=300)
     config = dataclasses.replace(config, valid_fraction=0.0, test_fraction=0.0)
@@ -148,8 +150,8 @@ def test_one_long_line_is_packed_whole(tmp_path, tokenizer, text):
 def test_counting_words_in_parts_counts_the_same(monkeypatch):
     text = "one two\tthree\n\n\u3000four" + "x" * 100 + " \x1c five " * 30
     for size in (1, 2, 7, 50, 10_000):
-        monkeypatch.setattr(corpora, "_WORDS_AT_ONCE", size)
-        assert corpora.count_words(text) == len(text.split()) + text.count("\n")
+        monkeypatch.setattr(packing, "WORDS_AT_ONCE", size)
+        assert packing.count_words(text) == len(text.split()) + text.count("\n")
 
 
 @pytest.fixture(scope="module")
@@ -173,11 +175,11 @@ def _flip(file, place: int) -> None:
 
 @pytest.mark.parametrize("place", [0, 100, -1])
 def test_flipped_byte_in_large_data_is_found_at_first_use(folder, monkeypatch, place):
-    """Data too large to hash at every start are hashed shard by shard, before the first row of each is given out."""
+    """If the data are too large to hash at every start, each shard is hashed before its first row is returned."""
     monkeypatch.setattr(packing, "HASHED_AT_ONCE", 0)
     _flip(folder / "train-00001.array_record", place)
     try:
-        prepared = packing.load(folder)
+        prepared = packing.open_prepared(folder)
     except UserError as error:  # the library itself noticed
         assert "train-00001.array_record: this shard is damaged" in str(error)
         return
@@ -201,12 +203,12 @@ def test_shorter_or_longer_shard_is_found_at_once_however_large_the_data(folder,
     for changed in (content[:-1], content + b"\0", b""):
         shard.write_bytes(changed)
         with pytest.raises(UserError, match="train-00001.array_record: this shard is damaged"):
-            packing.load(folder)
+            packing.open_prepared(folder)
 
 
 def test_shard_damaged_while_it_is_in_use(folder):
-    """What the library finds when it reads a record is an error that names the file, not its RuntimeError."""
-    rows = packing.load(folder).rows("train")
+    """If the library cannot read a record, the error names the file and is not the library's RuntimeError."""
+    rows = packing.open_prepared(folder).rows("train")
     shard = folder / "train-00000.array_record"
     shard.write_bytes(bytes(len(shard.read_bytes())))
     with pytest.raises(UserError, match="train-00000.array_record: this shard is damaged"):
@@ -223,7 +225,7 @@ def test_names_in_a_manifest_cannot_leave_the_folder(folder, name):
     about["splits"]["train"]["shards"][0]["file"] = name
     (folder / "manifest.json").write_text(json.dumps(about))
     with pytest.raises(UserError, match=r"manifest.json: .*(is not the name of a shard|damaged manifest)"):
-        packing.load(folder)
+        packing.open_prepared(folder)
 
 
 def test_links_in_a_prepared_folder_cannot_leave_it(folder, tmp_path):
@@ -231,11 +233,11 @@ def test_links_in_a_prepared_folder_cannot_leave_it(folder, tmp_path):
     shard.rename(tmp_path / "outside")
     shard.symlink_to(tmp_path / "outside")
     with pytest.raises(UserError, match="train-00000.array_record: this shard is a link out of its folder"):
-        packing.load(folder)
-    (tmp_path / "link").symlink_to(folder)  # the folder itself may lie anywhere
+        packing.open_prepared(folder)
+    (tmp_path / "link").symlink_to(folder)  # the folder itself may be a link
     shard.unlink()
     (tmp_path / "outside").rename(shard)
-    assert packing.load(tmp_path / "link").splits == ("train", "valid", "test")
+    assert packing.open_prepared(tmp_path / "link").splits == ("train", "valid", "test")
 
 
 def _places(node, path=()):
@@ -247,9 +249,9 @@ def _places(node, path=()):
 
 
 def test_no_value_in_a_manifest_is_trusted(folder):
-    """Every value replaced by wrong ones, or gone: the folder is refused in one line, or it gives the same rows."""
+    """If any value is wrong or missing, the folder is refused in one line, or its rows are the same all the same."""
     text = (folder / "manifest.json").read_text()
-    expected = packing.load(folder).rows("train")[0].tolist()
+    expected = packing.open_prepared(folder).rows("train")[0].tolist()
     refused = accepted = 0
     for path in _places(json.loads(text)):
         for wrong in (None, -1, 0, 1 << 40, 1.5, True, "x", [], {}, [[]], {"x": 1}, "gone"):
@@ -263,7 +265,7 @@ def test_no_value_in_a_manifest_is_trusted(folder):
                 node[path[-1]] = wrong
             (folder / manifest.MANIFEST_FILE).write_text(json.dumps(about))
             try:
-                prepared = packing.load(folder)
+                prepared = packing.open_prepared(folder)
                 assert prepared.rows("train")[0].tolist() == expected
                 assert all(isinstance(counts, LeftOut) for counts in prepared.left_out.values())
                 accepted += 1
@@ -274,7 +276,8 @@ def test_no_value_in_a_manifest_is_trusted(folder):
 
 
 def test_vocabulary_of_other_rows_is_refused(folder):
-    """A tokenizer that was exchanged behind the rows, also by a line in the manifest, is an error."""
-    tokenizers.train_sentencepiece(["another text altogether"], 300).save(folder / "tokenizer")
+    """If the tokenizer beside the rows is exchanged for another one, that is an error."""
+    model = train_model(["another text altogether"], 300)
+    tokenizers.SentencePieceTokenizer(model).save(folder / "tokenizer")
     with pytest.raises(UserError, match="its tokenizer's kind is not that of manifest.json"):
-        packing.load(folder)
+        packing.open_prepared(folder)

@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 
 from armd_jax.config import DataConfig
-from armd_jax.data import packing, tokenizers
+from armd_jax.data import building, packing, tokenizers
 from armd_jax.data.corpora import open_corpus
+from armd_jax.data.sentencepiece_training import train_model
+from armd_jax.data.tokenizers import SentencePieceTokenizer
 from armd_jax.errors import UserError
 
 LENGTH = 32
@@ -52,7 +54,7 @@ def test_rows_are_the_documents_each_followed_by_end_of_text(config, tmp_path, m
         last = prepared.rows(split)[counts.rows - 1]
         assert last.dtype == np.int32 and last.shape == (LENGTH,)
         assert (last[counts.tokens - LENGTH * counts.rows :] == 256).all()
-    assert len(prepared.manifest["splits"]["train"]["shards"]) > 5
+    assert len(prepared.manifest.splits["train"].shards) > 5
     with pytest.raises(IndexError):
         prepared.rows("train")[prepared.num_rows("train")]
     with pytest.raises(UserError, match="no 'dev' split"):
@@ -72,7 +74,7 @@ def test_long_document_keeps_its_end_across_batches(tmp_path, monkeypatch):
 def test_trained_tokenizer_has_seen_the_train_split_only(config, tmp_path):
     config = dataclasses.replace(config, tokenizer="sentencepiece", vocab_size=320)
     prepared = packing.prepare(config, LENGTH, tmp_path / "cache", progress=False)
-    alone = tokenizers.train_sentencepiece(open_corpus(config).documents("train"), 320)
+    alone = SentencePieceTokenizer(train_model(open_corpus(config).documents("train"), 320))
     assert prepared.tokenizer.hash == alone.hash and prepared.tokenizer.lossless
 
 
@@ -85,7 +87,7 @@ def test_large_vocabularies_take_four_bytes(tmp_path):
         path=str(tmp_path / "a.txt"), tokenizer=str(tmp_path / "words"), valid_fraction=0.0, test_fraction=0.0
     )
     prepared = packing.prepare(config, 10, tmp_path / "cache", progress=False)
-    assert prepared.manifest["dtype"] == "<u4" and prepared.rows("train")[0].tolist() == [70_001, 5] * 5
+    assert prepared.manifest.dtype == "<u4" and prepared.rows("train")[0].tolist() == [70_001, 5] * 5
 
 
 def test_second_call_loads_what_is_there_and_other_requests_get_other_folders(config, tmp_path, monkeypatch):
@@ -99,7 +101,7 @@ def test_second_call_loads_what_is_there_and_other_requests_get_other_folders(co
         ),
     ]  # fmt: skip
     assert len({prepared.folder for prepared in [first, *others]}) == 4
-    monkeypatch.setattr(packing, "_build", None)
+    monkeypatch.setattr(packing, "large_folder", None)
     again = packing.prepare(config, LENGTH, tmp_path / "cache", progress=False)
     assert again.folder == first.folder and again.manifest == first.manifest
 
@@ -119,9 +121,11 @@ def test_damaged_shard_is_found(config, tmp_path, damage):
         shard.write_bytes(b"")
     else:
         shard.write_bytes(other.read_bytes())
-    for open_it in (lambda: packing.load(prepared.folder), lambda: packing.prepare(config, LENGTH, tmp_path / "cache")):
-        with pytest.raises(UserError, match=r"train-00001.array_record: this shard is (missing|damaged)"):
-            open_it()
+    message = r"train-00001.array_record: this shard is (missing|damaged)"
+    with pytest.raises(UserError, match=message):
+        packing.open_prepared(prepared.folder)
+    with pytest.raises(UserError, match=message):
+        packing.prepare(config, LENGTH, tmp_path / "cache")
 
 
 def test_damaged_manifest_or_tokenizer_is_found(config, tmp_path):
@@ -132,28 +136,28 @@ def test_damaged_manifest_or_tokenizer_is_found(config, tmp_path):
     def with_manifest(text, message):
         (folder / "manifest.json").write_text(text)
         with pytest.raises(UserError, match=message):
-            packing.load(folder)
+            packing.open_prepared(folder)
 
     with_manifest("{", "damaged manifest")
     with_manifest(json.dumps(manifest | {"format": 99}), "format 99")
-    with_manifest(json.dumps({"format": 2}), "has no 'row_length'")
+    with_manifest(json.dumps({"format": 2}), "damaged manifest: row_length is missing")
     changed = json.loads(json.dumps(manifest))
     changed["splits"]["train"]["tokens"] += 2 * LENGTH
     with_manifest(json.dumps(changed), "contradict")
     (folder / "manifest.json").write_text(json.dumps(manifest))
-    packing.load(folder)
-    other = tokenizers.train_sentencepiece(["another text altogether"], 300)
+    packing.open_prepared(folder)
+    other = SentencePieceTokenizer(train_model(["another text altogether"], 300))
     other.save(folder / "tokenizer")
     with pytest.raises(UserError, match="tokenizer's hash"):
-        packing.load(folder)
+        packing.open_prepared(folder)
     (folder / "manifest.json").unlink()
     with pytest.raises(UserError, match="manifest.json is missing"):
-        packing.load(folder)
+        packing.open_prepared(folder)
 
 
 def test_config_that_does_not_fit_names_the_field(config, tmp_path):
     folder = packing.prepare(config, LENGTH, tmp_path / "cache", progress=False).folder
-    assert packing.load(folder, config, LENGTH).length == LENGTH
+    assert packing.open_prepared(folder, config, LENGTH).length == LENGTH
     (tmp_path / "other.jsonl").write_text((tmp_path / "text.jsonl").read_text().replace("document", "Document"))
     for changed, message in (
         ({"path": str(tmp_path / "other.jsonl")}, "another corpus than data.path"),
@@ -161,22 +165,23 @@ def test_config_that_does_not_fit_names_the_field(config, tmp_path):
         ({"tokenizer": "sentencepiece"}, "data.tokenizer"),
     ):
         with pytest.raises(UserError, match=message):
-            packing.load(folder, dataclasses.replace(config, **changed))
+            packing.open_prepared(folder, dataclasses.replace(config, **changed))
     with pytest.raises(UserError, match="row length 32, but the config asks for 64"):
-        packing.load(folder, length=64)
+        packing.open_prepared(folder, length=64)
     (tmp_path / "text.jsonl").write_text((tmp_path / "other.jsonl").read_text())
     with pytest.raises(UserError, match="content has changed"):
-        packing.load(folder, config)
+        packing.open_prepared(folder, config)
 
 
 def test_interrupted_preparation_leaves_nothing(config, tmp_path, monkeypatch):
-    def stop_after_train(corpus, split, *rest):
-        if split == "valid":
+    def stop_after_train(documents, *rest):
+        packed.append(pack(documents, *rest))
+        if len(packed) == 2:
             raise KeyboardInterrupt
-        return write_split(corpus, split, *rest)
+        return packed[-1]
 
-    write_split = packing._write_split
-    monkeypatch.setattr(packing, "_write_split", stop_after_train)
+    pack, packed = packing._pack, []
+    monkeypatch.setattr(packing, "_pack", stop_after_train)
     with pytest.raises(KeyboardInterrupt):
         packing.prepare(config, LENGTH, tmp_path / "work" / "cache", progress=False)
     assert not (tmp_path / "work").exists()
@@ -185,28 +190,28 @@ def test_interrupted_preparation_leaves_nothing(config, tmp_path, monkeypatch):
 
 
 def test_killed_preparation_is_not_reused(config, tmp_path):
-    """What a killed process left is no prepared data, and the next preparation of the same removes it."""
+    """What a killed process left is not taken for prepared data, and the next preparation of the same removes it."""
     program = (
         "import os, sys\n"
         "from armd_jax.config import DataConfig\n"
         "from armd_jax.data import packing\n"
-        "packing.PreparedData  # killed when everything but the manifest is written\n"
-        "packing.json.dumps = lambda *a, **k: os._exit(9)\n"
-        "packing.prepare(DataConfig(**eval(sys.argv[1])), int(sys.argv[2]), sys.argv[3], progress=False)\n"
+        "from pathlib import Path\n"
+        "packing.write_manifest = lambda *a: os._exit(9)  # killed when everything but the manifest is written\n"
+        "packing.prepare(DataConfig(**eval(sys.argv[1])), int(sys.argv[2]), Path(sys.argv[3]), progress=False)\n"
     )
     arguments = [repr(dataclasses.asdict(config)), str(LENGTH), str(tmp_path / "cache")]
     assert subprocess.run([sys.executable, "-c", program, *arguments]).returncode == 9
     left = list((tmp_path / "cache").iterdir())
-    assert len(left) == 1 and left[0].name.startswith(".")
+    assert len(left) == 1 and left[0].name.startswith(".") and (left[0] / "test-00000.array_record").exists()
     with pytest.raises(UserError, match="no prepared data"):
-        packing.load(left[0])
-    busy = left[0].with_name(left[0].name[:-1] + "x")  # of another process that is at work
+        packing.open_prepared(left[0])
+    busy = left[0].with_name(left[0].name[:-1] + "x")  # as if another process were writing it
     busy.mkdir()
     for folder in (*left, busy):
         os.utime(folder, (0, 0))
-    with packing._held(busy):
+    with building.locked(busy):
         folder = packing.prepare(config, LENGTH, tmp_path / "cache", progress=False).folder
-    assert set((tmp_path / "cache").iterdir()) == {folder, busy}  # what the dead one left is gone
+    assert set((tmp_path / "cache").iterdir()) == {folder, busy}  # what the killed one left is gone
 
 
 def test_process_that_comes_second_takes_the_winners_folder(config, tmp_path, monkeypatch):
@@ -257,6 +262,10 @@ def test_prepare_into_a_folder(config, tmp_path):
     for place in (tmp_path, tmp_path / "text.jsonl"):
         with pytest.raises(UserError, match="holds no prepared data|is a file"):
             packing.prepare_into(config, LENGTH, place, progress=False)
+
+
+def test_count_words_counts_line_ends():
+    assert packing.count_words(" = Title = \n \n two words \n") == 3 + 2 + 3
 
 
 def test_progress_goes_to_stderr(config, tmp_path, capfd):

@@ -1,4 +1,4 @@
-"""Tokenizers: lossless kinds give back every string, no user text becomes end-of-text, files survive save and load."""
+"""Tokenizers: lossless kinds return every string, no user text becomes end-of-text, files survive save and load."""
 
 import json
 
@@ -8,12 +8,16 @@ import tokenizers as library
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from armd_jax import typed
 from armd_jax.config import DataConfig
 from armd_jax.data import tokenizers
 from armd_jax.data.corpora import open_corpus
+from armd_jax.data.sentencepiece_training import train_model
 from armd_jax.errors import UserError
+from armd_jax.names import NamedTokenizer, TokenizerKind
 
-LOSSLESS = ("sentencepiece", "bpe", "bytes")
+KINDS = typed.choices(TokenizerKind)
+LOSSLESS = [kind for kind in KINDS if kind not in ("wordpiece",)]
 HOSTILE = ["</s>", "<|endoftext|>", "[SEP]", "<s>", "<unk>", "<0x41>", "\u2581", "a\u2581\u2581 b", " \u2581 ", "\0"]
 HOSTILE += [
     "  two  spaces  ",
@@ -47,10 +51,11 @@ def bpe_folder(corpus, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def kinds(corpus, bpe_folder, tmp_path_factory):
+    """A tokenizer of every kind."""
     words = tmp_path_factory.mktemp("wordpiece")
     (words / "vocab.txt").write_text("\n".join(WORDS) + "\n")
     return {
-        "sentencepiece": tokenizers.train_sentencepiece(corpus.documents("train"), 1024),
+        "sentencepiece": tokenizers.SentencePieceTokenizer(train_model(corpus.documents("train"), 1024)),
         "bpe": tokenizers.load(bpe_folder),
         "bytes": tokenizers.BytesTokenizer(),
         "wordpiece": tokenizers.load(words),
@@ -75,7 +80,7 @@ def test_every_string_comes_back_and_is_never_end_of_text(kinds, kind, text):
     assert tokenizer.end_of_text not in ids and all(0 <= token < tokenizer.vocab_size for token in ids)
 
 
-@pytest.mark.parametrize("kind", [*LOSSLESS, "wordpiece"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_no_user_text_becomes_end_of_text(kinds, kind):
     tokenizer = kinds[kind]
     for text in HOSTILE:
@@ -83,9 +88,9 @@ def test_no_user_text_becomes_end_of_text(kinds, kind):
     assert tokenizer.decode([tokenizer.end_of_text]) == ""
 
 
-@pytest.mark.parametrize("kind", [*LOSSLESS, "wordpiece"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_chunks_join_to_the_same_ids(kinds, corpus, kind, monkeypatch):
-    """Long documents are encoded in parts: the ids must not know."""
+    """Long documents are encoded in parts, and the ids must not depend on that."""
     monkeypatch.setattr(tokenizers, "CHUNK", 50)
     tokenizer = kinds[kind]
     for text in [*list(corpus.documents("test"))[:5], "a \n\n  b\n" * 200, " " * 500, "x" * 500, "\n" * 300]:
@@ -94,11 +99,12 @@ def test_chunks_join_to_the_same_ids(kinds, corpus, kind, monkeypatch):
         assert sum(tokenizer.encode_batch(chunks), []) == tokenizer.encode(text)
 
 
-@pytest.mark.parametrize("kind", [*LOSSLESS, "wordpiece"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_saved_folder_is_the_same_tokenizer(kinds, kind, tmp_path):
     tokenizer = kinds[kind]
-    tokenizer.save(tmp_path / "saved")
-    again = tokenizers.load(tmp_path / "saved")
+    tokenizer.save(tmp_path / "new" / "saved")
+    again = tokenizers.load(tmp_path / "new" / "saved")
+    assert tokenizer.kind == kind
     for field in ("kind", "hash", "vocab_size", "end_of_text", "lossless"):
         assert getattr(again, field) == getattr(tokenizer, field)
     assert again.encode("Hello, worlds!") == tokenizer.encode("Hello, worlds!")
@@ -126,32 +132,6 @@ def test_broken_characters_decode_to_replacements(kinds):
         assert "\ufffd" in kinds[kind].decode(ids[:-1])
 
 
-def test_training_is_repeatable_and_compresses(kinds, corpus):
-    again = tokenizers.train_sentencepiece(corpus.documents("train"), 1024)
-    assert again.hash == kinds["sentencepiece"].hash and again.vocab_size == 1024
-    text = "".join(corpus.documents("valid"))
-    assert len(again.encode(text)) < 0.45 * len(text.encode())
-
-
-def test_training_text_is_thinned_evenly(monkeypatch):
-    monkeypatch.setattr(tokenizers, "TRAINING_BYTES", 1000)
-    lines = tokenizers._sample_lines(f"{index:09d}\n" for index in range(10_000))
-    steps = {int(b) - int(a) for a, b in zip(lines, lines[1:], strict=False)}
-    assert sum(map(len, lines)) <= 1000 and len(steps) == 1 and int(lines[-1]) > 9000
-
-
-def test_vocabulary_larger_than_the_text_shrinks_and_one_too_small_is_an_error(corpus):
-    small = tokenizers.train_sentencepiece(["hello world, hello there"] * 3, 5000)
-    assert 256 < small.vocab_size < 400 and small.decode(small.encode("caf\u00e9 \u2581")) == "caf\u00e9 \u2581"
-    with pytest.raises(UserError, match=r"data.vocab_size=270: .* alone need \d+"):
-        tokenizers.train_sentencepiece(corpus.documents("valid"), 270)
-
-
-def test_vocabulary_of_text_without_spaces_can_spell_a_space():
-    tokenizer = tokenizers.train_sentencepiece(["one\ntwo\n\nthree"] * 9, 300)
-    assert tokenizer.lossless and tokenizer.decode(tokenizer.encode("one two \u2581 ")) == "one two \u2581 "
-
-
 def test_sentencepiece_model_that_normalises_is_found_lossy(tmp_path):
     with (tmp_path / "other.model").open("wb") as model:
         sentencepiece.SentencePieceTrainer.train(
@@ -160,7 +140,8 @@ def test_sentencepiece_model_that_normalises_is_found_lossy(tmp_path):
         )  # fmt: skip
     tokenizer = tokenizers.load(tmp_path)
     assert not tokenizer.lossless
-    assert list(tokenizer.chunks("words " * 50_000)) == ["words " * 50_000]  # a prefix may be added: never cut
+    # It may add a prefix to every text that it gets, so none is ever cut.
+    assert list(tokenizer.chunks("words " * 50_000)) == ["words " * 50_000]
 
 
 def test_load_says_what_is_wrong(tmp_path, bpe_folder):
@@ -197,6 +178,22 @@ def test_request_tells_tokenizers_apart(bpe_folder):
         DataConfig(tokenizer="bytes"),
         DataConfig(tokenizer=str(bpe_folder)),
     ]
-    assert len({tokenizers.request(config) for config in asked}) == 4
+    assert len({tokenizers.request_of(config) for config in asked}) == 4
     with pytest.raises(UserError, match="data.tokenizer='sentencepeace'"):
-        tokenizers.request(DataConfig(tokenizer="sentencepeace"))
+        tokenizers.request_of(DataConfig(tokenizer="sentencepeace"))
+
+
+@pytest.mark.parametrize("kind", typed.choices(NamedTokenizer))
+def test_every_kind_that_a_config_may_name_is_made(kind, tmp_path):
+    """The names need no folder, and a message about an unknown one lists them."""
+    config = DataConfig(tokenizer=kind, vocab_size=300)
+    assert tokenizers.load_or_train(config, iter(["some text\n"] * 9)).kind == kind
+    assert tokenizers.request_of(config).startswith(kind)
+    with pytest.raises(UserError, match=rf"neither a kind \(.*{kind}.*\) nor a folder"):
+        tokenizers.load(tmp_path / "missing")
+
+
+def test_id_outside_the_vocabulary_has_no_text(kinds):
+    for kind in ("sentencepiece", "bpe", "wordpiece"):
+        with pytest.raises(IndexError):
+            kinds[kind].token_text(kinds[kind].vocab_size)

@@ -4,39 +4,18 @@ import dataclasses
 import math
 from collections import Counter
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from armd_jax import order
-from armd_jax.config import DataConfig, ModelConfig, OrderConfig
-from armd_jax.core import parameters
+from armd_jax import order, typed
+from armd_jax.config import OrderConfig
 from armd_jax.data import loader, packing
 from armd_jax.errors import UserError
 from armd_jax.evaluation import perplexity
-from armd_jax.inference.language_model import LanguageModel
+from armd_jax.names import DrawnBlocksOrder, OrderKind
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
-LENGTH = 16
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory, corpus) -> packing.PreparedData:
-    """The small corpus in bytes, in rows of 16."""
-    config = DataConfig(path=str(corpus), tokenizer="bytes")
-    return packing.prepare(config, LENGTH, tmp_path_factory.mktemp("data"), progress=False)
-
-
-@pytest.fixture(scope="module")
-def lm(data) -> LanguageModel:
-    """A model of the data's vocabulary with large random weights."""
-    config = ModelConfig(vocab_size=data.tokenizer.vocab_size, max_length=LENGTH, num_layers=2, two_stream_layers=1)
-    config = dataclasses.replace(config, width=16, num_heads=2, positional_width=8)
-    rng = np.random.default_rng(0)
-    shapes = jax.eval_shape(lambda: parameters.init(jax.random.key(0), config))
-    params = jax.tree.map(lambda leaf: jnp.asarray(0.3 * rng.standard_normal(leaf.shape), jnp.float32), shapes)
-    return LanguageModel(config, params, data.tokenizer)
 
 
 def _rows(data: packing.PreparedData, split: str) -> np.ndarray:
@@ -50,7 +29,7 @@ def _left_to_right(key, batch, length):
 def test_total_is_the_sum_over_every_token_once(data, lm):
     """The left-to-right total sums the log-probabilities of all tokens, the partly filled last row included."""
     rows, counts = _rows(data, "test"), data.counts("test")
-    assert counts.tokens % LENGTH  # there is a partly filled row
+    assert counts.tokens % data.length  # there is a partly filled row
     log_prob = np.asarray(lm.log_prob(rows, order.left_to_right(*rows.shape)), np.float64).ravel()
     expected = -log_prob[: counts.tokens].sum()
     assert perplexity.total_nats(lm, data, "test", _left_to_right, batch_size=4) == pytest.approx(expected, rel=1e-5)
@@ -62,17 +41,17 @@ def test_total_does_not_depend_on_the_batch_size(data, lm):
     assert totals[0] == pytest.approx(totals[1], rel=1e-5)
 
 
-def test_figures_of_a_total():
+def test_score_of_a_total():
     """Per token, per word and per byte follow from the total in nats; a lossy tokenizer has no bits per byte."""
     counts = packing.Counts(documents=1, bytes=50, words=5, tokens=20, rows=2)
-    figures = perplexity.figures(40.0, counts, lossless=True)
-    assert figures["nats_per_token"] == 2.0
-    assert figures["perplexity_per_token"] == pytest.approx(math.exp(2))
-    assert figures["perplexity_per_word"] == pytest.approx(math.exp(8))
-    assert figures["bits_per_byte"] == pytest.approx(40 / math.log(2) / 50)
-    assert perplexity.figures(40.0, counts, lossless=False)["bits_per_byte"] is None
-    assert perplexity.figures(1e6, counts, lossless=True)["perplexity_per_word"] == math.inf
-    assert math.isnan(perplexity.figures(math.nan, counts, lossless=True)["perplexity_per_word"])
+    score = perplexity.score(40.0, counts, lossless=True)
+    assert score.nats_per_token == 2.0
+    assert score.perplexity_per_token == pytest.approx(math.exp(2))
+    assert score.perplexity_per_word == pytest.approx(math.exp(8))
+    assert score.bits_per_byte == pytest.approx(40 / math.log(2) / 50)
+    assert perplexity.score(40.0, counts, lossless=False).bits_per_byte is None
+    assert perplexity.score(1e6, counts, lossless=True).perplexity_per_word == math.inf
+    assert math.isnan(perplexity.score(math.nan, counts, lossless=True).perplexity_per_word)
 
 
 def test_unigram_against_a_hand_count(data):
@@ -84,37 +63,50 @@ def test_unigram_against_a_hand_count(data):
 
 
 def test_evaluate_reports_all_figures(data, lm):
-    """All orders are scored with their counts, the compressor has a positive number, and the table shows every line."""
-    elbo = OrderConfig(kind="masked_diffusion", diffusion_steps=4)
-    result = perplexity.evaluate(lm, data, "test", streams=(2, 3), draws=2, elbo=elbo, batch_size=4, progress=False)
-    assert result["tokens"] == data.counts("test").tokens and result["bytes"] == data.counts("test").bytes
-    assert list(result["strided"]) == ["2"]  # 16 is not divisible by 3
-    assert result["random_orders"]["draws"] == 2 and result["elbo"]["diffusion_steps"] == 4
+    """Nothing is left out: every field has a value, scores are those of their orders, and the table has every row."""
+    masked = OrderConfig(kind="masked_diffusion", diffusion_steps=4)
+    found = perplexity.evaluate(
+        lm, data, "test", (2, 3), draws=2, trained_on=masked, batch_size=4, seed=5, progress=False
+    )
+    assert [field.name for field in dataclasses.fields(found) if getattr(found, field.name) is None] == []
+    assert dataclasses.asdict(data.counts("test")).items() <= found.as_dict().items()
+    assert (found.split, found.lossless, found.seed) == ("test", True, 5)
+    assert list(found.strided) == ["2"]  # 16 is not divisible by 3
+    assert found.random_orders.draws == 2 and found.elbo.diffusion_steps == 4
     tokens, valid = (np.concatenate(parts) for parts in zip(*loader.eval_batches(data, "test", 4), strict=True))
     strided = order.padding_last(order.strided(*tokens.shape, 2), jnp.asarray(valid))
-    expected = -np.asarray(lm.log_prob(tokens, strided))[valid].sum() / result["tokens"]
-    assert result["strided"]["2"]["nats_per_token"] == pytest.approx(expected, rel=1e-5)
-    one_step = dataclasses.replace(elbo, diffusion_steps=1)  # all tokens of a row at once
-    bound = perplexity.evaluate(lm, data, "test", streams=(), draws=0, elbo=one_step, progress=False)["elbo"]
+    expected = -np.asarray(lm.log_prob(tokens, strided))[valid].sum() / found.tokens
+    assert found.strided["2"].nats_per_token == pytest.approx(expected, rel=1e-5)
+    one_step = dataclasses.replace(masked, diffusion_steps=1)  # all tokens of a row at once
+    bound = perplexity.evaluate(lm, data, "test", (), draws=0, trained_on=one_step, progress=False).elbo
     at_once = order.from_blocks([list(range(tokens.shape[1]))], len(tokens))
     expected = -np.asarray(lm.log_prob(tokens, order.padding_last(at_once, jnp.asarray(valid))))[valid].sum()
-    assert bound["nats_per_token"] == pytest.approx(expected / result["tokens"], rel=1e-5)
-    bits = [result[name]["bits_per_byte"] for name in ("left_to_right", "random_orders", "elbo")]
-    assert all(0 < value < 40 for value in [*bits, result["strided"]["2"]["bits_per_byte"]])
-    assert 0 < result["xz_bits_per_byte"] < result["unigram"]["bits_per_byte"]
-    text = perplexity.table(result)
+    assert bound.nats_per_token == pytest.approx(expected / found.tokens, rel=1e-5)
+    scores = [found.left_to_right, found.random_orders, found.elbo, found.strided["2"]]
+    assert all(0 < score.bits_per_byte < 40 for score in scores)
+    assert 0 < found.xz_bits_per_byte < found.unigram.bits_per_byte
+    text = perplexity.as_text(found)
     for words in ("left to right", "random orders", "S = 2", "ELBO, T = 4", "unigram", "xz -9e"):
         assert words in text
     assert "n/a" not in text
 
 
+@pytest.mark.parametrize("kind", typed.choices(OrderKind))
+def test_only_a_masked_diffusion_has_a_bound(data, lm, kind):
+    """Orders without masking times give no ELBO, and what was not measured has no key in the file."""
+    trained_on = OrderConfig(kind=kind, diffusion_steps=4)
+    found = perplexity.evaluate(lm, data, "test", (), draws=0, trained_on=trained_on, progress=False)
+    assert (found.elbo is not None) == ("elbo" in found.as_dict()) == (kind in typed.choices(DrawnBlocksOrder))
+    assert found.random_orders is None and "random_orders" not in found.as_dict()
+
+
 def test_lossy_tokenizer_has_no_bits_per_byte(monkeypatch, data, lm):
-    """Where the tokenizer changes the text there are no bits per byte and no compressor's number."""
+    """If the tokenizer changes the text, there are no bits per byte and no compressor's number."""
     monkeypatch.setattr(type(data.tokenizer), "lossless", False)
-    result = perplexity.evaluate(lm, data, "test", streams=(), draws=0, batch_size=4, progress=False)
-    assert result["left_to_right"]["bits_per_byte"] is None and result["xz_bits_per_byte"] is None
-    assert result["left_to_right"]["perplexity_per_token"] > 1
-    text = perplexity.table(result)
+    found = perplexity.evaluate(lm, data, "test", streams=(), draws=0, batch_size=4, progress=False)
+    assert found.left_to_right.bits_per_byte is None and found.xz_bits_per_byte is None
+    assert found.left_to_right.perplexity_per_token > 1
+    text = perplexity.as_text(found)
     assert text.count("n/a (lossy)") == 2 and "xz" not in text
 
 
@@ -127,8 +119,8 @@ def test_another_vocabulary_is_a_user_error(data, lm):
 
 def test_rows_longer_than_the_model_are_a_user_error(data, lm):
     """RoPE would go on beyond the lengths that were trained, and say nothing."""
-    shorter = dataclasses.replace(lm, config=dataclasses.replace(lm.config, max_length=LENGTH - 1))
-    with pytest.raises(UserError, match=f"longer than the model's max_length={LENGTH - 1}"):
+    shorter = dataclasses.replace(lm, config=dataclasses.replace(lm.config, max_length=data.length - 1))
+    with pytest.raises(UserError, match=f"longer than the model's max_length={data.length - 1}"):
         perplexity.evaluate(shorter, data, "test", progress=False)
 
 

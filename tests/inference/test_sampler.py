@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 
 from armd_jax import order, typed
-from armd_jax.config import AggregatorKind, ModelConfig
+from armd_jax.config import ModelConfig
 from armd_jax.core import network, parameters
 from armd_jax.core.cache import Cache
 from armd_jax.errors import UserError
 from armd_jax.inference.draw import Draw
 from armd_jax.inference.language_model import Generation, LanguageModel
+from armd_jax.names import AggregatorKind
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

@@ -69,7 +69,7 @@ def test_average_or_raw_weights(smoke_run):
 @pytest.mark.parametrize("two_stream_layers", [0, 1, 3])
 def test_export_of_every_shape_of_model(tmp_path, two_stream_layers, tied):
     """With no, one or only two-stream layers, head tied or not, `load` gives back what was exported, bit for bit."""
-    tokenizer = tokenizers.create(DataConfig(tokenizer="bytes"), iter(()))
+    tokenizer = tokenizers.load_or_train(DataConfig(tokenizer="bytes"), iter(()))
     model = ModelConfig(vocab_size=tokenizer.vocab_size, max_length=32, num_layers=3, width=8, num_heads=2)
     model = dataclasses.replace(
         model, two_stream_layers=two_stream_layers, tie_embeddings=tied, mlp="swiglu", positional_width=4

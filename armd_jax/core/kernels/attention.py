@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from armd_jax.config import ModelConfig, PlainAttention
+from armd_jax.config import ModelConfig
+from armd_jax.names import PlainAttention
 
 KERNEL_OUTPUT = "attention"  # names the output of attention kernels, for rematerialisation policies
 _MASKED = -1e30  # finite, so that a fully masked chunk gives exp(-1e30 - m) = 0 exactly and never inf - inf

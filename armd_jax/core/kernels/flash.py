@@ -25,9 +25,9 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
-from armd_jax.config import FLASH_WIDEST
 from armd_jax.core.kernels.attention import KERNEL_OUTPUT
 from armd_jax.errors import UserError
+from armd_jax.names import FLASH_WIDEST
 
 _MASKED = -1e30  # finite, as in `core.attention`
 _NARROWEST = 16  # head width: Triton's matrix products sum over no fewer

@@ -9,17 +9,17 @@ import pytest
 
 from armd_jax.config import Config, ModelConfig, OrderConfig, TrainingConfig, to_json
 from armd_jax.errors import UserError
-from armd_jax.evaluation import plots, report
+from armd_jax.evaluation import results
+from armd_jax.report import bars, masks, order_schedule, page, style
 
 PNGS = ("bits.png", "curriculum.png", "loss.png", "masks.png", "samples.png", "speed.png")
 LENGTH = 16
 
 
-def _config(**order) -> Config:
-    schedule = dict(ar_steps=10, permute_steps=25, max_permuted=4, streams=(1, 4), sbp_steps=10) | order
+def _config() -> Config:
     return Config(
         model=ModelConfig(max_length=LENGTH),
-        order=OrderConfig(**schedule),
+        order=OrderConfig(ar_steps=10, permute_steps=25, max_permuted=4, streams=(1, 4), sbp_steps=10),
         training=TrainingConfig(num_steps=40, batch_size=2),
     )
 
@@ -71,9 +71,9 @@ def run(tmp_path: pathlib.Path) -> pathlib.Path:
 
 @pytest.fixture(scope="module")
 def reported(tmp_path_factory) -> pathlib.Path:
-    """A run's folder after its report, all pictures really drawn."""
+    """A run's folder after its report, with all of its pictures drawn."""
     folder = _make_run(tmp_path_factory.mktemp("reported") / "tiny")
-    assert report.write(folder) == folder / "report.html"
+    assert page.write(folder) == folder / "report.html"
     return folder
 
 
@@ -95,19 +95,20 @@ def _make_run(folder: pathlib.Path) -> pathlib.Path:
     return folder
 
 
-def _spans(page: str, sample: int) -> list[tuple[str, str]]:
+def _spans(html: str, sample: int) -> list[tuple[str, str]]:
     """(background, title) of every token of the n-th sample on the page."""
-    text = re.findall(r'<div class="text">(.*?)</div>', page, flags=re.DOTALL)[sample]
+    text = re.findall(r'<div class="text">(.*?)</div>', html, flags=re.DOTALL)[sample]
     return re.findall(r'<span style="background:(#[0-9a-f]{6});color:#[0-9a-f]{6}" title="([^"]*)">', text)
 
 
 def test_page_is_complete_and_self_contained(reported):
-    page = (reported / "report.html").read_text(encoding="utf-8")
+    """The page has every number, links to nothing outside itself, and shows texts of a model as text."""
+    html = (reported / "report.html").read_text(encoding="utf-8")
 
     # Every picture but samples.png, whose texts stand on the page as text.
-    links = re.findall(r'(?:src|href)="?([^">]{0,40})', page)
+    links = re.findall(r'(?:src|href)="?([^">]{0,40})', html)
     assert len(links) == len(PNGS) - 1 and all(link.startswith("data:image/png;base64,") for link in links)
-    assert "url(" not in page and "@import" not in page and "<link" not in page
+    assert "url(" not in html and "@import" not in html and "<link" not in html
     for number in (
         "1.753",
         "1.841",
@@ -122,19 +123,20 @@ def test_page_is_complete_and_self_contained(reported):
         "×1.41",
         "283",
     ):
-        assert number in page, number
+        assert number in html, number
     for facts in ("40 of 40 training steps, resumed 1 time", "<td>16</td>", "<td>9</td>", "<td>7</td>"):
-        assert facts in page, facts
-    assert "a &lt;small&gt; machine" in page
-    assert 'class="missing"' not in page
+        assert facts in html, facts
+    assert "a &lt;small&gt; machine" in html
+    assert 'class="missing"' not in html
 
-    assert "<script" not in page
-    assert ">&lt;script&gt;alert(&#x27;&amp;&#x27;)&lt;/script&gt;</span>" in page
-    assert ">\n</span>" in page and ">  c</span>" in page  # as written: the style keeps white space
-    assert "white-space: pre-wrap" in page
+    assert "<script" not in html
+    assert ">&lt;script&gt;alert(&#x27;&amp;&#x27;)&lt;/script&gt;</span>" in html
+    assert ">\n</span>" in html and ">  c</span>" in html  # as written: the style keeps white space
+    assert "white-space: pre-wrap" in html
 
 
 def test_pictures_are_not_blank(reported):
+    """Every PNG is large enough and not of one colour, and no temporary file is left."""
     from matplotlib.image import imread
 
     for name in PNGS:
@@ -145,29 +147,24 @@ def test_pictures_are_not_blank(reported):
 
 
 def test_colours_follow_network_calls(reported):
-    page = (reported / "report.html").read_text(encoding="utf-8")
+    """Tokens of one network call have one colour, and every call has a colour of its own."""
+    html = (reported / "report.html").read_text(encoding="utf-8")
     for index, streams in enumerate((1, 2, 4, 8)):
-        sample, spans = _sample(streams), _spans(page, index)
+        sample, spans = _sample(streams), _spans(html, index)
         assert [title for _, title in spans] == [f"call {c} of {sample['num_calls']}" for c in sample["calls"]]
         pairs = {(color, call) for (color, _), call in zip(spans, sample["calls"], strict=True)}
         assert len(pairs) == len({c for c, _ in pairs}) == len({c for _, c in pairs}) == sample["num_calls"]
 
 
 def test_prompt_tokens_are_grey(run, monkeypatch):
+    """Tokens that were given have the colour that no call has."""
     _skip_slow_pictures(monkeypatch)
     sample = _sample(1)
     sample.update(calls=[0, 0, *range(1, LENGTH - 1)], num_calls=LENGTH - 2)
     _write_json(run / "samples.json", {"samples": [sample]})
-    spans = _spans(report.write(run).read_text(encoding="utf-8"), 0)
-    assert spans[:2] == [(plots.GIVEN, "given as prompt")] * 2
-    assert plots.GIVEN not in [color for color, _ in spans[2:]]
-
-
-def test_colours_are_readable_and_distinct_for_many_calls():
-    colors = [plots.call_color(call, 128) for call in range(129)]
-    assert len(set(colors)) == 129
-    assert plots.ink_on(colors[1]) == "#ffffff" and plots.ink_on(colors[128]) == "#000000"
-    assert plots.call_color(1, 1) == colors[1]
+    spans = _spans(page.write(run).read_text(encoding="utf-8"), 0)
+    assert spans[:2] == [(style.GIVEN, "given as prompt")] * 2
+    assert style.GIVEN not in [color for color, _ in spans[2:]]
 
 
 @pytest.mark.parametrize(
@@ -180,82 +177,109 @@ def test_colours_are_readable_and_distinct_for_many_calls():
     ],
 )
 def test_a_missing_file_names_its_command(run, monkeypatch, name, command, picture):
+    """If a file is missing, its section names the command that writes it, and its picture is not drawn."""
     _skip_slow_pictures(monkeypatch)
     (run / name).unlink()
-    page = report.write(run).read_text(encoding="utf-8")
+    html = page.write(run).read_text(encoding="utf-8")
     if command is None:
-        assert 'class="missing"' not in page
+        assert 'class="missing"' not in html
     else:
-        assert f"run <code>{command.format(run=run)}</code>" in page
+        assert f"run <code>{command.format(run=run)}</code>" in html
         assert not (run / picture).exists()
 
 
 def test_a_run_with_nothing_but_its_config(run, monkeypatch):
+    """A run that has only begun has a page, which names what can be done next."""
     _skip_slow_pictures(monkeypatch)
     for path in run.iterdir():
         if path.name != "config.json":
             path.unlink()
-    page = report.write(run).read_text(encoding="utf-8")
-    assert "0 of 40 training steps" in page
-    assert "armd eval" in page and "armd sample" in page and "armd train" in page
+    html = page.write(run).read_text(encoding="utf-8")
+    assert "0 of 40 training steps" in html
+    assert "armd eval" in html and "armd sample" in html and "armd train" in html
 
 
 def test_a_lossy_tokenizer_has_no_bits_per_byte(run, monkeypatch):
+    """If the tokenizer changes the text, the page compares nats per token instead."""
     _skip_slow_pictures(monkeypatch)
     scores = {"split": "test", "lossless": False, "left_to_right": {**_scores(1.5), "bits_per_byte": None}}
     _write_json(run / "eval.json", scores)
-    page = report.write(run).read_text(encoding="utf-8")
-    assert "n/a (lossy)" in page and "1.500" not in page
-    assert "3.0000" in page and "Nats per token of held-out text" in page
+    html = page.write(run).read_text(encoding="utf-8")
+    assert "n/a (lossy)" in html and "1.500" not in html
+    assert "3.0000" in html and "Nats per token of held-out text" in html
 
 
-def test_xz_is_absent_where_it_was_not_measured(run, monkeypatch):
+def test_xz_is_absent_if_it_was_not_measured(run, monkeypatch):
+    """Without the compressor's number, the page does not mention it."""
     _skip_slow_pictures(monkeypatch)
     _write_json(run / "eval.json", {**_evaluation(), "xz_bits_per_byte": None})
-    assert "xz -9e" not in report.write(run).read_text(encoding="utf-8")
+    assert "xz -9e" not in page.write(run).read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("kind", ["left_to_right", "uniform", "strided", "masked_diffusion"])
-def test_every_order_kind_has_its_curriculum(kind):
-    assert plots.curriculum(_config(kind=kind, sbp_steps=0)).startswith(b"\x89PNG")
+def test_table_and_bars_show_every_row(run, monkeypatch):
+    """Whatever `results.rows` has is a line of the table, and given to the picture of the bars."""
+    _skip_slow_pictures(monkeypatch)
+    drawn = []
+    monkeypatch.setattr(bars, "likelihoods", lambda rows, unit: drawn.extend(rows) or b"png")
+    html = page.write(run).read_text(encoding="utf-8")
+    rows = results.rows(results.read_evaluation(run))
+    assert len(rows) == 8
+    assert drawn == [(row, row.score.bits_per_byte) for row in rows]
+    for row in rows:
+        assert f"<td>{row.name}</td><td>{row.score.bits_per_byte:.3f}</td>" in html
 
 
-def test_phases_share_out_the_steps():
-    assert plots.phases(_config()) == [("identity", 0, 10), ("rising", 10, 25), ("constant", 25, 30), ("SBP", 30, 40)]
-    assert plots.phases(_config(ar_steps=0, permute_steps=100)) == [("rising", 0, 30), ("SBP", 30, 40)]
-    assert plots.phases(_config(kind="uniform", sbp_steps=0)) == [("uniform", 0, 40)]
-    assert plots.phases(_config(kind="strided")) == [("strided", 0, 40)]
+@pytest.mark.parametrize("name", ["eval.json", "samples.json"])
+@pytest.mark.parametrize("content", ["{", "[]", '{"samples": 3, "left_to_right": 3}', "[" * 100_000])
+def test_a_damaged_result_is_one_clear_line(run, name, content):
+    """A result that no command wrote is one line that names the file, and no report is written."""
+    (run / name).write_text(content)
+    with pytest.raises(UserError, match=rf"{name}.*; write it again with armd {name[:4]}") as raised:
+        page.write(run)
+    assert "\n" not in str(raised.value) and not (run / "report.html").exists()
+
+
+def test_odd_rows_of_a_log_are_left_out(run, monkeypatch):
+    """Steps and losses that are no finite numbers are not drawn and break nothing."""
+    _skip_slow_pictures(monkeypatch)
+    odd = ["null", "true", '"x"', "[]", "NaN", "Infinity", "1e999", "1" + "0" * 400]
+    rows = [f'{{"step": {step}, "train/nll": {loss}, "eval/nll": {loss}}}' for step in ("3", *odd) for loss in odd]
+    (run / "metrics.jsonl").write_text("\n".join(rows))
+    assert "data:image/png" in page.write(run).read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("content", [None, "{", "[]", '{"modle": {}}', '{"model": {"width": 7}}'])
 def test_no_run_is_one_clear_line(tmp_path, content):
+    """A folder that is no run is one line which names it, and nothing is written there."""
     folder = tmp_path / "elsewhere"
-    with pytest.raises(UserError, match="elsewhere.*no such run"):
-        report.write(folder)
+    with pytest.raises(UserError, match="elsewhere: there is no such folder"):
+        page.write(folder)
     folder.mkdir()
     if content is not None:
         (folder / "config.json").write_text(content)
     with pytest.raises(UserError, match="config.json") as raised:
-        report.write(folder)
+        page.write(folder)
     assert "\n" not in str(raised.value)
     assert {path.name for path in folder.iterdir()} <= {"config.json"}
 
 
 def test_a_failing_picture_leaves_the_folder_alone(run, monkeypatch):
+    """If a picture cannot be drawn, the report of before is still there, whole."""
     (run / "report.html").write_text("the one before")
     before = {path.name: path.read_bytes() for path in run.iterdir()}
 
     def broken() -> bytes:
         raise RuntimeError("no picture")
 
-    monkeypatch.setattr(plots, "masks", broken)  # the last picture of all
-    monkeypatch.setattr(plots, "curriculum", lambda config: b"png")
+    monkeypatch.setattr(masks, "picture", broken)  # the last picture of all
+    monkeypatch.setattr(order_schedule, "picture", lambda config: b"png")
     with pytest.raises(RuntimeError, match="no picture"):
-        report.write(run)
+        page.write(run)
     assert {path.name: path.read_bytes() for path in run.iterdir()} == before
 
 
 def test_a_failing_write_leaves_no_half_file(run, monkeypatch):
+    """If the disk is full, that is one line, and no half of a file is left."""
     _skip_slow_pictures(monkeypatch)
 
     def full(source, target):
@@ -264,11 +288,11 @@ def test_a_failing_write_leaves_no_half_file(run, monkeypatch):
     before = {path.name for path in run.iterdir()}
     monkeypatch.setattr("os.replace", full)
     with pytest.raises(UserError, match="cannot be written there: No space left"):
-        report.write(run)
+        page.write(run)
     assert {path.name for path in run.iterdir()} == before
 
 
 def _skip_slow_pictures(monkeypatch) -> None:
     """The two pictures that depend on the config alone are drawn in other tests."""
-    monkeypatch.setattr(plots, "masks", lambda: b"png")
-    monkeypatch.setattr(plots, "curriculum", lambda config: b"png")
+    monkeypatch.setattr(masks, "picture", lambda: b"png")
+    monkeypatch.setattr(order_schedule, "picture", lambda config: b"png")

@@ -1,0 +1,74 @@
+"""Folders that take hours to write: whole or not at all, whoever is killed and however many write the same one."""
+
+import contextlib
+import fcntl
+import glob
+import os
+import secrets
+import shutil
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from armd_jax.errors import UserError
+
+JUST_MADE = 60  # seconds in which another process may have made a folder but not locked it yet
+
+
+@contextlib.contextmanager
+def large_folder(folder: Path, last_file: str) -> Iterator[Path]:
+    """A temporary neighbour of `folder` to write into, which takes its name at the end of the block.
+
+    `files.new_folder` does that for folders that take a moment to write. One that takes hours and many gigabytes needs
+    more. Its neighbour is locked and has the host and the process in its name, so that whoever builds `folder` next can
+    tell what a killed process left from what a running one is writing, and remove it. If another process completes
+    `folder` first, its result stands. If the block raises, parent folders that were made here are removed as well.
+
+    last_file: the file that the block writes last. A folder that has it is complete.
+    Raises UserError if the folder cannot be written.
+    """
+    made = [parent for parent in folder.parents if not os.path.exists(parent)]
+    partial = folder.with_name(f".{folder.name}.partial-{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}")
+    try:
+        partial.mkdir(parents=True)
+        with locked(partial):
+            _remove_abandoned(folder)
+            yield partial
+            try:
+                partial.rename(folder)
+            except OSError:
+                if not (folder / last_file).is_file():
+                    raise
+                shutil.rmtree(partial)  # another process was faster; what it made is the same
+    except BaseException as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        for parent in made:
+            if parent.is_dir() and not any(parent.iterdir()):
+                parent.rmdir()
+        if isinstance(error, OSError):
+            raise UserError(f"cannot write prepared data to {folder}: {error.strerror or error}") from error
+        raise
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Locks a folder. The kernel drops the lock if the process dies. Raises BlockingIOError if it is locked already."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _remove_abandoned(folder: Path) -> None:
+    """Removes what killed processes on this machine left of `folder`.
+
+    What other machines left stays: on a shared file system their locks may not be seen here.
+    """
+    for left in folder.parent.glob(f".{folder.name}.partial-{glob.escape(socket.gethostname())}-*"):
+        with contextlib.suppress(OSError):  # it is locked, already gone, or another user's
+            if time.time() - left.stat().st_mtime > JUST_MADE:
+                with locked(left):
+                    shutil.rmtree(left, ignore_errors=True)

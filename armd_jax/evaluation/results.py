@@ -1,0 +1,194 @@
+"""The results of `armd eval` and `armd sample`, and the files in a run's folder that hold them.
+
+`eval.json` holds one `Evaluation`, `samples.json` one `Samples`. To add a figure of held-out text, add three things:
+its field in `Evaluation`, its computation in `perplexity.evaluate`, and its row in `rows`. The table in the terminal,
+the table of the report and the report's bars are all made from these rows.
+"""
+
+import dataclasses
+import pathlib
+from typing import Any, Literal, TypeVar
+
+from armd_jax import files, typed
+from armd_jax.errors import UserError
+
+EVALUATION_FILE = "eval.json"
+SAMPLES_FILE = "samples.json"
+_LARGEST = 2**53  # larger whole numbers count nothing in these files, and no float holds all of them
+
+T = TypeVar("T")
+
+
+@dataclasses.dataclass(frozen=True)
+class Score:
+    """How well a split is predicted in one way: its total nats, per token, per word and per byte.
+
+    A figure is None if it is not known. Bits per byte are not known if the tokenizer is lossy, and figures read from a
+    file are not known if they were not finite, because JSON has no infinity and no NaN.
+    """
+
+    nats_per_token: float | None = None
+    perplexity_per_token: float | None = None
+    perplexity_per_word: float | None = None
+    bits_per_byte: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class RandomOrders(Score):
+    """The expected score over uniformly random orders. draws: random orders per row of tokens."""
+
+    draws: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Elbo(Score):
+    """The bound that a masked diffusion gives (ELBO). diffusion_steps: T."""
+
+    diffusion_steps: int | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """All figures of one split of held-out text, as `perplexity.evaluate` returns them.
+
+    split: "train", "valid" or "test". lossless: whether the tokenizer is.
+    documents, bytes, words, tokens, rows: the size of the split, see `data.manifest.Counts`; 0 if a file does not say.
+    strided: scores of strided orders by the number of streams, which is written out ("4"): keys of JSON are texts.
+    random_orders, elbo: None if they were not measured.
+    unigram: the score of the token frequencies of the training split.
+    xz_bits_per_byte: bits per byte that `xz -9e` needs after the training text; None if that cannot be known.
+    seed: of the random orders.
+    """
+
+    split: str
+    lossless: bool
+    documents: int = 0
+    bytes: int = 0
+    words: int = 0
+    tokens: int = 0
+    rows: int = 0
+    left_to_right: Score
+    random_orders: RandomOrders | None = typed.field(None, absent_if_none=True)
+    strided: dict[str, Score] = dataclasses.field(default_factory=dict)
+    elbo: Elbo | None = typed.field(None, absent_if_none=True)
+    unigram: Score | None = None
+    xz_bits_per_byte: float | None = None
+    seed: int | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """The content of `eval.json`. Random orders and ELBO have no key if they were not measured."""
+        absent = {field.name for field in dataclasses.fields(self) if field.metadata.get("absent_if_none")}
+        return {n: value for n, value in dataclasses.asdict(self).items() if value is not None or n not in absent}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sample:
+    """One text that a model wrote, and how.
+
+    streams: S. num_calls: network calls (NFE) for the whole batch. tokens_per_second: of the whole batch.
+    tokens: ids, at natural positions; pieces: a short text for each of them; calls: the number (from 1) of the network
+    call that made each of them, 0 if it was given.
+    """
+
+    streams: int
+    num_calls: int = 0
+    tokens_per_second: float = 0.0
+    text: str = ""
+    tokens: tuple[int, ...] = ()
+    pieces: tuple[str, ...] = ()
+    calls: tuple[int, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Samples:
+    """Samples in one or several numbers of streams, and the settings that all of them were drawn with.
+
+    length: tokens per text. batch: texts that were drawn together. hardware: devices, for people.
+    """
+
+    length: int | None = None
+    batch: int | None = None
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    seed: int | None = None
+    hardware: str = ""
+    samples: tuple[Sample, ...]
+
+
+RowKind = Literal["exact", "order", "baseline", "compressor"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One line of the tables.
+
+    kind: "exact": the model's left-to-right likelihood. "order": the model's likelihood under other orders. "baseline":
+    a prediction without a network. "compressor": the size of the compressed text.
+    """
+
+    name: str
+    kind: RowKind
+    score: Score
+
+
+def rows(result: Evaluation) -> list[Row]:
+    """Everything that was measured, in the order in which tables and bars show it."""
+    found = [Row("left to right (exact)", "exact", result.left_to_right)]
+    found += [Row(f"strided, S = {streams}", "order", score) for streams, score in result.strided.items()]
+    if orders := result.random_orders:
+        drawn = "" if orders.draws is None else f", {orders.draws} drawn"
+        found.append(Row(f"random orders (expected{drawn})", "order", orders))
+    if elbo := result.elbo:
+        steps = "" if elbo.diffusion_steps is None else f", T = {elbo.diffusion_steps}"
+        found.append(Row(f"masked diffusion (ELBO{steps})", "order", elbo))
+    if result.unigram:
+        found.append(Row("unigram of the training split", "baseline", result.unigram))
+    if result.xz_bits_per_byte is not None:
+        compressed = Score(bits_per_byte=result.xz_bits_per_byte)
+        found.append(Row("xz -9e after the training text", "compressor", compressed))
+    return found
+
+
+def formatted(value: float | None, digits: int, absent: str = "–") -> str:
+    """A figure for people, `absent` if it is not known."""
+    return absent if value is None else f"{value:,.{digits}f}"
+
+
+def formatted_bits(score: Score, lossless: bool, digits: int) -> str:
+    """Bits per byte for people; a tokenizer that changes the text has none."""
+    return formatted(score.bits_per_byte, digits, "–" if lossless else "n/a (lossy)")
+
+
+def read_evaluation(run: pathlib.Path) -> Evaluation | None:
+    """The evaluation in a run's folder that `armd eval` wrote, None if there is none.
+
+    Raises UserError if the file is damaged or was not written by `armd eval`.
+    """
+    file = run / EVALUATION_FILE
+    found = _read(Evaluation, file, "armd eval")
+    if found and (wrong := [key for key in found.strided if not key.isdecimal()]):
+        raise UserError(f"{file}: strided={wrong!r}: expected numbers of streams; write it again with armd eval")
+    return found
+
+
+def read_samples(run: pathlib.Path) -> Samples | None:
+    """The samples in a run's folder that `armd sample` wrote, None if there are none.
+
+    Raises UserError if the file is damaged or was not written by `armd sample`.
+    """
+    return _read(Samples, run / SAMPLES_FILE, "armd sample")
+
+
+def _read(cls: type[T], file: pathlib.Path, command: str) -> T | None:
+    if not file.exists():
+        return None
+    again = f"write it again with {command}"
+    try:
+        values = files.read_json(file)
+    except UserError as error:
+        raise UserError(f"{error}; {again}") from error
+    try:
+        return typed.build(cls, values, file.stem, _LARGEST, any_text=True)
+    except UserError as error:
+        raise UserError(f"{file}: not what {command} writes: {error}; {again}") from error

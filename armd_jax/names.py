@@ -1,0 +1,37 @@
+"""Every closed set of names, each as one `Literal`, and the limits of kernels that configs are checked against.
+
+The config builder reads them (an unknown name is an error that suggests the nearest known one), command-line choices
+and tests iterate over them (`typed.choices`), and code that depends on such a name is a `match` that ends in
+`assert_never`, so that the type checker finds every place that a new name has to be added to.
+"""
+
+from typing import Literal
+
+AggregatorKind = Literal["positional", "mean", "shift"]
+NormKind = Literal["layernorm", "rmsnorm"]
+MlpKind = Literal["gelu", "swiglu"]
+Remat = Literal["none", "dots", "full"]
+PlainAttention = Literal["auto", "dense", "chunked"]  # runs everywhere
+TpuKernel = Literal["splash"]
+GpuKernel = Literal["flash"]
+AttentionKind = Literal[PlainAttention, TpuKernel, GpuKernel]
+Dtype = Literal["auto", "float32", "bfloat16"]
+Switch = Literal["auto", "on", "off"]
+OneTokenOrder = Literal["left_to_right", "progressive", "uniform"]  # every block is one token
+StridedOrder = Literal["strided"]  # the blocks follow from the number of streams
+DrawnBlocksOrder = Literal["masked_diffusion"]  # the blocks themselves are drawn at random
+OrderKind = Literal[OneTokenOrder, StridedOrder, DrawnBlocksOrder]
+Permutation = Literal["scatter", "window", "reinsert"]
+NoiseSchedule = Literal["linear", "cosine", "geometric"]
+OrderWeight = Literal["elbo", "simple"]
+OptimizerKind = Literal["adamw"]
+LearningRateSchedule = Literal["constant", "cosine", "wsd"]
+AfterSkipped = Literal["rollback", "stop"]
+Damaged = Literal["error", "skip"]
+Split = Literal["train", "valid", "test"]
+NamedTokenizer = Literal["sentencepiece", "bytes"]  # data.tokenizer may name these; anything else there is a folder
+VocabularyTokenizerKind = Literal["bpe", "wordpiece"]  # read from a folder of vocabulary files
+TokenizerKind = Literal[NamedTokenizer, VocabularyTokenizerKind]
+
+SPLASH_TILE = 128  # the TPU kernel needs rows of a multiple of this length
+FLASH_WIDEST = 256  # the GPU kernel takes heads up to this width

@@ -1,0 +1,244 @@
+"""`armd report --run=DIR`: one self-contained HTML page about a run, and its pictures as PNG files beside it.
+
+The page reads the files that other commands left in the run's folder (config.json, metrics.jsonl, events.jsonl,
+eval.json, samples.json). Only config.json has to be there. If another file is missing, its section names the command
+that writes it.
+"""
+
+import dataclasses
+import pathlib
+import shlex
+from collections.abc import Sequence
+from typing import Any
+
+from armd_jax import config as configs
+from armd_jax import files
+from armd_jax.config import Config
+from armd_jax.core import curriculum
+from armd_jax.errors import UserError
+from armd_jax.evaluation import results
+from armd_jax.evaluation.results import Evaluation, Sample, Samples
+from armd_jax.report import bars, loss_curve, markup, masks, order_schedule, sample_text
+
+
+@dataclasses.dataclass(frozen=True)
+class _Section:
+    """A part of the page, and the PNG files that are written beside the page, by name."""
+
+    html: str
+    pictures: dict[str, bytes] = dataclasses.field(default_factory=dict)
+
+
+def write(run: pathlib.Path) -> pathlib.Path:
+    """Writes `report.html` and its PNG files into the run's folder and returns the path of the page.
+
+    Everything is drawn before the first file is written, and every file is written whole or not at all.
+    Raises UserError if `run` is neither a run nor an export, if one of its files cannot be read, or if the folder
+    cannot be written.
+    """
+    config = configs.read(run)
+    rows, events = _read_log(run / "metrics.jsonl"), _read_log(run / "events.jsonl")
+    evaluation, drawn = results.read_evaluation(run), results.read_samples(run)
+    where = f"--run={shlex.quote(str(run))}"
+    sections = [
+        _headline(evaluation, drawn, where),
+        _quality(evaluation, where),
+        _speed(drawn, where),
+        _samples(drawn, where),
+        _training(rows, config, f"--workdir={shlex.quote(str(run))}"),
+        _order_schedule(config),
+        _masks(),
+    ]
+    name = run.resolve().name
+    page = markup.page(
+        title=f"{name}: training report",
+        heading=f"{name}: an auto-regressive masked diffusion model",
+        facts=_facts(config, rows, events),
+        body=[
+            *(section.html for section in sections),
+            markup.heading("Configuration"),
+            markup.details("every field", configs.to_json(config)),
+        ],
+    )
+    try:
+        for section in sections:
+            for picture, png in section.pictures.items():
+                files.write(run / picture, png)
+        # The name of a folder need not be text.
+        files.write(run / "report.html", page.encode("utf-8", errors="replace"))
+    except OSError as error:
+        raise UserError(f"{run}: the report cannot be written there: {error.strerror or error}") from error
+    return run / "report.html"
+
+
+def _read_log(path: pathlib.Path) -> list[dict[str, Any]]:
+    """The rows of a log that belong to a step."""
+    return [row for row in files.read_json_lines(path) if isinstance(row.get("step"), int)]
+
+
+def _facts(config: Config, rows: Sequence[dict[str, Any]], events: Sequence[dict[str, Any]]) -> list[str]:
+    """What was trained, in a few lines."""
+    model, training = config.model, config.training
+    done = max([row["step"] for row in [*rows, *events]], default=0)
+    resumed = sum(event.get("event") == "resume" for event in events)
+    times = f", resumed {resumed} time{'s' if resumed > 1 else ''}" if resumed else ""
+    return [
+        f"{done:,} of {training.num_steps:,} training steps{times}",
+        f"{model.num_layers} layers ({model.two_stream_layers} of them two-stream), width {model.width},"
+        f" {model.num_heads} heads, rows of {model.max_length} tokens",
+        f"orders: {curriculum.describe(config.order)}; batches of {training.batch_size} rows",
+        f"text: {config.data.path or 'the embedded corpus'}; tokenizer: {config.data.tokenizer}",
+    ]
+
+
+def _headline(evaluation: Evaluation | None, drawn: Samples | None, where: str) -> _Section:
+    cards = []
+    if evaluation:
+        exact, orders, xz = evaluation.left_to_right, evaluation.random_orders, evaluation.xz_bits_per_byte
+        bits = results.formatted_bits(exact, evaluation.lossless, 3)
+        cards.append((bits, f"bits per byte, left to right ({evaluation.split} text, exact)"))
+        if xz is not None:
+            cards.append((results.formatted(xz, 3), "bits per byte, xz -9e after the training text"))
+        if orders:
+            bits = results.formatted_bits(orders, evaluation.lossless, 3)
+            cards.append((bits, "bits per byte, expected over random orders"))
+        cards.append((results.formatted(exact.perplexity_per_token, 2), "perplexity per token, left to right"))
+    rates = {sample.streams: sample.tokens_per_second for sample in _timed(drawn)}
+    if 1 in rates and len(rates) > 1:
+        most = max(rates)
+        cards.append((f"×{rates[most] / rates[1]:.2f}", f"tokens per second, {most} streams compared with 1"))
+    if not cards:
+        return _Section(markup.missing("There are no numbers yet", f"armd eval {where}"))
+    return _Section(markup.cards(cards))
+
+
+def _quality(evaluation: Evaluation | None, where: str) -> _Section:
+    title = markup.heading("How well it predicts held-out text")
+    if not evaluation:
+        return _Section(title + markup.missing("This was not measured yet", f"armd eval {where}"))
+    rows, lossless = results.rows(evaluation), evaluation.lossless
+    cells = [
+        [
+            row.name,
+            results.formatted_bits(row.score, lossless, 3),
+            results.formatted(row.score.nats_per_token, 4),
+            results.formatted(row.score.perplexity_per_token, 2),
+            results.formatted(row.score.perplexity_per_word, 2),
+        ]
+        for row in rows
+    ]
+    held = {name: getattr(evaluation, name) for name in ("documents", "words", "tokens", "bytes")}
+    sizes = ", ".join(f"{number:,} {name}" for name, number in held.items() if number)
+    note = f"Measured on the {evaluation.split} split" + (f": {sizes}." if sizes else ".")
+    header = ["order", "bits per byte", "nats per token", "perplexity per token", "perplexity per word"]
+    html = title + markup.note(note) + markup.table(header, cells)
+    unit = "bits per byte" if lossless else "nats per token"
+    values = [(row, row.score.bits_per_byte if lossless else row.score.nats_per_token) for row in rows]
+    known = [(row, value) for row, value in values if value is not None]
+    if not known:
+        return _Section(html)
+    png = bars.likelihoods(known, unit)
+    caption = f"{unit.capitalize()} of held-out text under different generation orders, all with the same weights."
+    return _Section(html + markup.figure(png, caption), {"bits.png": png})
+
+
+def _timed(drawn: Samples | None) -> list[Sample]:
+    """One sample for each number of streams, of those whose speed is known; fewest streams first."""
+    samples = drawn.samples if drawn else ()
+    return _first_of_each([sample for sample in samples if sample.num_calls > 0 and sample.tokens_per_second > 0])
+
+
+def _first_of_each(samples: Sequence[Sample]) -> list[Sample]:
+    first = {sample.streams: sample for sample in reversed(samples)}
+    return [first[streams] for streams in sorted(first)]
+
+
+def _speed(drawn: Samples | None, where: str) -> _Section:
+    title = markup.heading("How fast it writes")
+    timed = _timed(drawn)
+    if not drawn or not timed:
+        return _Section(title + markup.missing("This was not measured yet", f"armd sample {where}"))
+    base = next((sample.tokens_per_second for sample in timed if sample.streams == 1), None)
+    cells = [
+        [
+            f"S = {sample.streams}",
+            f"{sample.num_calls:,}",
+            results.formatted(sample.tokens_per_second, 0 if sample.tokens_per_second >= 100 else 1),
+            f"×{sample.tokens_per_second / base:.2f}" if base else "–",
+        ]
+        for sample in timed
+    ]
+    facts = [
+        f"{drawn.length:,} tokens per text" if drawn.length else "",
+        f"batches of {drawn.batch:,}" if drawn.batch else "",
+        drawn.hardware,
+    ]
+    note = markup.note("; ".join(fact for fact in facts if fact))
+    table = markup.table(["streams", "NFE (network calls)", "tokens per second", "compared with S = 1"], cells)
+    png = bars.speed(timed)
+    caption = "S streams are written side by side, so that a text needs fewer network calls."
+    return _Section(title + note + table + markup.figure(png, caption), {"speed.png": png})
+
+
+def _samples(drawn: Samples | None, where: str) -> _Section:
+    title = markup.heading("What it writes")
+    if not drawn or not drawn.samples:
+        return _Section(title + markup.missing("There are no samples yet", f"armd sample {where}"))
+    parts = [
+        title,
+        markup.note(
+            "The colour of a token tells which network call made it: dark tokens were written early, light ones late."
+            " With S streams, S tokens that are far apart in the text are written by the same call and have the same"
+            " colour. Touch a token or point at it to read the number of its call."
+        ),
+    ]
+    for sample in sorted(drawn.samples, key=lambda sample: sample.streams):
+        calls = f" in {sample.num_calls:,} network calls" if sample.num_calls else ""
+        streams = f"{sample.streams} stream{'s' if sample.streams != 1 else ''}"
+        parts.append(markup.subheading(streams + calls) + markup.sample_text(sample))
+    settings = {"temperature": drawn.temperature, "top-k": drawn.top_k, "top-p": drawn.top_p, "seed": drawn.seed}
+    facts = ", ".join(f"{name} {value}" for name, value in settings.items() if value is not None)
+    coloured = [sample for sample in drawn.samples if markup.has_calls(sample)]
+    pictures = {"samples.png": sample_text.picture(_first_of_each(coloured))} if coloured else {}
+    if facts:
+        parts.append(markup.note(f"Drawn with {facts}."))
+    if pictures:
+        parts.append(markup.note("The file samples.png shows the first text of each number of streams."))
+    return _Section("".join(parts), pictures)
+
+
+def _training(rows: Sequence[dict[str, Any]], config: Config, where: str) -> _Section:
+    title = markup.heading("How training went")
+    if not rows:
+        return _Section(title + markup.missing("No steps were logged yet", f"armd train --config=FILE {where}"))
+    png = loss_curve.picture(rows, curriculum.phases(config.order, config.training.num_steps))
+    caption = (
+        "The loss in nats per token over the training steps, and the learning rate below it. The training loss is that"
+        " of the orders which are drawn at each step, and held-out text is always scored left to right. The coloured"
+        " bands are the phases of the order schedule."
+    )
+    return _Section(title + markup.figure(png, caption), {"loss.png": png})
+
+
+def _order_schedule(config: Config) -> _Section:
+    png = order_schedule.picture(config)
+    caption = (
+        "Top: the order schedule of this run, with letters at some of its steps. Below: an order that training draws at"
+        " each of these steps. A point says which position of the text is generated as the n-th token, so a straight"
+        " diagonal is reading order. Colours go from the first block that is generated (dark) to the last (light), and"
+        " points of exactly the same colour are generated together."
+    )
+    title = markup.heading("In which order it learns to write")
+    return _Section(title + markup.figure(png, caption), {"curriculum.png": png})
+
+
+def _masks() -> _Section:
+    png = masks.picture()
+    caption = (
+        "The two block masks for eight tokens under every kind of order. Rows are tokens to predict, and columns are"
+        " the tokens that they may look at. Both are in generation order and labelled with their position in the text,"
+        " and thick white lines separate the blocks. The strictly causal mask hides a token's own block, and the causal"
+        " mask shows it."
+    )
+    title = markup.heading("Which tokens may look at which")
+    return _Section(title + markup.figure(png, caption, wide=True), {"masks.png": png})
