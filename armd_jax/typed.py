@@ -95,6 +95,8 @@ def check(instance: Any, where: str) -> None:
 
 def choices(literal: Any) -> tuple[str, ...]:
     """The names of a `Literal`: the one list of a closed set, for loops, messages and command-line choices."""
+    if typing.get_origin(literal) is not Literal:
+        raise TypeError(f"{literal} is not a Literal")
     return typing.get_args(literal)
 
 

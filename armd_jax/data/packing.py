@@ -225,7 +225,8 @@ def _write(config: DataConfig, corpus: Corpus, request: str, length: int, folder
     splits: dict[Split, PackedSplit] = {}
     for split in corpus.splits:
         writer = ShardWriter(folder, split, config.shard_rows)
-        with tqdm(desc=f"preparing {split}", unit="B", unit_scale=True, disable=not progress) as bar:
+        # The bar disappears at its end: if a document turns out to be a mistake, its message is all that is left.
+        with tqdm(desc=f"preparing {split}", unit="B", unit_scale=True, disable=not progress, leave=False) as bar:
             splits[split] = _pack(corpus.documents(split), tokenizer, length, np.dtype(dtype), writer, bar)
         if splits["train"].tokens < length:  # train comes first
             raise UserError(
@@ -233,9 +234,6 @@ def _write(config: DataConfig, corpus: Corpus, request: str, length: int, folder
                 f" {length} of one row (model.max_length)"
             )
     left_out = corpus.left_out()
-    for split, counts in left_out.items():
-        if counts.damaged and progress:
-            print(f"{split}: {counts.damaged} damaged documents left out: {counts.first_damaged}", file=sys.stderr)
     manifest = Manifest(
         format=FORMAT,
         row_length=length,
@@ -248,6 +246,20 @@ def _write(config: DataConfig, corpus: Corpus, request: str, length: int, folder
         splits=splits,
     )
     write_manifest(folder, manifest)
+    if progress:
+        _tell(manifest)
+
+
+def _tell(manifest: Manifest) -> None:
+    """Says on stderr what was prepared and what was left out."""
+    for split, packed in manifest.splits.items():
+        print(
+            f"prepared {split}: {packed.documents:,} documents, {packed.bytes:,} bytes, {packed.tokens:,} tokens",
+            file=sys.stderr,
+        )
+    for split, counts in manifest.left_out.items():
+        if counts.damaged:
+            print(f"{split}: {counts.damaged} damaged documents left out: {counts.first_damaged}", file=sys.stderr)
 
 
 @dataclasses.dataclass

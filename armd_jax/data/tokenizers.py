@@ -348,17 +348,25 @@ def request_of(config: DataConfig) -> str:
             assert_never(config.tokenizer)
 
 
-def load_or_train(config: DataConfig, documents: Iterable[str]) -> Tokenizer:
-    """The tokenizer that `config` asks for.
+def ready_made(config: DataConfig) -> Tokenizer | None:
+    """The tokenizer that `config` asks for; None if it has to be trained first.
 
-    documents: the train split. They are read only if a tokenizer is trained.
+    Raises UserError if a folder is asked for that holds no tokenizer.
     """
     if not is_named_tokenizer(config.tokenizer):
         return load(Path(config.tokenizer))
     match config.tokenizer:
         case "sentencepiece":
-            return SentencePieceTokenizer(train_model(documents, config.vocab_size))
+            return None
         case "bytes":
             return BytesTokenizer()
         case _:
             assert_never(config.tokenizer)
+
+
+def load_or_train(config: DataConfig, documents: Iterable[str]) -> Tokenizer:
+    """The tokenizer that `config` asks for.
+
+    documents: the train split. They are read only if a tokenizer is trained.
+    """
+    return ready_made(config) or SentencePieceTokenizer(train_model(documents, config.vocab_size))

@@ -149,18 +149,23 @@ class Checkpointer:
         Raises UserError if there are checkpoints but none of them is whole.
         """
         found = [step for step in self.steps() if among(step)]
-        state, damaged = None, []
+        state: TrainState | None = None
+        damaged: dict[int, str] = {}
         for step in reversed(found):
             try:
                 state = self.restore(step, target)
                 break
             except UserError as error:
-                on_skip(step, str(error))
-                damaged.append(step)
+                damaged[step] = str(error)
         if found and state is None:
-            raise UserError(f"{self._manager.directory}: none of the checkpoints {found} can be read")
+            newest = next(iter(damaged.values()))
+            raise UserError(
+                f"{self._manager.directory}: none of the checkpoints {found} can be read; of the newest: {newest}"
+            )
+        for step, reason in damaged.items():
+            on_skip(step, reason)
         if damaged and not self._read_only:
-            self._move_aside(damaged)
+            self._move_aside(list(damaged))
         return state
 
     def _move_aside(self, damaged: list[int]) -> None:

@@ -9,22 +9,26 @@ import jax
 from jax.sharding import Mesh
 
 from armd_jax.config import Config
-from armd_jax.data import loader, packing
+from armd_jax.data import loader, packing, tokenizers
 from armd_jax.data.packing import PreparedData
+from armd_jax.data.tokenizers import Tokenizer
 from armd_jax.errors import UserError
 from armd_jax.training import sharding
 
 
 def prepare(config: Config, workdir: pathlib.Path, progress: bool = True) -> tuple[PreparedData, Config]:
     """The prepared data of the config, made now if it is not there yet, and the config with its vocabulary size."""
+    tokenizer = tokenizers.ready_made(config.data)
+    if tokenizer is not None:
+        with_vocabulary(config, tokenizer)  # a mistake is found before any text is prepared
     root = pathlib.Path(config.data.cache_dir) if config.data.cache_dir else workdir / "data"
     data = packing.prepare(config.data, config.model.max_length, root, progress=progress)
-    return data, with_vocabulary(config, data)
+    return data, with_vocabulary(config, data.tokenizer)
 
 
-def with_vocabulary(config: Config, data: PreparedData) -> Config:
+def with_vocabulary(config: Config, tokenizer: Tokenizer) -> Config:
     """The config with the vocabulary size of the data's tokenizer. Raises UserError if it names another one."""
-    size = data.tokenizer.vocab_size
+    size = tokenizer.vocab_size
     if config.model.vocab_size not in (0, size):
         raise UserError(
             f"model.vocab_size={config.model.vocab_size}, but the data's tokenizer has {size}; leave it at 0"

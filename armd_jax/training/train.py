@@ -72,6 +72,8 @@ def train(
         mesh = sharding.make_mesh(config.mesh)
         if old is not None:
             workdirs.check_continuation(old, config, workdir)
+        divisibility.check(config, mesh)  # as far as can be told before the vocabulary is known
+        placement.for_training(config, mesh)
         if primary:
             stack.enter_context(workdirs.locked(workdir))
             stack.enter_context(workdirs.left_as_found(workdir))
