@@ -1,6 +1,7 @@
 """The launch scripts are valid shell and explain themselves."""
 
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -80,11 +81,16 @@ def test_prove_names_every_preset():
         assert line.startswith("armd compile ") and topology.parse(words["--topology"]).chips >= 16
 
 
-def test_readme_names_the_commands():
-    """The commands of the README are these scripts, and its file list names every module."""
-    readme = (ROOT / "README.md").read_text()
+def test_pages_name_the_commands():
+    """The front page gives the two commands literally, and the page about experiments names the other scripts."""
+    front, experiments = ((ROOT / page).read_text() for page in ("README.md", "experiments/README.md"))
+    assert "bash launch/quickstart.sh" in front and "bash launch/test.sh" in front
     for script in SCRIPTS:
-        assert f"bash launch/{script.name}" in readme
-    for module in (ROOT / "armd_jax").rglob("*.py"):
-        if module.name != "__init__.py":
-            assert str(module.relative_to(ROOT / "armd_jax")) in readme, module
+        assert f"bash launch/{script.name}" in front + experiments
+
+
+def test_the_list_of_files_is_complete():
+    """The page about the package names every module, and no file that is not there."""
+    listed = set(re.findall(r"`([\w/]+\.py)`", (ROOT / "armd_jax/README.md").read_text().partition("## Files")[2]))
+    modules = {str(file.relative_to(ROOT / "armd_jax")) for file in (ROOT / "armd_jax").rglob("*.py")}
+    assert listed == {module for module in modules if not module.endswith("/__init__.py")}
