@@ -2,8 +2,9 @@
 
     python experiments/benchmarks/attention.py [--lengths 256 1024] [--turns 9] [--json]
 
-Rows of X (causal) and of G (strictly causal) attend to the keys and values of X, in the natural order. A case is value
-and gradients of queries, keys and values. Cases take turns; times are medians, ratios are medians over the turns.
+Rows of X (causal) and of G (strictly causal) attend to the keys and values of X, in the natural order. A case computes
+the value and the gradients of queries, keys and values. The cases take turns, and times and ratios are medians over the
+turns.
 """
 
 import argparse
@@ -31,7 +32,7 @@ Attention = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
 
 
 def implementations(length: int, chunk: int, with_dense: bool) -> dict[str, Attention]:
-    """Name -> both streams' attention over the same keys."""
+    """Ways to compute the attention of both streams over the same keys, by name."""
 
     def in_two(q_BQHK, k_BTHK, v_BTHK, len_BQ):
         halves = zip(jnp.split(q_BQHK, 2, axis=1), jnp.split(len_BQ, 2, axis=1), strict=True)
@@ -85,7 +86,9 @@ def main() -> None:
     for name, default in {"batch": 4, "heads": 8, "head-width": 32, "chunk": 128, "turns": 9}.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
-    parser.add_argument("--dense-gib", type=float, default=2.0, help="leave dense out where its scores are larger")
+    parser.add_argument(
+        "--dense-gib", type=float, default=2.0, help="leave dense attention out if its scores are larger"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     args = parser.parse_args()
     if min(*args.lengths, args.batch, args.heads, args.head_width, args.chunk, args.turns) < 1:

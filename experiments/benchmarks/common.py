@@ -1,4 +1,4 @@
-"""What the two benchmarks share: model sizes, facts about the machine, and the Hugging Face GPT-2 to compare with."""
+"""Parts that the benchmarks share: model sizes, facts about the machine, the Hugging Face GPT-2 to compare with."""
 
 import argparse
 import importlib.util
@@ -19,7 +19,7 @@ SIZE_FLAGS = {"layers": 8, "two-stream": 4, "width": 256, "heads": 8, "length": 
 
 
 def add_size_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags that both benchmarks have."""
+    """The flags for the size of the models."""
     for name, default in SIZE_FLAGS.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of activations")
@@ -29,7 +29,7 @@ def add_size_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def model_configs(args: argparse.Namespace) -> dict[str, ModelConfig]:
-    """ARMD as the flags say, and the autoregressive model of the same size: a config of the same network."""
+    """ARMD with the size of the flags, and the autoregressive model of that size, a config of the same network."""
     armd = ModelConfig(
         vocab_size=args.vocab,
         max_length=args.length,
@@ -55,7 +55,7 @@ def has_hugging_face() -> bool:
 
 
 def gpt2(args: argparse.Namespace, attention: str) -> Any:
-    """A Hugging Face GPT-2 of the flags' size with random weights and no dropout, on the accelerator if any."""
+    """A Hugging Face GPT-2 of the flags' size with random weights and no dropout, on the GPU if there is one."""
     import torch
     import transformers
 
@@ -123,9 +123,10 @@ def print_machine(facts: dict[str, Any], args: argparse.Namespace) -> None:
 
 
 def median_ratio(numerators: list[float], denominators: list[float]) -> float:
-    """Median of the ratios of interleaved pairs: drifts of a shared machine cancel."""
+    """The median of the ratios of pairs that were timed side by side, so that drifts of a shared machine cancel."""
     return statistics.median(a / b for a, b in zip(numerators, denominators, strict=True))
 
 
 def print_json(value: dict[str, Any]) -> None:
+    """The result as one JSON object."""
     print(json.dumps(value, indent=2))

@@ -2,9 +2,10 @@
 
     python experiments/benchmarks/decode.py [--batches 1 8] [--streams 1 2 4 8] [--json]
 
-Every case generates whole rows from nothing, through the public `LanguageModel.generate`; cases take turns, and times
-are medians over the turns. GPT-2 has random weights and samples with its KV cache, float32, no_grad, on all cores: the
-fastest of {eager, sdpa} x {a minimal loop, `generate`}. JAX runs first in each turn; compilation is not timed.
+Every case generates whole rows without a prompt, through the public `LanguageModel.generate`. The cases take turns, JAX
+first in each turn, and times are medians over the turns. Compilation is not timed. GPT-2 has random weights and samples
+with its KV cache, in float32, under no_grad and on all cores; of eager and sdpa attention, each with a minimal loop and
+with `generate`, the fastest counts.
 """
 
 import argparse
@@ -30,7 +31,7 @@ def jax_case(model: LanguageModel, batch: int, streams: int) -> Case:
 
 
 def hf_loop(model: Any, batch: int, length: int) -> Case:
-    """The least Python that samples from a GPT-2 with its cache: `length` tokens after one start token."""
+    """A minimal loop that samples `length` tokens after one start token from a GPT-2 with its cache."""
     import torch
 
     @torch.no_grad()
@@ -48,7 +49,7 @@ def hf_loop(model: Any, batch: int, length: int) -> Case:
 
 
 def hf_generate(model: Any, batch: int, length: int) -> Case:
-    """The same through `GenerationMixin.generate`."""
+    """The same through the `generate` of transformers."""
     import torch
 
     @torch.no_grad()
@@ -89,7 +90,7 @@ def timed(run: Case, seed: int) -> tuple[float, int]:
 
 
 def measure(args: argparse.Namespace, models: dict[str, LanguageModel], batch: int) -> dict[str, Any]:
-    """All cases at one batch size, interleaved: seconds, tokens/s, network calls and ratios."""
+    """All cases at one batch size, which take turns: seconds, tokens per second, network calls and ratios."""
     cases: dict[str, Case] = {"AR": jax_case(models["AR"], batch, 1)}
     for streams in args.streams:
         cases[f"ARMD S={streams}"] = jax_case(models["ARMD"], batch, streams)
@@ -116,7 +117,7 @@ def measure(args: argparse.Namespace, models: dict[str, LanguageModel], batch: i
 
 
 def print_table(result: dict[str, Any], flop_ratio: float) -> None:
-    """One table a batch size; ratios are of tokens/s."""
+    """One table per batch size; ratios are of tokens per second."""
     variant = f" (HF GPT-2: {result['hf_variant']})" if result["hf_variant"] else ""
     print(
         f"\nbatch {result['batch']}{variant}\n{'':10} {'tokens/s':>9} {'calls':>6} {'x S=1':>6} {'x AR':>6} {'x HF':>6}"
@@ -125,10 +126,11 @@ def print_table(result: dict[str, Any], flop_ratio: float) -> None:
         ratios = (row.get(f"speed_over_{other}") for other in ("s1", "ar", "hf"))
         cells = " ".join(f"{'-' if ratio is None else format(ratio, '.2f'):>6}" for ratio in ratios)
         print(f"{name:10} {row['tokens_per_second']:>9.0f} {row['network_calls']:>6} {cells}")
-    print(f"analytic FLOPs a token, ARMD/AR: {flop_ratio:.3f} (by FLOPs alone {1 / flop_ratio:.2f} x AR's rate)")
+    print(f"analytic FLOPs per token, ARMD/AR: {flop_ratio:.3f} (by FLOPs alone {1 / flop_ratio:.2f} x AR's rate)")
 
 
 def main() -> None:
+    """Runs the benchmark and prints it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_size_flags(parser)
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])

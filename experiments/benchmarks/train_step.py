@@ -2,9 +2,9 @@
 
     python experiments/benchmarks/train_step.py [--batch 16] [--pairs 9] [--json]
 
-A step is loss, gradients and AdamW with the state donated; forward and backward alone are timed beside it. The models
-take turns, and ratios are medians over the pairs. GPT-2 trains with torch's AdamW, the faster of eager and sdpa. Freed
-memory stays with the process, as in `armd train`.
+A step is loss, gradients and AdamW with the state donated; the forward and backward pass alone are timed beside it. The
+models take turns, and ratios are medians over the pairs. GPT-2 trains with torch's AdamW; the faster of eager and sdpa
+attention counts. Freed memory stays with the process, as in `armd train`.
 """
 
 import argparse
@@ -98,7 +98,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add_size_flags(parser)
     parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--pairs", type=int, default=9, help="turns of every model")
+    parser.add_argument("--pairs", type=int, default=9, help="turns per model")
     parser.add_argument("--hf-turns", type=int, default=3, help="turns of GPT-2")
     args = parser.parse_args()
     if args.batch < 1 or args.pairs < 1 or args.hf_turns < 1:
@@ -142,7 +142,7 @@ def main() -> None:
         print_json(result)
         return
     print_header(machine(args.hf), args)
-    print(f"batch {args.batch}, {args.pairs} interleaved turns, medians\n")
+    print(f"batch {args.batch}, medians over {args.pairs} turns\n")
     print(f"{'':26} {'tokens/s':>9} {'model GFLOP/s':>14}")
     for name, rate in result["tokens_per_second"].items():
         flops = result["flops_per_second"].get(name)

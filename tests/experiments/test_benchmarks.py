@@ -1,4 +1,4 @@
-"""The benchmarks run and print what their page says they do; their figures are nobody's promise here."""
+"""The benchmarks run and print what their page says; the figures themselves are not tested."""
 
 import json
 import os
@@ -48,6 +48,6 @@ def test_attention_ratios_are_to_the_chunked_case():
 
 @pytest.mark.parametrize("script", ["train_step.py", "attention.py"])
 def test_a_benchmark_of_nothing_is_an_error(script):
-    """A batch of none is one line and no traceback."""
+    """An empty batch is an error of one line without a traceback."""
     found = _run(script, "--batch=0")
     assert found.returncode != 0 and found.stderr.startswith("error: ") and "Traceback" not in found.stderr
