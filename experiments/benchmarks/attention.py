@@ -86,9 +86,7 @@ def main() -> None:
     for name, default in {"batch": 4, "heads": 8, "head-width": 32, "chunk": 128, "turns": 9}.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
-    parser.add_argument(
-        "--dense-gib", type=float, default=2.0, help="leave dense attention out if its scores are larger"
-    )
+    parser.add_argument("--dense-gib", type=float, default=2.0, help="leave dense out if its scores are larger")
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     args = parser.parse_args()
     if min(*args.lengths, args.batch, args.heads, args.head_width, args.chunk, args.turns) < 1:
