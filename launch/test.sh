@@ -19,7 +19,7 @@ fi
 use_environment .venv/test "[test]"
 ruff check .
 ruff format --check .
-mypy
+mypy --no-incremental  # its cache misses a match that a new name made incomplete
 # Two workers for two cores. The tests of a file stay together, so that its slow fixtures are made once.
 python -m pytest -n 2 --dist loadfile "$@"
 if [ "$whole" = yes ] && newer=$(newer_python); then

@@ -1,1 +1,1 @@
-"""The mathematics: pure functions of arrays. Imports nothing of this package but `config`."""
+"""The mathematics: pure functions of arrays, which know no files, no meshes and no training loop."""

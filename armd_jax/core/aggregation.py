@@ -2,7 +2,7 @@
 
 An aggregator is a Flax module that is called with the rows of a network call and the rows of stream X, and returns G's
 first vectors and its own state. Its other methods say what state decoding keeps for it and what it costs. To add one,
-write such a module, name it in `config.AggregatorKind` and give `make` its case.
+write such a module, name it in `names.AggregatorKind` and give `make` its case.
 """
 
 from typing import assert_never

@@ -1,7 +1,7 @@
 """The curriculum: which kind of order training draws at which step (paper section on the curriculum).
 
-`_base` has one case per `config.OrderKind`. To add a kind of order, write its constructor in `core.order`, name it in
-the group of `config.OrderKind` whose block structure it has, and give `_base` its case.
+`_base` has one case per `names.OrderKind`. To add a kind of order, write its constructor in `core.order`, name it in
+the group of `names.OrderKind` whose block structure it has, and give `_base` its case.
 """
 
 import dataclasses

@@ -55,7 +55,7 @@ def _decided(config: Config, mesh: Mesh) -> Config:
     chosen_here = model.attention != config.model.attention
     if chosen_here and device.platform == "gpu" and not _triton_compiles_for(device):
         model = dataclasses.replace(model, attention="auto")
-    if not model.loss_chunk and mesh.size > 1:
+    if not model.loss_chunk and mesh.size > 1 and model.vocab_size:  # 0: it is not known yet
         rows = config.training.batch_size // config.training.microbatches // (mesh.shape["data"] * mesh.shape["fsdp"])
         vocab_part = padded_vocab(model) // mesh.shape["tensor"]
         model = dataclasses.replace(model, loss_chunk=objective.loss_chunk(max(rows, 1) * vocab_part, model.max_length))
