@@ -42,7 +42,7 @@ class BlockMask:
 
     @property
     def g_len_BN(self) -> jax.Array:
-        """How many of G's keys each of stream G's N rows sees in the causal layers. The start token has no row there."""
+        """How many of G's keys each of stream G's N rows sees in the causal layers. The start token has none."""
         return self.causal_len_BN - 1
 
 

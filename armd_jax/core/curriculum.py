@@ -28,6 +28,9 @@ class Phase:
     end: int
 
 
+DrawOrder = Callable[[jax.Array, int, int], Order]  # (key, batch, length) -> order
+
+
 class _Keys(NamedTuple):
     """The keys of one step: of the order, and of the number of streams."""
 
@@ -43,12 +46,15 @@ class _Base:
     draw: (keys, step, batch, length) -> order.
     phases: names with the step at which each ends; the last one has no end of its own.
     shuffled: step -> how many tokens are shuffled; None if the order is not the natural one with shuffled tokens.
+    bounding: (key, batch, length) -> an order under which the expected loss bounds the likelihood that the model was
+        trained for; None if training orders have single tokens as blocks and their likelihood is exact.
     """
 
     describe: str
     draw: Callable[[_Keys, jax.Array, int, int], Order]
     phases: tuple[tuple[str, int | None], ...]
     shuffled: Callable[[jax.Array | int], jax.Array] | None = None
+    bounding: DrawOrder | None = None
 
 
 def _base(config: OrderConfig) -> _Base:
@@ -82,6 +88,9 @@ def _base(config: OrderConfig) -> _Base:
                     keys.order, batch, length, config.diffusion_steps, config.noise_schedule, config.weight
                 ),
                 one_phase,
+                bounding=lambda key, batch, length: orders.masked_diffusion(
+                    key, batch, length, config.diffusion_steps, config.noise_schedule
+                ),
             )
         case _:
             assert_never(config.kind)
@@ -111,6 +120,14 @@ def phases(config: OrderConfig, num_steps: int) -> tuple[Phase, ...]:
             found.append(Phase(name, first, end))
             first = end
     return tuple(found)
+
+
+def bounding_order(config: OrderConfig) -> DrawOrder | None:
+    """(key, batch, length) -> an order whose expected loss bounds the likelihood that training aims at.
+
+    None if the training orders give exact likelihoods.
+    """
+    return _base(config).bounding
 
 
 def num_permuted(config: OrderConfig, step: jax.Array | int) -> jax.Array:

@@ -9,7 +9,6 @@ import functools
 import lzma
 import math
 from collections.abc import Callable, Sequence
-from typing import assert_never
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +16,7 @@ import numpy as np
 from tqdm import tqdm
 
 from armd_jax.config import ModelConfig, OrderConfig
-from armd_jax.core import objective
+from armd_jax.core import curriculum, objective
 from armd_jax.core import order as orders
 from armd_jax.core.order import Order
 from armd_jax.core.parameters import Params
@@ -103,18 +102,8 @@ def _strided_order(streams: int) -> MakeOrder:
     return functools.partial(_strided, streams)
 
 
-@functools.cache
-def _bounding_order(config: OrderConfig) -> MakeOrder | None:
-    """The orders under which the expected loss of a model trained with `config` bounds the likelihood, if it does."""
-    match config.kind:
-        case "masked_diffusion":
-            return lambda key, batch, length: orders.masked_diffusion(
-                key, batch, length, config.diffusion_steps, config.noise_schedule
-            )
-        case "left_to_right" | "progressive" | "uniform" | "strided":
-            return None
-        case _:
-            assert_never(config.kind)
+# Kept, so that the same config gives the same function and compiles once.
+_bounding_order = functools.cache(curriculum.bounding_order)
 
 
 def unigram_nats(data: PreparedData, split: str) -> float:

@@ -1,12 +1,13 @@
 """The training state: everything that a checkpoint holds and a step changes."""
 
 import dataclasses
+from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from armd_jax.config import Config
 from armd_jax.core import parameters
@@ -55,13 +56,31 @@ def shardings(config: Config, mesh: Mesh) -> TrainState:
     """The sharding of every array of the state, a tree like it. Moments and average lie like their parameters."""
     abstract = jax.eval_shape(lambda key: init(config, key), jax.random.key(0))
     params = sharding.param_shardings(mesh, abstract.params)
-    tx = optimizer.make(config.optimizer, config.training.num_steps)
     everywhere = sharding.replicated(mesh)
-    opt_state = optax.tree_map_params(
-        tx, lambda _, s: s, abstract.opt_state, params, transform_non_params=lambda _: everywhere
-    )
+    opt_state = _like_their_parameters(abstract.opt_state, params, everywhere)
     scalars = jax.tree.map(lambda _: everywhere, abstract)
     return dataclasses.replace(scalars, params=params, ema=abstract.ema and params, opt_state=opt_state)
+
+
+def _like_their_parameters(opt_state: Any, params: Params, everywhere: NamedSharding) -> Any:
+    """The sharding of every array of the optimizer's state.
+
+    Optimizers keep moments in trees of the parameters' structure, whatever is around these trees. So an array whose
+    path ends in the path of a parameter is sharded like that parameter, and every other one is small and replicated.
+    """
+    places = {_names(path): place for path, place in jax.tree_util.tree_leaves_with_path(params)}
+
+    def place(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> NamedSharding:
+        names = _names(path)
+        found = (places[names[start:]] for start in range(len(names)) if names[start:] in places)
+        return next(found, everywhere) if leaf.ndim else everywhere
+
+    return jax.tree_util.tree_map_with_path(place, opt_state)
+
+
+def _names(path: tuple[Any, ...]) -> tuple[str, ...]:
+    """The parts of a path in a tree of dicts, tuples and dataclasses, as texts."""
+    return tuple(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path)
 
 
 def create(config: Config, mesh: Mesh, params: Params | None = None) -> TrainState:
