@@ -32,6 +32,7 @@ Split = Literal["train", "valid", "test"]
 NamedTokenizer = Literal["sentencepiece", "bytes"]  # data.tokenizer may name these; anything else there is a folder
 VocabularyTokenizerKind = Literal["bpe", "wordpiece"]  # read from a folder of vocabulary files
 TokenizerKind = Literal[NamedTokenizer, VocabularyTokenizerKind]
+CompiledProgram = Literal["train", "sample"]  # what `armd compile` compiles: the training step or the sampler
 
 SPLASH_TILE = 128  # the TPU kernel needs rows of a multiple of this length
 FLASH_WIDEST = 256  # the GPU kernel takes heads up to this width

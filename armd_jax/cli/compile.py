@@ -4,8 +4,10 @@ import argparse
 import pathlib
 from collections.abc import Sequence
 
+from armd_jax import typed
 from armd_jax.cli.arguments import add_config, failed, read_config, show
 from armd_jax.errors import UserError
+from armd_jax.names import CompiledProgram
 
 HELP = "Compile a training step or the sampler for a TPU slice, on a machine without one."
 
@@ -15,7 +17,9 @@ def add(parser: argparse.ArgumentParser) -> None:
     add_config(parser)
     parser.add_argument("--topology", required=True, help="chip and slice, such as v5e:4x4 or v5p:8x8x8")
     parser.add_argument("--slices", type=int, default=1, help="number of slices, joined by the data centre's network")
-    parser.add_argument("--what", default="train", choices=("train", "sample"))
+    parser.add_argument(
+        "--what", default="train", choices=typed.choices(CompiledProgram), help="the training step or the sampler"
+    )
     parser.add_argument("--batch", type=int, default=0, help="sample: rows; default: one per device of data x fsdp")
     parser.add_argument("--streams", type=int, default=1, help="sample: parallel streams")
     parser.add_argument(
@@ -36,10 +40,11 @@ def run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
     topology.prepare_environment()  # before JAX is imported
 
     from armd_jax.compilation import compile as compilation
+    from armd_jax.compilation.result import as_text
 
     try:
-        result = compilation.report(config, args.config, where, args.what, args.batch, args.streams, args.dump_hlo)
+        result = compilation.run(config, args.config, where, args.what, args.batch, args.streams, args.dump_hlo)
     except compilation.CompilerFailed as error:
         return failed(f"--topology={args.topology}: {error}", 1)
-    show(args, result, compilation.table(result))
-    return 0 if result["fits"] else 1
+    show(args, result.as_dict(), as_text(result))
+    return 0 if result.fits else 1

@@ -8,7 +8,7 @@ from armd_jax.errors import UserError
 
 
 def test_names():
-    """Chips and slices multiply; larger shapes come small to large."""
+    """Chips and slices multiply; larger shapes are listed from small to large."""
     assert topology.parse("v5e:4x4").chips == 16
     assert topology.parse("v5e:16x16", slices=2).chips == 512
     assert topology.parse("v5p:8x8x8").chips == 512
@@ -28,13 +28,13 @@ def test_names():
     ],
 )
 def test_mistakes_are_named(name, slices, says):
-    """What is wrong with a name, in one line."""
+    """A wrong name is an error of one line that says what is wrong."""
     with pytest.raises(UserError, match=says):
         topology.parse(name, slices)
 
 
 def test_devices_of_a_slice_are_described():
-    """libtpu knows the slices, one device a chip, and refuses shapes that do not exist."""
+    """libtpu knows the slices, with one device per chip, and refuses shapes that do not exist."""
     topology.prepare_environment()
     assert len(topology.devices(topology.parse("v5e:2x2"))) == 4
     two = topology.devices(topology.parse("v5e:2x2", slices=2))
@@ -45,7 +45,7 @@ def test_devices_of_a_slice_are_described():
 
 
 def test_names_of_compiled_chips_are_known():
-    """The devices that `armd compile` compiles for go by names that training knows, at the same peak."""
+    """The devices that `armd compile` compiles for have names that training knows, with the same peak."""
     topology.prepare_environment()
     for name in ("v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2"):
         where = topology.parse(name)
