@@ -1,9 +1,10 @@
-"""Breaks a training run on purpose, again and again, and shows that nothing was lost.
+"""Breaks a training run on purpose, again and again, and shows that nothing is lost.
 
-A tiny ARMD is trained once without a break and once under faults: killed in a step, in a save and in a restore, stopped
-by SIGTERM and SIGINT, its newest checkpoint damaged, its disk full. Every life of the second run is the same
-`armd train` command. At the end parameters, average, optimizer state and metrics must be those of the unbroken run, bit
-for bit, and events.jsonl must show one start and otherwise resumptions. Exit code 0 only then.
+A tiny ARMD is trained once without a break and once under faults: it is killed in a step, in a save and in a restore,
+stopped by SIGTERM and SIGINT, and its newest checkpoint is damaged. The same command starts it again after each fault.
+At the end its parameters, their average, its optimizer state and its metrics must equal those of the unbroken run, bit
+for bit, and events.jsonl must show one start and otherwise resumptions. A third run meets a full disk and must end with
+the same bits, too. The exit code is 0 only if all of this holds.
 """
 
 import argparse
@@ -19,32 +20,38 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from typing import Any
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 STOPPED = 75  # exit code of a run that a signal stopped after saving
-PATIENCE = 300.0  # seconds until a life that shows no progress counts as hung
-STEPS_A_KILL = 16
+PATIENCE = 300.0  # seconds after which a process that makes no progress counts as hung
+STEPS_PER_FAULT = 16
 CHECKPOINT_EVERY = 4
-OWN = {"cache", "unbroken", "broken", "disk", "disk-unbroken"}  # what lies in the folder of an earlier run
+TEXT = "text.md"
+OWN = {"cache", "unbroken", "broken", "disk"}  # what the folder of an earlier run of this program contains
 
 
 class Broken(Exception):
-    """A promise that did not hold."""
+    """A promise was not kept."""
 
 
 @dataclasses.dataclass
 class Run:
-    """One workdir and the command that trains in it."""
+    """One workdir and the command that trains in it.
+
+    cache: what all runs share: the text, the prepared data and the compiled programs.
+    """
 
     workdir: pathlib.Path
-    cache: pathlib.Path  # prepared data and compiled programs, for both runs
+    cache: pathlib.Path
     steps: int
 
-    def start(self) -> subprocess.Popen:
-        """A new life: the same command every time."""
-        command = [sys.executable, "-m", "armd_jax.cli", "train", f"--workdir={self.workdir}"]
+    def start(self) -> subprocess.Popen[bytes]:
+        """Starts the training, with the same command every time."""
+        command = [sys.executable, "-m", "armd_jax", "train", f"--workdir={self.workdir}"]
         command += [f"--config={ROOT / 'experiments' / 'quickstart.py'}:smoke", "--config.model.dropout=0.1"]
-        command += [f"--config.data.cache_dir={self.cache / 'data'}", f"--config.training.num_steps={self.steps}"]
+        command += [f"--config.data.path={self.cache / TEXT}", f"--config.data.cache_dir={self.cache / 'data'}"]
+        command += [f"--config.training.num_steps={self.steps}"]
         command += [f"--config.training.checkpoint_every={CHECKPOINT_EVERY}", "--config.training.eval_every=8"]
         command += ["--config.training.keep_checkpoints=3", "--config.training.tensorboard=false"]
         environment = os.environ | {
@@ -57,11 +64,11 @@ class Run:
 
     @property
     def log(self) -> pathlib.Path:
-        """What all lives printed."""
+        """The file with everything that the run's processes print."""
         return self.cache / f"{self.workdir.parent.name}-{self.workdir.name}.log"
 
-    def rows(self, name: str) -> list[dict]:
-        """The whole rows of metrics.jsonl or events.jsonl."""
+    def rows(self, name: str) -> list[dict[str, Any]]:
+        """The complete rows of metrics.jsonl or events.jsonl."""
         path = self.workdir / name
         lines = path.read_text().splitlines(keepends=True) if path.exists() else []
         return [json.loads(line) for line in lines if line.endswith("\n")]
@@ -71,17 +78,17 @@ class Run:
         return max((row["step"] for row in self.rows("metrics.jsonl")), default=0)
 
     def lives(self) -> int:
-        """How many lives got as far as training."""
+        """How many processes got as far as training."""
         return sum(row["event"] in ("start", "resume") for row in self.rows("events.jsonl"))
 
     def checkpoints(self) -> list[int]:
-        """Finished checkpoints, whole or not, oldest first."""
+        """Steps of the finished checkpoints, oldest first. Some of them may be damaged."""
         folder = self.workdir / "checkpoints"
         return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit()) if folder.is_dir() else []
 
 
-def wait_until(process: subprocess.Popen, what: str, condition: Callable[[], bool]) -> bool:
-    """Waits for a condition; False where the process ended first. Broken where neither happens in time."""
+def wait_until(process: subprocess.Popen[bytes], what: str, condition: Callable[[], bool]) -> bool:
+    """Waits for a condition. False if the process ended first; raises Broken if neither happens in time."""
     deadline = time.monotonic() + PATIENCE
     while not condition():
         if process.poll() is not None:
@@ -93,17 +100,17 @@ def wait_until(process: subprocess.Popen, what: str, condition: Callable[[], boo
     return True
 
 
-def end(process: subprocess.Popen) -> int:
-    """The exit code, waited for."""
+def end(process: subprocess.Popen[bytes]) -> int:
+    """Waits for the end of a process. Returns its exit code; raises Broken if it does not end in time."""
     try:
         return process.wait(PATIENCE)
     except subprocess.TimeoutExpired:
         process.kill()
-        raise Broken(f"a signalled process did not leave within {PATIENCE:.0f} s") from None
+        raise Broken(f"a process did not end within {PATIENCE:.0f} s") from None
 
 
-def wait_for_steps(run: Run, process: subprocess.Popen, count: int) -> bool:
-    """Waits until this life has trained and written `count` steps more than it began with."""
+def wait_for_steps(run: Run, process: subprocess.Popen[bytes], count: int) -> bool:
+    """Waits until this process has written `count` steps more to metrics.jsonl than the run had before."""
     lives = run.lives()
     if not wait_until(process, "start of training", lambda: run.lives() > lives):
         return False
@@ -111,11 +118,11 @@ def wait_for_steps(run: Run, process: subprocess.Popen, count: int) -> bool:
     return wait_until(process, f"step {first + count}", lambda: run.last_step() >= first + count)
 
 
-# --- faults: each takes a run whose first checkpoint is on disk, starts a life and ends it ----------------------------
+# --- faults: each takes a run whose first checkpoint is on disk, starts a process and ends it -------------------------
 
 
 def kill_in_a_step(run: Run, rng: random.Random) -> None:
-    """SIGKILL between two steps or in one."""
+    """Sends SIGKILL between two steps, or in one."""
     process = run.start()
     if wait_for_steps(run, process, rng.randint(1, 2 * CHECKPOINT_EVERY)):
         time.sleep(rng.uniform(0, 0.05))
@@ -124,7 +131,7 @@ def kill_in_a_step(run: Run, rng: random.Random) -> None:
 
 
 def kill_in_a_save(run: Run, rng: random.Random) -> None:
-    """SIGKILL while a checkpoint is being written."""
+    """Sends SIGKILL while a checkpoint is being written."""
     process = run.start()
     lives = run.lives()
 
@@ -138,7 +145,7 @@ def kill_in_a_save(run: Run, rng: random.Random) -> None:
 
 
 def kill_in_a_restore(run: Run, rng: random.Random) -> None:
-    """SIGKILL between taking the workdir and the first step."""
+    """Sends SIGKILL after the process has locked the workdir and before its first step."""
     process = run.start()
     wait_until(process, "lock", (run.workdir / ".lock").exists)
     time.sleep(rng.uniform(0, 1.5))
@@ -147,7 +154,7 @@ def kill_in_a_restore(run: Run, rng: random.Random) -> None:
 
 
 def stop(number: signal.Signals) -> Callable[[Run, random.Random], None]:
-    """A polite signal: the step is finished and saved, the exit code says so."""
+    """The fault of a signal that asks for a stop: the step must be finished and saved, and the exit code say so."""
 
     def fault(run: Run, rng: random.Random) -> None:
         process = run.start()
@@ -165,7 +172,7 @@ def stop(number: signal.Signals) -> Callable[[Run, random.Random], None]:
 
 
 def damage(how: Callable[[pathlib.Path, random.Random], None]) -> Callable[[Run, random.Random], None]:
-    """The newest of several checkpoints is damaged between two lives."""
+    """The fault of damaging the newest of several checkpoints while no process is running."""
 
     def fault(run: Run, rng: random.Random) -> None:
         process = run.start()
@@ -183,7 +190,7 @@ def _data_file(step: pathlib.Path) -> pathlib.Path:
 
 
 def flip_bytes(step: pathlib.Path, rng: random.Random) -> None:
-    """64 bytes of the largest file change."""
+    """Changes 64 bytes of the largest file."""
     file = _data_file(step)
     content = bytearray(file.read_bytes())
     at = rng.randrange(max(len(content) - 64, 1))
@@ -192,13 +199,13 @@ def flip_bytes(step: pathlib.Path, rng: random.Random) -> None:
 
 
 def cut_short(step: pathlib.Path, rng: random.Random) -> None:
-    """The largest file loses its end."""
+    """Cuts the end off the largest file."""
     file = _data_file(step)
     file.write_bytes(file.read_bytes()[: rng.randrange(file.stat().st_size)])
 
 
 def empty(step: pathlib.Path, _: random.Random) -> None:
-    """The folder of the step is there, with nothing in it."""
+    """Leaves the folder of the step, with nothing in it."""
     shutil.rmtree(step)
     step.mkdir()
 
@@ -215,8 +222,11 @@ FAULTS = {
 }
 
 
-def full_disk(run: Run, reference: Run) -> str:
-    """Trains on a small tmpfs that is full for a while; `reference` never meets that. What came of it."""
+def full_disk(run: Run, unbroken: "Summary") -> str:
+    """Trains on a small tmpfs that is full for a while, and compares the end with the unbroken run.
+
+    Returns what was compared, or why that could not be tried here.
+    """
     disk = run.workdir.parent
     disk.mkdir(parents=True)
     mounted = subprocess.run(
@@ -242,10 +252,8 @@ def full_disk(run: Run, reference: Run) -> str:
             raise Broken("a full disk cost the last good checkpoint")
         (disk / "ballast").unlink()
         if end(run.start()):
-            raise Broken("training did not go on when there was space again")
-        if end(reference.start()):
-            raise Broken(f"the unbroken run failed; see {reference.log}")
-        return compare(Summary.of(reference), Summary.of(run))
+            raise Broken("training did not continue when there was space again")
+        return compare(unbroken, Summary.of(run))
     finally:
         subprocess.run(["umount", str(disk)], check=False)
 
@@ -255,14 +263,17 @@ def full_disk(run: Run, reference: Run) -> str:
 
 @dataclasses.dataclass
 class Summary:
-    """What a complete run came to: digests and bytes of its last state, and its metrics without the speed."""
+    """The outcome of a complete run.
+
+    state: the bytes of every array of the last checkpoint. rows: of metrics.jsonl, without the figures of speed.
+    """
 
     state: dict[str, bytes]
-    rows: list[dict]
+    rows: list[dict[str, Any]]
 
     @staticmethod
     def of(run: Run) -> "Summary":
-        """Reads a complete run."""
+        """Reads the folder of a complete run."""
         os.environ["JAX_PLATFORMS"] = "cpu"
         import jax
         import numpy as np
@@ -280,7 +291,7 @@ class Summary:
 
 
 def compare(one: Summary, other: Summary) -> str:
-    """Raises Broken where two runs differ in anything; otherwise says what was compared."""
+    """Raises Broken if two runs differ in anything. Otherwise returns what was compared."""
     for name in one.state.keys() | other.state.keys():
         if one.state.get(name) != other.state.get(name):
             raise Broken(f"{name} differs from the unbroken run's")
@@ -291,11 +302,13 @@ def compare(one: Summary, other: Summary) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs both trainings and prints the table."""
+    """Runs the trainings and prints the table. Returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=50, help="faults before the run may end; default 50")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--folder", type=pathlib.Path, default=ROOT / "runs" / "chaos", help="where; emptied first")
+    parser.add_argument("--kills", type=int, default=50, help="number of faults; default 50")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments and places of the faults; default 0")
+    parser.add_argument(
+        "--folder", type=pathlib.Path, default=ROOT / "runs" / "chaos", help="folder of the runs; it is emptied first"
+    )
     args = parser.parse_args(argv)
     rng, folder = random.Random(args.seed), args.folder.absolute()
     if not folder.is_dir() and folder.exists():
@@ -303,14 +316,16 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     if foreign := sorted({path.name for path in folder.glob("*")} - OWN):
         print(
-            f"error: --folder={folder} would be emptied, and {foreign[0]} in it is not of an earlier run of this "
-            "program: name a new or empty folder",
+            f"error: --folder={folder} would be emptied, but {foreign[0]} in it does not come from an earlier run of"
+            " this program: name a new or empty folder",
             file=sys.stderr,
         )
         return 2
     shutil.rmtree(folder, ignore_errors=True)
     (folder / "cache").mkdir(parents=True)
-    steps = STEPS_A_KILL * args.kills
+    # A copy, because a run refuses to continue if its text has changed. It is short, so that a process soon trains.
+    shutil.copyfile(ROOT / "README.md", folder / "cache" / TEXT)
+    steps = STEPS_PER_FAULT * args.kills
     unbroken, broken = (Run(folder / name, folder / "cache", steps) for name in ("unbroken", "broken"))
     began = time.monotonic()
     try:
@@ -319,7 +334,7 @@ def main(argv: list[str] | None = None) -> int:
             raise Broken(f"the unbroken run failed; see {unbroken.log}")
 
         print(f"training {steps} steps under {args.kills} faults, seed {args.seed}", flush=True)
-        process = broken.start()  # the first life has nothing to come back to until its first checkpoint is whole
+        process = broken.start()  # until its first checkpoint is written, a run has nothing to come back to
         wait_until(process, "first checkpoint", lambda: bool(broken.checkpoints()))
         process.kill()
         end(process)
@@ -328,18 +343,20 @@ def main(argv: list[str] | None = None) -> int:
         for number in range(args.kills):
             name = names[number] if number < len(names) else rng.choice(names)
             if broken.last_step() >= steps:
-                raise Broken(f"the run was complete after {number} faults: too few steps for so many")
+                raise Broken(f"the run was already complete after {number} faults: it has too few steps")
             FAULTS[name](broken, rng)
             survived[name] += 1
             print(f"  {number + 1:>3} {name:<40} last step {broken.last_step()}", flush=True)
         if end(broken.start()):
-            raise Broken(f"the last life failed; see {broken.log}")
+            raise Broken(f"the last process failed; see {broken.log}")
 
-        result = compare(Summary.of(unbroken), Summary.of(broken))
+        expected = Summary.of(unbroken)
+        result = compare(expected, Summary.of(broken))
         events = collections.Counter(row["event"] for row in broken.rows("events.jsonl"))
         if events["start"] != 1:
-            raise Broken(f"the run started anew {events['start'] - 1} times")
-        disk = full_disk(*(Run(folder / name, folder / "cache", 40) for name in ("disk/run", "disk-unbroken")))
+            raise Broken(f"the run started from the beginning {events['start'] - 1} times more")
+        # The same number of steps as the others, so that their compiled programs serve here too.
+        disk = full_disk(Run(folder / "disk" / "run", folder / "cache", steps), expected)
     except Broken as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

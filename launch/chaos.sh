@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Trains a tiny model while killing it at random moments and damaging its files, and compares the end with an unbroken run.
+# Trains a tiny model, kills it at random moments, damages its files, and compares its end with that of an unbroken run.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 if [ "${1:-}" = "--help" ]; then

@@ -1,5 +1,5 @@
 # Sourced by the launchers for other machines: one-line errors, and commands that run or, with --dry-run, are printed.
-# COMMAND is the command that every worker starts; set_command fills it from what follows `--`.
+# COMMAND is the command that every worker starts. set_command fills it from the words after `--`.
 
 DRY_RUN=""
 COMMAND=()
@@ -9,12 +9,12 @@ fail() {
     exit 2
 }
 
-# need OPTION VALUE WHAT: ends with an error where VALUE is empty.
+# need OPTION VALUE WHAT: ends with an error if VALUE is empty.
 need() {
     [ -n "$2" ] || fail "$1 is missing: $3"
 }
 
-# need_number OPTION VALUE [LEAST=1]: ends with an error where VALUE is no whole number of at least LEAST.
+# need_number OPTION VALUE [LEAST=1]: ends with an error if VALUE is not a whole number of at least LEAST.
 need_number() {
     local least=${3:-1}
     case $2 in
@@ -24,7 +24,7 @@ need_number() {
     fail "$1=$2 must be a whole number of at least $least"
 }
 
-# Whatever follows `--`. `armd train` is told that it is one of several processes; any other command stays as it is.
+# The words after `--`. `armd train` is told that it is one of several processes; any other command stays as it is.
 set_command() {
     [ $# -gt 0 ] || fail "the command is missing: end with -- armd train --config=FILE --workdir=FOLDER"
     if [ "$1" = armd ] && [ "${2:-}" = train ]; then
@@ -34,7 +34,7 @@ set_command() {
     fi
 }
 
-# The words as one line that a shell reads back as the same words.
+# Prints the words as one line that a shell reads back as the same words.
 shell_words() {
     local word line=""
     for word in "$@"; do

@@ -1,6 +1,7 @@
-# Sourced by the scripts here: a virtual environment of the project's own, made or brought up to date where needed.
+# Sourced by the scripts here: a virtual environment of the project's own, made or brought up to date if needed.
 #   use_environment FOLDER EXTRAS     e.g. use_environment .venv/run ""   or   use_environment .venv/test "[test]"
-# PYTHON names the interpreter to build it with (3.11 or newer; default: the first of python3.11 … python3 that is).
+# PYTHON names the interpreter to build it with, which must be 3.11 or newer. The default is the first of python3.11,
+# python3.12, python3.13, python3 and python that is.
 
 find_python() {
     local candidate
@@ -14,7 +15,7 @@ find_python() {
     return 2
 }
 
-# A Python of 3.12 or newer beside an older one that find_python takes; nothing, and code 1, where there is none.
+# Prints a Python of 3.12 or newer if find_python takes an older one. Returns code 1 if there is none.
 newer_python() {
     local candidate
     if "$(find_python)" -c 'import sys; sys.exit(sys.version_info < (3, 12))'; then return 1; fi
@@ -30,7 +31,7 @@ newer_python() {
 use_environment() {
     local folder=$1 extras=$2 python stamp
     python=$(find_python) || exit 2
-    # Installed again only where the requirements changed.
+    # It is installed again only if the requirements have changed.
     stamp=$(cat requirements.txt setup.py | "$python" -c 'import hashlib, sys; print(hashlib.sha256(sys.stdin.buffer.read()).hexdigest())')
     if [ ! -x "$folder/bin/python" ] || [ "$(cat "$folder/installed" 2>/dev/null)" != "$stamp" ]; then
         echo "installing into $folder (a few minutes the first time)"

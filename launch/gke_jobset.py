@@ -1,8 +1,9 @@
 """Trains on TPU slices of a GKE cluster: writes a JobSet manifest for a named topology and applies it.
 
-One replicated job, a replica for each slice, a pod for each host. The cluster needs the JobSet controller and a node
-pool of the topology for each slice. --claim names a persistent volume claim that all pods may write to (ReadWriteMany,
-such as Filestore or a bucket through Cloud Storage FUSE); --workdir and the data lie in it, under --mount-path.
+There is one replicated job, with one replica per slice and one pod per host. The cluster needs the JobSet controller,
+and a node pool of the topology for each slice. --claim names a persistent volume claim that all pods may write to
+(ReadWriteMany, such as Filestore, or a bucket through Cloud Storage FUSE). --workdir and the data must be in it, under
+--mount-path.
 """
 
 import argparse
@@ -26,11 +27,11 @@ class Generation:
 
     accelerator: str  # label cloud.google.com/gke-tpu-accelerator of its nodes
     dimensions: int
-    chips_per_host: int  # of a slice that spans several hosts
+    chips_per_host: int  # of slices with several hosts
 
 
-# https://cloud.google.com/kubernetes-engine/docs/concepts/plan-tpus: machine types with four chips are the ones that
-# multi-host slices are made of.
+# From https://cloud.google.com/kubernetes-engine/docs/concepts/plan-tpus. Slices with several hosts consist of machine
+# types with four chips.
 GENERATIONS = {
     "v4": Generation("tpu-v4-podslice", 3, 4),
     "v5e": Generation("tpu-v5-lite-podslice", 2, 4),
@@ -42,7 +43,7 @@ SMALL_SHAPES_3D = ("2x2x1", "2x2x2", "2x2x4", "2x4x4")  # larger ones are made o
 
 
 class UserError(Exception):
-    """A mistake in what the user gave; its text is one line."""
+    """A mistake in the user's input; its text is one line."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,12 +57,12 @@ class Topology:
 
     @property
     def chips_per_host(self) -> int:
-        """Chips that one pod asks for."""
+        """The number of chips that one pod asks for."""
         return self.chips // self.hosts
 
     @classmethod
     def parse(cls, text: str, chips_per_host: int | None = None) -> "Topology":
-        """Raises: UserError where GKE has no such slice, or its chips don't divide into such hosts."""
+        """Reads a name. Raises UserError if GKE has no such slice, or its chips do not divide into such hosts."""
         name, _, shape = text.partition(":")
         if name not in GENERATIONS:
             raise UserError(f"--topology={text}: the generation must be one of {', '.join(GENERATIONS)}, as in v5e:4x4")
@@ -89,14 +90,14 @@ def _exists(shape: str, dimensions: int) -> bool:
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse whose mistakes are UserErrors."""
+    """argparse, but a mistake is a UserError."""
 
     def error(self, message: str) -> NoReturn:
         raise UserError(message)
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The options and, as `command`, what follows `--`. Raises: UserError."""
+    """The options and, as `command`, the words after `--`. Raises UserError if they are wrong."""
     parser = Parser(
         prog="launch/gke_jobset.py",
         description=__doc__,
@@ -104,25 +105,35 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--name", required=True, help="of the JobSet and its headless service")
+    parser.add_argument("--name", required=True, help="name of the JobSet and its headless service")
     parser.add_argument("--image", required=True, help="container image made with launch/Dockerfile")
     parser.add_argument("--topology", required=True, help="generation and chips of one slice, such as v5p:8x8x8")
     parser.add_argument("--claim", required=True, help="persistent volume claim that all pods may write to")
     parser.add_argument("--mount-path", default="/runs", help="where the claim is mounted; default /runs")
-    parser.add_argument("--slices", type=int, default=1, help="default 1")
-    parser.add_argument("--chips-per-host", type=int, help="of the node pool's machines; default: as GKE makes them")
-    parser.add_argument("--max-restarts", type=int, default=100, help="after stops and crashes together; default 100")
-    parser.add_argument("--checkpoint-seconds", type=int, default=300, help="bound on writing one; default 300")
-    parser.add_argument("--grace-seconds", type=int, default=600, help="from SIGTERM to SIGKILL; default 600")
-    parser.add_argument("--namespace", help="default: the one of kubectl's context")
+    parser.add_argument("--slices", type=int, default=1, help="number of slices; default 1")
+    parser.add_argument(
+        "--chips-per-host",
+        type=int,
+        help="chips of each machine of the node pool; default: 4, or all of a smaller slice",
+    )
+    parser.add_argument("--max-restarts", type=int, default=100, help="after stops and after crashes; default 100")
+    parser.add_argument(
+        "--checkpoint-seconds", type=int, default=300, help="bound on the time that a checkpoint takes; default 300"
+    )
+    parser.add_argument("--grace-seconds", type=int, default=600, help="seconds from SIGTERM to SIGKILL; default 600")
+    parser.add_argument("--namespace", help="Kubernetes namespace; default: that of kubectl's context")
     parser.add_argument("--context", help="kubectl's context; default: its current one")
     parser.add_argument("--service-account", help="Kubernetes service account of the pods")
     parser.add_argument("--queue", help="Kueue's local queue")
-    parser.add_argument("--node-selector", action="append", default=[], metavar="KEY=VALUE", help="repeatable")
-    parser.add_argument("--env", action="append", default=[], metavar="KEY=VALUE", help="repeatable")
-    parser.add_argument("--host-network", action="store_true", help="the nodes' own network: faster between slices")
+    parser.add_argument(
+        "--node-selector", action="append", default=[], metavar="KEY=VALUE", help="label of the nodes; may be repeated"
+    )
+    parser.add_argument(
+        "--env", action="append", default=[], metavar="KEY=VALUE", help="variable of the pods; may be repeated"
+    )
+    parser.add_argument("--host-network", action="store_true", help="use the nodes' own network, faster between slices")
     parser.add_argument("--dry-run", action="store_true", help="print the manifest instead of applying it")
-    parser.add_argument("command", nargs="*", help="after --: what every pod runs")
+    parser.add_argument("command", nargs="*", help="after --: the command of every pod")
     args = parser.parse_args(argv)
     if not args.command:
         raise UserError("the command is missing: end with -- armd train --config=FILE --workdir=/runs/NAME")
@@ -139,7 +150,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     if args.command[:2] == ["armd", "train"]:
         folders = [word.removeprefix("--workdir=") for word in args.command if word.startswith("--workdir=")]
         if not folders or not pathlib.PurePosixPath(folders[-1]).is_relative_to(args.mount_path):
-            raise UserError(f"give --workdir={args.mount_path}/NAME, in the claim: a new pod finds nothing else")
+            raise UserError(f"give --workdir={args.mount_path}/NAME, in the claim: a new pod finds no other folder")
     for pair in (*args.node_selector, *args.env):
         if "=" not in pair:
             raise UserError(f"{pair!r} must have the form KEY=VALUE")
@@ -175,7 +186,7 @@ def manifest(args: argparse.Namespace, topology: Topology) -> str:
         f"    subdomain: {quoted(args.name)}",
         "    publishNotReadyAddresses: true",
         "  failurePolicy:",
-        "    # A run that was stopped and saved (75) or crashed starts again, all pods together, and continues.",
+        "    # If a run was stopped and saved (75), or crashed, all its pods start again together, and it continues.",
         f"    maxRestarts: {args.max_restarts}",
         "    rules:",
         "      - name: userMistake",
@@ -192,7 +203,7 @@ def manifest(args: argparse.Namespace, topology: Topology) -> str:
         "          backoffLimit: 0",
         "          podFailurePolicy:",
         "            rules:",
-        "              - action: FailJob  # a mistake in what was given: the same again would not help",
+        "              - action: FailJob  # a mistake in the command or its config: a restart would not help",
         "                onExitCodes:",
         "                  containerName: train",
         "                  operator: In",
@@ -209,7 +220,7 @@ def manifest(args: argparse.Namespace, topology: Topology) -> str:
         "              containers:",
         "                - name: train",
         f"                  image: {quoted(args.image)}",
-        "                  command:  # no shell: SIGTERM comes to the training itself",
+        "                  command:  # without a shell, so that SIGTERM reaches the training itself",
         *[f"                    - {quoted(word)}" for word in command],
         *(["                  env:"] if environment else []),
         *[
@@ -235,7 +246,7 @@ def manifest(args: argparse.Namespace, topology: Topology) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Prints or applies the manifest; returns the exit code."""
+    """Prints or applies the manifest. Returns the exit code."""
     try:
         args = parse(argv)
         topology = Topology.parse(args.topology, args.chips_per_host)

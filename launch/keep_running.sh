@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# Runs a command until it is done: again after a crash, not after a mistake (code 2) and not once SIGTERM, SIGINT
-# or SIGHUP came. The signal goes on to the command, which saves and ends; its code is this script's code.
+# Runs a command until it is done: again after a crash, but not after a mistake of the user (exit code 2) or a signal.
+# SIGTERM, SIGINT and SIGHUP are passed on to the command, which saves and ends. Ends with the command's exit code.
 set -euo pipefail
 usage() {
     sed -n '2,3s/^# //p' "$0"
     cat <<TEXT
 usage: bash launch/keep_running.sh [--max-restarts=10] [--pause=5] [--status-file=FILE] [--dry-run] -- COMMAND...
-  --max-restarts=N    give up after N restarts, with the code of the last try
-  --pause=SECONDS     between two tries, so that the other workers' processes have ended too
-  --status-file=FILE  holds \`running PID\` while this runs and \`ended CODE\` after it; a second start is refused
-  --dry-run           print the command and end
+  --max-restarts=10   give up after this many restarts, with the exit code of the last one
+  --pause=5           seconds between two starts, so that the processes of the other workers have ended too
+  --status-file=FILE  contains \`running PID\` while this runs and \`ended CODE\` afterwards; refuses a second start
+  --dry-run           print the command instead of running it
 TEXT
 }
 . "$(dirname "$0")/common.sh"
@@ -55,11 +55,11 @@ fi
 set_status running $$
 
 child="" stopped=""
-# An empty child: the signal came between two tries.
+# The child is empty if the signal comes between two starts.
 trap 'stopped=1; if [ -n "$child" ]; then kill -TERM "$child" 2>/dev/null || true; fi' TERM INT HUP
 restarts=0
 while :; do
-    # In a process group of its own: Ctrl-C then comes to this script alone, and to the command once, by the trap.
+    # The command has a process group of its own. Ctrl-C then reaches only this script, whose trap passes it on once.
     set -m
     "$@" &
     set +m
@@ -69,7 +69,7 @@ while :; do
     fi
     code=0
     wait "$child" || code=$?
-    # A trapped signal ends `wait` early; the command is still saving.
+    # A trapped signal ends `wait` early, while the command is still saving.
     while kill -0 "$child" 2>/dev/null; do
         code=0
         wait "$child" || code=$?
@@ -84,7 +84,7 @@ while :; do
     fi
     restarts=$((restarts + 1))
     note "code $code: restart $restarts of $MAX_RESTARTS in $PAUSE s"
-    # In steps: a signal that comes just before a wait does not end it.
+    # The pause is taken in steps of a second, because a signal that comes just before a wait does not end it.
     for ((waited = 0; waited < PAUSE; waited++)); do
         if [ -n "$stopped" ]; then
             break

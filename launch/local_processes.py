@@ -1,7 +1,7 @@
-"""Runs a command as several processes on this machine that talk over loopback, as the hosts of a cluster would.
+"""Runs a command as several processes on this machine, which talk over loopback as the hosts of a cluster would.
 
-`armd train` gets a coordinator, the number of processes and its own id; in any other command {coordinator},
-{processes} and {process} stand for them. The exit code is that of the process that failed first.
+`armd train` is given the coordinator's address, the number of processes and its own id. In any other command,
+{coordinator}, {processes} and {process} are replaced by them. The exit code is that of the process that failed first.
 """
 
 import argparse
@@ -20,12 +20,12 @@ import time
 from collections.abc import Sequence
 from typing import IO, NoReturn
 
-LAST_LINES = 10  # of a failed process's standard error, shown again at the end
-SAVED = 75  # a process that was stopped and saved: no failure to explain
+LAST_LINES = 10  # lines of a failed process's standard error that are shown again at the end
+SAVED = 75  # exit code of a process that was stopped and saved, which is no failure
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, with a mistake in one line and exit code 2."""
+    """argparse, but a mistake is one line, with exit code 2."""
 
     def error(self, message: str) -> NoReturn:
         print(f"error: {message} (see python {self.prog} --help)", file=sys.stderr)
@@ -33,7 +33,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The options and, as `command`, what follows `--`."""
+    """The options and, as `command`, the words after `--`."""
     parser = Parser(
         prog="launch/local_processes.py",
         description=__doc__,
@@ -41,14 +41,17 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--processes", type=int, default=2, help="how many; default 2")
-    parser.add_argument("--devices-per-process", type=int, default=1, help="virtual CPU devices of each; default 1")
+    parser.add_argument("--processes", type=int, default=2, help="number of processes; default 2")
+    parser.add_argument("--devices-per-process", type=int, default=1, help="virtual CPU devices per process; default 1")
     parser.add_argument("--port", type=int, default=0, help="of the coordinator; default: a free one")
     parser.add_argument(
-        "--grace", type=float, default=60, help="seconds from SIGTERM to SIGKILL; default 60; longer than a checkpoint"
+        "--grace",
+        type=float,
+        default=60,
+        help="seconds from SIGTERM to SIGKILL; must be longer than a checkpoint takes; default 60",
     )
     parser.add_argument("--dry-run", action="store_true", help="print the processes' commands instead of running them")
-    parser.add_argument("command", nargs="*", help="after --: what every process runs")
+    parser.add_argument("command", nargs="*", help="after --: the command of every process")
     args = parser.parse_args(argv)
     if not args.command:
         parser.error("the command is missing: end with -- armd train --config=FILE --workdir=FOLDER")
@@ -60,8 +63,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def free_port() -> int:
-    """A port of this machine that nothing listens on now; another program could still take it before the coordinator
-    does, which then fails at its start."""
+    """A port of this machine that nothing listens on now.
+
+    Another program could still take it before the coordinator does, which would then fail at its start.
+    """
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return listener.getsockname()[1]
@@ -81,8 +86,11 @@ def process_command(command: Sequence[str], coordinator: str, processes: int, pr
 
 
 def extra_environment(devices_per_process: int) -> dict[str, str]:
-    """What every process gets on top of this one's environment. Several processes on one machine are a rehearsal on
-    virtual CPU devices unless JAX_PLATFORMS says otherwise; unbuffered, so that lines come when they are printed."""
+    """Variables that every process has in addition to this one's environment.
+
+    Several processes on one machine are a rehearsal on virtual CPU devices, unless JAX_PLATFORMS is set. Output is
+    unbuffered, so that lines arrive when they are printed.
+    """
     return {
         "JAX_NUM_CPU_DEVICES": str(devices_per_process),
         "JAX_PLATFORMS": os.environ.get("JAX_PLATFORMS", "cpu"),
@@ -99,10 +107,10 @@ class Group:
         self.last_lines: list[collections.deque[str]] = []
         self.readers: list[threading.Thread] = []
         self.output = threading.Lock()
-        self.kill_at: float | None = None  # time.monotonic() at which whatever still runs is killed
+        self.kill_at: float | None = None  # time.monotonic() at which processes that still run are killed
 
     def start(self, command: Sequence[str], environment: dict[str, str]) -> None:
-        """Starts the next process, in a session of its own: a Ctrl-C comes to it once, from here."""
+        """Starts the next process, in a session of its own: Ctrl-C then reaches it once, passed on from here."""
         process = len(self.children)
         child = subprocess.Popen(
             command,
@@ -127,12 +135,12 @@ class Group:
             line = f"[{process}] {line.rstrip()}"
             if target is sys.stderr:
                 self.last_lines[process].append(line)
-            # Whoever read our output may have gone; the process still has to be read, or it would block.
+            # The reader of our output may be gone. The process's output must still be read, or the process would block.
             with self.output, contextlib.suppress(BrokenPipeError):
                 print(line, file=target, flush=True)
 
     def signal(self, number: int, grace: float) -> None:
-        """Passes a signal on to every process that still runs; what is left after `grace` seconds will be killed."""
+        """Passes a signal on to every process that still runs. Those left after `grace` seconds will be killed."""
         for child in self.children:
             if child.poll() is None:
                 child.send_signal(number)
@@ -140,24 +148,27 @@ class Group:
             self.kill_at = time.monotonic() + grace
 
     def kill(self) -> None:
-        """Ends what is left of every process and its children."""
+        """Kills what is left of the processes and their children."""
         for child in self.children:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(child.pid, signal.SIGKILL)
 
     def wait(self, grace: float) -> tuple[int, int] | None:
-        """Waits for all ends. The first failure ends the others within `grace` seconds and is what is returned, as
-        (process, exit code); None where all ended with 0."""
+        """Waits until all processes have ended.
+
+        After the first failure, the others are ended within `grace` seconds. Returns that failure as (process, exit
+        code), or None if all ended with code 0.
+        """
         failed = None
         running = len(self.children)
         while running:
             try:
-                process, code = self.ended.get(timeout=0.1)  # short: a signal may set kill_at meanwhile
+                process, code = self.ended.get(timeout=0.1)  # short, because a signal may set kill_at in the meantime
             except queue.Empty:
                 if self.kill_at is not None and time.monotonic() > self.kill_at:
                     say(f"still running after {grace:g} s: killed")
                     self.kill()
-                    self.kill_at = time.monotonic() + grace  # SIGKILL takes effect at once; asked again in any case
+                    self.kill_at = time.monotonic() + grace  # SIGKILL takes effect at once, but try again in any case
                 continue
             running -= 1
             if code and failed is None:
@@ -165,13 +176,14 @@ class Group:
                 if running and self.kill_at is None:
                     say(f"process {process} ended with code {failed[1]}: ending the others")
                     self.signal(signal.SIGTERM, grace)
+        last_lines_by = time.monotonic() + 2  # not for ever, because a grandchild may keep a pipe open
         for reader in self.readers:
-            reader.join(timeout=2)  # a grandchild may keep a pipe open
+            reader.join(timeout=max(last_lines_by - time.monotonic(), 0))
         return failed
 
 
 def say(text: str) -> None:
-    """One line about the group, on standard error."""
+    """Prints one line about the group on standard error."""
     print(f"local_processes: {text}", file=sys.stderr, flush=True)
 
 
@@ -198,7 +210,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise
     if failed is None:
         return 0
-    group.kill()  # what the processes themselves started
+    group.kill()  # processes that the processes themselves started
     process, code = failed
     if code != SAVED:
         say(f"process {process} failed first, with code {code}; its last lines:")

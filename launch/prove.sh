@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Compiles every preset for its TPU slice on this machine, which needs none, and prints what each needs and could reach.
-# With --scaling instead: one config with one batch on 16, 256 and 512 chips. Ends with code 0 only where all fit their
-# chips and use the attention kernel. About 17 minutes on two cores, with --scaling 9; needs libtpu (Linux, x86).
+# Compiles every preset for its TPU slice, on a machine without a TPU, and prints what it needs and could reach. With
+# --scaling, compiles one config with one batch for 16, 256 and 512 chips instead. The exit code is 0 only if all fit
+# their chips and use the attention kernel. Takes 17 minutes on two cores, --scaling 9. Needs libtpu (Linux, x86).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 OUT=${OUT:-build/prove}
@@ -12,7 +12,7 @@ RUNS=(
     "owt_1_3b --topology=v5e:16x16 --slices=2"
     "owt_7b --topology=v5p:8x8x8"
 )
-# A row of the batch a chip on 512 chips: no microbatches, on any of them.
+# On 512 chips, each has one row of the batch. There can be no microbatches, and so the others have none either.
 SCALING=(
     "owt_small --topology=v5e:4x4 --config.training.microbatches=1"
     "owt_small --topology=v5e:16x16 --config.training.microbatches=1"
@@ -23,7 +23,7 @@ for option in "$@"; do
     case $option in
         --help)
             sed -n '2,4s/^# //p' launch/prove.sh
-            echo "usage: bash launch/prove.sh [--scaling] [--dry-run]    OUT=build/prove names the folder of the reports"
+            echo "usage: bash launch/prove.sh [--scaling] [--dry-run]    OUT=build/prove names the result folder"
             exit 0
             ;;
         --scaling) TABLE=scaling RUNS=("${SCALING[@]}") ;;
@@ -47,7 +47,7 @@ mkdir -p "$OUT"
 reports=()
 for run in "${RUNS[@]}"; do
     reports+=("$OUT/$TABLE-${#reports[@]}-${run%% *}.json")
-    # shellcheck disable=SC2086  # the flags are words
+    # shellcheck disable=SC2086  # the flags are several words
     armd compile --config="experiments/${run%% *}.py" ${run#* } --json >"${reports[-1]}" || [ $? = 1 ]
 done
 python - "$TABLE" "${reports[@]}" <<'PYTHON'
@@ -58,17 +58,17 @@ import sys
 table, *files = sys.argv[1:]
 good = True
 if table == "presets":
-    print("| preset | slice | mesh | state GiB | temporary GiB | peak GiB a chip | attention kernel | step ms | MFU | limit"
+    print("| preset | slice | mesh | state GiB | temporary GiB | peak GiB per chip | attention kernel | step ms | MFU | limit"
           " | compiled in s |")
     print("|---|---|---|---|---|---|---|---|---|---|---|")
 else:
-    print("| chips | slice | mesh | TFLOPs a chip | peak GiB a chip | collectives sent, MiB a chip | of these between"
+    print("| chips | slice | mesh | TFLOPs per chip | peak GiB per chip | collectives sent, MiB per chip | of these between"
           " slices | step ms | MFU | limit |")
     print("|---|---|---|---|---|---|---|---|---|---|")
 for file in files:
     name = pathlib.Path(file).stem.split("-")[-1]
     text = pathlib.Path(file).read_text()
-    if not text:  # the compiler's own words stand above
+    if not text:  # the compiler's message has been printed already
         print(f"| {name} | could not be compiled |")
         good = False
         continue

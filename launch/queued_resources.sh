@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Asks for one or several TPU slices through a queue, and trains on every worker of all of them. `keep` does everything:
-# it waits, installs and starts, and where a spot slice is taken away it asks for a new one and continues the run.
+# it waits, installs and starts, and if a spot slice is taken away, it asks for a new one and continues the run.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 usage() {
@@ -8,29 +8,29 @@ usage() {
     cat <<TEXT
 usage: bash launch/queued_resources.sh VERB --name=NAME --project=PROJECT --zone=ZONE [options] [-- armd train ...]
   create     ask for the slices (--topology)
-  status     the state of the request; ACTIVE: the slices are there
+  status     print the state of the request; ACTIVE means that the slices are there
   install    copy the committed state of this repository to every worker of every slice and install it there
-  train      start the command after -- on every worker, detached; it is started again after a crash
+  train      start the command after -- in the background on every worker; it is started again after a crash
   logs       follow the output of one worker
-  stop       SIGTERM to every worker; the run saves and the next \`train\` continues it
+  stop       send SIGTERM on every worker; the run saves, and the next \`train\` continues it
   delete     give the slices back
-  keep       all of the above until the run is done; for a small machine that stays up
+  keep       do all that is needed until the run is done; meant for a small machine that stays up
 options (the environment variables NAME, PROJECT, ZONE and SETUP do the same):
-  --topology=v5e:4x4    generation and chips of one slice; v4, v5e, v5p, v6e. Google's own choice among shapes of as
-                        many chips
+  --topology=v5e:4x4    generation (v4, v5e, v5p, v6e) and chips of one slice; only the number of chips counts: Google
+                        chooses among the shapes that have it
   --slices=1            slices, connected by the data centre's network
   --spot                cheaper machines that may be taken away
-  --runtime=VERSION     image of the machines; default: the one of the generation
-  --worker=0            whose output \`logs\` follows
-  --extras=tpu          what \`install\` installs besides the base, such as tpu,tfds,wandb
-  --setup=COMMAND       \`install\` runs it on every worker, e.g. to mount the folder that --workdir lies in; \`keep\`
-                        also after a reboot, so it must do no harm where it ran before
+  --runtime=VERSION     image of the machines; default: the one for the generation
+  --worker=0            the worker whose output \`logs\` follows
+  --extras=tpu          optional dependencies that \`install\` installs, such as tpu,tfds,wandb
+  --setup=COMMAND       \`install\` runs it on every worker, e.g. to mount the folder that contains --workdir; \`keep\`
+                        runs it again after a reboot, so it must do no harm if it has run before
   --max-restarts=10     restarts after a crash
-  --every=60            seconds between two looks of \`keep\`
+  --every=60            seconds between two checks of \`keep\`
   --gcloud-flag=FLAG    one more option for gcloud's ssh and scp, e.g. --internal-ip; may be repeated
   --create-flag=FLAG    one more option for gcloud's create, e.g. --reserved; may be repeated
   --dry-run             print the commands instead of running them
-Every worker has to see --workdir and the data under the same name (README.md beside this script).
+Every worker must see --workdir and the data under the same name (see launch/README.md).
 TEXT
 }
 if [ "${1:-}" = --help ]; then
@@ -100,7 +100,7 @@ read_topology() {
         esac
         chips=$((chips * size))
     done
-    # The names of v4 and v5p count cores, two on a chip, the others chips.
+    # The numbers in the names of v4 and v5p count cores, two per chip. Those of v5e and v6e count chips.
     CREATE=("--accelerator-type=$type-$((chips * cores))" "--runtime-version=${RUNTIME:-$image}")
     if [ "$SLICES" = 1 ]; then
         CREATE+=("--node-id=$NAME")
@@ -121,21 +121,22 @@ state() {
     run gcloud compute tpus queued-resources describe "$NAME" "${PLACE[@]}" --format="value(state.state)"
 }
 
-# --force: the slices too, not only the request.
+# --force deletes the slices too, not only the request.
 delete() {
     run gcloud compute tpus queued-resources delete "$NAME" "${PLACE[@]}" --force --quiet
 }
 
-# A line of each worker: `running`, `ended CODE`, `lost` (its machine started anew), or `new` (never started there).
+# Prints one line per worker: `running`, `ended CODE`, `lost` if its machine was rebooted, or `new` if the command has
+# never been started there.
 run_status() {
     remote "if ! read -r state value 2>/dev/null <armd-jax/train.status; then echo new; elif [ \$state = ended ]; then echo ended \$value; elif kill -0 \$value 2>/dev/null; then echo running; else echo lost; fi"
 }
 
-# One look at the request and, where the slices are there, at the run. Failures of gcloud itself are looked at again.
-# The first look of `keep` is a restart: it takes up a run that was stopped, whose mistake has been mended, or that is to
-# go on for longer.
-FIRST_LOOK=yes
-look() {
+# Checks the request and, if the slices are there, the run, and does what is needed next. If gcloud itself fails, the
+# next check tries again. The first check of `keep` also starts a run that has ended: it may have been stopped, its
+# mistake may have been corrected, or it may be meant to train for longer.
+FIRST_CHECK=yes
+check() {
     local now workers code
     now=$(state) || now=ABSENT
     echo "queued_resources: $NAME is $now" >&2
@@ -147,13 +148,13 @@ look() {
             code=$(sed -n 's/^ended //p' <<<"$workers" | sort -n | tail -n 1)
             case $workers in
                 new) install_workers && start_workers || true ;;
-                # On all of them again: where it runs, a second start is refused.
+                # Started on all workers again: a worker that still runs the command refuses a second start.
                 *new* | *lost*) set_up_workers && start_workers || true ;;
                 *running*) ;;
-                *) if [ -z "$FIRST_LOOK" ]; then exit "$code"; fi
+                *) if [ -z "$FIRST_CHECK" ]; then exit "$code"; fi
                     install_workers && start_workers || return 0 ;;
             esac
-            FIRST_LOOK=""
+            FIRST_CHECK=""
             ;;
     esac
 }
@@ -162,20 +163,20 @@ keep() {
     if [ -n "$DRY_RUN" ]; then
         echo "# every $EVERY seconds:"
         state
-        echo "# where there is no such request:"
+        echo "# if there is no such request:"
         create
-        echo "# where it is FAILED or SUSPENDED:"
+        echo "# if it is FAILED or SUSPENDED:"
         delete
-        echo "# where it is ACTIVE, with the end of keep where every worker prints \`ended CODE\`:"
+        echo "# if it is ACTIVE (keep ends when every worker prints \`ended CODE\`):"
         run_status
-        echo "# where every worker prints \`new\`, or at the first look \`ended CODE\`:"
+        echo "# if every worker prints \`new\` or, at the first check, \`ended CODE\`:"
         install_workers
-        echo "# and then, or where one of them prints \`lost\` or \`new\`${SETUP:+, after the last of the above}:"
+        echo "# and then, or if one of them prints \`lost\`, or some but not all \`new\`${SETUP:+ (after the last of the above)}:"
         start_workers
         return
     fi
     while :; do
-        look
+        check
         sleep "$EVERY"
     done
 }

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # From nothing to a trained model: installs into a virtual environment of its own, trains on the embedded corpus,
-# evaluates, samples and writes a report. Run again, it continues where it stopped or finds nothing left to do.
+# evaluates, samples and writes a report. If it is run again, it continues the training or finds nothing left to do.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 if [ "${1:-}" = "--help" ]; then

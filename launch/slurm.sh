@@ -1,19 +1,19 @@
 #!/usr/bin/env bash
-# Submits a training to SLURM: one process for each GPU. Before its time is up the job saves and queues itself again.
+# Submits a training to SLURM: one process per GPU. Before its time is up, the job saves and queues itself again.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 usage() {
     sed -n '2s/^# //p' launch/slurm.sh
     cat <<TEXT
 usage: bash launch/slurm.sh --nodes=N --gpus-per-node=N --time=TIME [options] -- armd train ...
-  --time=24:00:00       the limit of one stay in the queue; the run goes on in the next
+  --time=24:00:00       time limit of one job; after it, the run continues in the next job
   --name=armd           the job's name
-  --partition=NAME      where the cluster asks for one
-  --account=NAME        where the cluster asks for one
-  --cpus-per-task=8     cores for each process
-  --save-seconds=120    SIGTERM comes so long before the limit: longer than a checkpoint takes
-  --max-restarts=20     restarts after a crash; a run that saved is always queued again
-  --setup=COMMAND       run first on the first node, e.g. 'source .venv/cuda/bin/activate'; repeated, one line each
+  --partition=NAME      if the cluster asks for one
+  --account=NAME        if the cluster asks for one
+  --cpus-per-task=8     cores per process
+  --save-seconds=120    SIGTERM comes this long before the time limit; must be longer than a checkpoint takes
+  --max-restarts=20     restarts after a crash; a run that was stopped and saved is always queued again
+  --setup=COMMAND       runs first, on the first node, e.g. 'source .venv/cuda/bin/activate'; may be repeated
   --sbatch-flag=FLAG    one more option for sbatch, e.g. --qos=long; may be repeated
   --dry-run             print the batch script instead of submitting it
 \`scancel\` ends the job for good.
@@ -47,8 +47,8 @@ while [ $# -gt 0 ]; do
     shift
 done
 need --nodes "$NODES" "the number of machines"
-need --gpus-per-node "$GPUS" "the GPUs of each machine, and so its processes"
-need --time "$TIME" "the limit of one stay in the queue, such as 24:00:00"
+need --gpus-per-node "$GPUS" "the number of GPUs, and so of processes, of each machine"
+need --time "$TIME" "the time limit of one job, such as 24:00:00"
 need_number --nodes "$NODES"
 need_number --gpus-per-node "$GPUS"
 need_number --cpus-per-task "$CPUS"
@@ -69,12 +69,12 @@ batch_script() {
         printf '%s\n' "${SETUP[@]}" ""
     fi
     cat <<TEXT
-# Every process sees all GPUs of its node and takes the one of its local id. The signal goes to the processes and not to
-# this script, so that it goes on below. Where one process ends, the others get $SAVE_SECONDS seconds to end as well.
+# Every process sees all GPUs of its node and takes the one with its local id. The signal goes to the processes and not
+# to this script, which continues below. When one process ends, the others have $SAVE_SECONDS seconds to end as well.
 code=0
 srun --cpus-per-task=$CPUS --kill-on-bad-exit=0 --wait=$SAVE_SECONDS --label $(shell_words "${COMMAND[@]}") || code=\$?
 
-# 0: done. 2: a mistake in what was given. 75: stopped after saving. Anything else: a crash.
+# 0: done. 2: a mistake in the command or its config. 75: stopped after saving. Anything else: a crash.
 case \$code in
     0 | 2) ;;
     75) scontrol requeue "\$SLURM_JOB_ID" ;;

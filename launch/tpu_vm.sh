@@ -7,17 +7,17 @@ usage() {
     cat <<TEXT
 usage: bash launch/tpu_vm.sh VERB --name=NAME --project=PROJECT --zone=ZONE [options] [-- armd train ...]
   install    copy the committed state of this repository to every worker and install it there with uv
-  train      start the command after -- on every worker, detached; it is started again after a crash
+  train      start the command after -- in the background on every worker; it is started again after a crash
   logs       follow the output of one worker
-  stop       SIGTERM to every worker; the run saves and the next \`train\` continues it
+  stop       send SIGTERM on every worker; the run saves, and the next \`train\` continues it
 options (the environment variables NAME, PROJECT, ZONE and SETUP do the same):
-  --worker=0            whose output \`logs\` follows
-  --extras=tpu          what \`install\` installs besides the base, such as tpu,tfds,wandb
-  --setup=COMMAND       \`install\` runs it on every worker, e.g. to mount the folder that --workdir lies in
+  --worker=0            the worker whose output \`logs\` follows
+  --extras=tpu          optional dependencies that \`install\` installs, such as tpu,tfds,wandb
+  --setup=COMMAND       \`install\` runs it on every worker, e.g. to mount the folder that contains --workdir
   --max-restarts=10     restarts after a crash
   --gcloud-flag=FLAG    one more option for gcloud, e.g. --internal-ip; may be repeated
   --dry-run             print the commands instead of running them
-Every worker has to see --workdir and the data under the same name (README.md beside this script).
+Every worker must see --workdir and the data under the same name (see launch/README.md).
 example: bash launch/tpu_vm.sh train --name=pod -- armd train --config=experiments/owt_small.py --workdir=/mnt/runs/owt
 TEXT
 }

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Starts a training as an XPK workload, on a GKE cluster that XPK made: every host of every slice runs the command.
+# Starts a training as an XPK workload, on a GKE cluster that XPK created: every host of every slice runs the command.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 usage() {
@@ -7,11 +7,12 @@ usage() {
     cat <<TEXT
 usage: bash launch/xpk.sh --name=NAME --cluster=CLUSTER --project=PROJECT --zone=ZONE --tpu-type=TYPE --image=IMAGE
            [options] -- armd train ...
-  --tpu-type=TYPE       XPK's name of a slice: v5litepod-16 is v5e:4x4, v5litepod-256 v5e:16x16, v5p-1024 v5p:8x8x8
+  --tpu-type=TYPE       XPK's name of a slice: v5litepod-16 is v5e:4x4, v5litepod-256 is v5e:16x16, v5p-1024 is
+                        v5p:8x8x8
   --slices=1            slices, connected by the data centre's network
   --image=IMAGE         container image made with launch/Dockerfile
   --max-restarts=100    restarts after a stop or a crash; XPK itself would not restart
-  --grace-seconds=600   from SIGTERM to SIGKILL: longer than a checkpoint takes
+  --grace-seconds=600   seconds from SIGTERM to SIGKILL; must be longer than a checkpoint takes
   --xpk-flag=FLAG       one more option for xpk workload create, e.g. --priority=high; may be repeated
   --dry-run             print the command instead of running it
 The environment variables NAME, CLUSTER, PROJECT, ZONE and IMAGE do the same as their options.
@@ -55,8 +56,8 @@ need_number --max-restarts "$MAX_RESTARTS"
 need_number --grace-seconds "$GRACE_SECONDS"
 set_command "$@"
 
-# XPK restarts after 42 and 127 to 255 by itself; 75 is a run that saved, 1 a crash. `exec`, because XPK passes SIGTERM
-# to the shell that runs the command.
+# XPK itself restarts after exit codes 42 and 127 to 255. Code 75 is a run that was stopped and saved, and 1 a crash.
+# `exec` makes the command take the place of the shell that runs it, because XPK sends SIGTERM to that shell.
 run xpk workload create "--workload=$NAME" "--cluster=$CLUSTER" "--project=$PROJECT" "--zone=$ZONE" \
     "--tpu-type=$TPU_TYPE" "--num-slices=$SLICES" "--docker-image=$IMAGE" "--max-restarts=$MAX_RESTARTS" \
     --restart-on-exit-codes=1,75 "--termination-grace-period-seconds=$GRACE_SECONDS" \

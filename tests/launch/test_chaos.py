@@ -1,4 +1,4 @@
-"""The chaos run, in its short form with a fixed seed."""
+"""launch/chaos.py with a few faults and a fixed seed."""
 
 import os
 import pathlib
@@ -10,7 +10,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
 def test_a_run_survives_what_is_done_to_it(tmp_path):
-    """Killed in a step, a save and a restore, stopped, its newest checkpoint damaged: the end is the same."""
+    """Killed in a step, a save and a restore, stopped and damaged, a run ends with the bits of an unbroken one."""
     command = [
         sys.executable,
         str(ROOT / "launch" / "chaos.py"),
@@ -28,7 +28,7 @@ def test_a_run_survives_what_is_done_to_it(tmp_path):
 
 
 def test_no_other_folder_is_emptied(tmp_path):
-    """A folder that holds anything else is named in one line and stays as it is."""
+    """A folder that contains anything else is named in an error of one line, and stays as it is."""
     (tmp_path / "broken").mkdir()
     (tmp_path / "my_run").mkdir()
     command = [sys.executable, str(ROOT / "launch" / "chaos.py"), "--kills=1", f"--folder={tmp_path}"]

@@ -1,4 +1,4 @@
-"""launch/gke_jobset.py: the manifest for several topologies, parsed, and what is refused."""
+"""launch/gke_jobset.py: the manifests for several topologies, parsed, and the mistakes that it refuses."""
 
 import importlib.util
 import pathlib
@@ -20,7 +20,7 @@ TRAIN = ["--", "armd", "train", "--config=experiments/owt_small.py", "--workdir=
 
 
 def options(topology: str = "v5e:4x4", *more: str) -> list[str]:
-    """A whole command line."""
+    """A complete command line."""
     return ["--name=owt", "--image=registry/armd:1", f"--topology={topology}", "--claim=runs", *more, *TRAIN]
 
 
@@ -36,7 +36,7 @@ def job_of(jobset: dict) -> dict:
     return replicated["template"]["spec"]
 
 
-# Machines of a slice as Google's tables give them (Cloud TPU configurations, GKE's planning page).
+# The machines of a slice according to Google's tables (Cloud TPU configurations, and GKE's planning page).
 @pytest.mark.parametrize(
     ("topology", "accelerator", "hosts", "chips_per_host"),
     [
@@ -56,7 +56,7 @@ def job_of(jobset: dict) -> dict:
     ],
 )
 def test_one_pod_for_each_host(capsys, topology, accelerator, hosts, chips_per_host):
-    """All hosts start, each asks for its chips, on nodes of this topology; one service names them."""
+    """There is one pod per host, which asks for the host's chips on nodes of this topology; one service names them."""
     jobset = manifest(capsys, topology)
     job = job_of(jobset)
     pod = job["template"]["spec"]
@@ -73,14 +73,14 @@ def test_one_pod_for_each_host(capsys, topology, accelerator, hosts, chips_per_h
 
 
 def test_larger_machines(capsys):
-    """A node pool of machines with eight chips needs one host for 2x4."""
+    """If the machines of the node pool have eight chips, 2x4 needs one host."""
     job = job_of(manifest(capsys, "v5e:2x4", "--chips-per-host=8"))
     [container] = job["template"]["spec"]["containers"]
     assert (job["completions"], container["resources"]["limits"]["google.com/tpu"]) == (1, 8)
 
 
 def test_slices(capsys):
-    """One replica for each slice, each in a node pool of its own."""
+    """There is one replica per slice, each in a node pool of its own."""
     jobset = manifest(capsys, "v5e:16x16", "--slices=2", "--host-network")
     assert jobset["spec"]["replicatedJobs"][0]["replicas"] == 2
     annotation = jobset["metadata"]["annotations"]["alpha.jobset.sigs.k8s.io/exclusive-topology"]
@@ -92,7 +92,7 @@ def test_slices(capsys):
 
 @pytest.mark.parametrize(("code", "again"), [(2, False), (75, True), (1, True), (134, True), (137, True)])
 def test_what_starts_again(capsys, code, again):
-    """A mistake fails the JobSet at once; a stop that saved, a crash and a kill restart all of it."""
+    """A mistake fails the JobSet at once. After a stop that saved, a crash or a kill, all of it starts again."""
     jobset = manifest(capsys)
     job = job_of(jobset)
     assert job["backoffLimit"] == 0 and job["template"]["spec"]["restartPolicy"] == "Never"
@@ -112,19 +112,19 @@ def test_what_starts_again(capsys, code, again):
 
 @pytest.mark.parametrize(("given", "checkpoint", "grace"), [([], 300, 600), (["--grace-seconds=301"], 300, 301)])
 def test_grace_is_longer_than_a_checkpoint(capsys, given, checkpoint, grace):
-    """From SIGTERM to SIGKILL there is time to save."""
+    """The time from SIGTERM to SIGKILL is longer than a checkpoint takes."""
     seconds = job_of(manifest(capsys, "v5e:4x4", *given))["template"]["spec"]["terminationGracePeriodSeconds"]
     assert seconds == grace > checkpoint
 
 
 def test_the_training_itself_gets_the_signal(capsys):
-    """The command is the training, not a shell around it, and it is told that it is one of several processes."""
+    """The command is the training without a shell around it, and is told that it is one of several processes."""
     [container] = job_of(manifest(capsys))["template"]["spec"]["containers"]
     assert container["command"] == ["armd", "train", "--distributed=on", *TRAIN[3:]]
 
 
 def test_options_reach_the_manifest(capsys):
-    """Words that YAML would read as something else arrive as they were given."""
+    """Options reach the manifest unchanged, even those that YAML would read as something else."""
     more = ["--namespace=team", "--queue=yes", "--service-account=runner", "--mount-path=/runs", "--max-restarts=7"]
     more += ["--node-selector=cloud.google.com/gke-spot=true", "--env=TEXT=a: 'b' \"c\" #d é", "--env=NUMBER=1"]
     jobset = manifest(capsys, "v6e:4x4", *more)
@@ -161,7 +161,7 @@ def test_options_reach_the_manifest(capsys):
     ],
 )
 def test_mistakes_are_one_line(capsys, arguments, message):
-    """Exit code 2, nothing printed as a manifest, one line that says what is wrong."""
+    """A mistake has exit code 2 and one line that says what is wrong, and no manifest is printed."""
     assert gke_jobset.main(["--dry-run", *arguments]) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
@@ -170,7 +170,7 @@ def test_mistakes_are_one_line(capsys, arguments, message):
 
 
 def test_applies_what_the_dry_run_prints(tmp_path, monkeypatch):
-    """kubectl gets the manifest on its standard input; its exit code is the script's."""
+    """kubectl reads the printed manifest on its standard input, and its exit code is that of the script."""
     program = tmp_path / "kubectl"
     program.write_text('#!/bin/sh\necho "$@" >"$OUT/arguments"; cat >"$OUT/manifest"; exit 3\n')
     program.chmod(0o755)

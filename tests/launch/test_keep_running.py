@@ -12,7 +12,7 @@ import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "launch" / "keep_running.sh"
-# Counts its starts in ./starts, and ends with the code on the line of that number in ./codes.
+# Adds a line to ./starts, and ends with the code on the line of ./codes that has the number of this start.
 NEXT_CODE = 'echo x >>starts; exit "$(sed -n "$(wc -l <starts)p" codes)"'
 
 
@@ -27,7 +27,7 @@ NEXT_CODE = 'echo x >>starts; exit "$(sed -n "$(wc -l <starts)p" codes)"'
     ],
 )
 def test_runs_again_until_done(tmp_path, codes, restarts, code, starts):
-    """Again after a crash or a stop that was not ours, never after a mistake, and not for ever."""
+    """The command starts again after a crash or a stop by others, never after a mistake, and only so often."""
     (tmp_path / "codes").write_text(codes.replace(" ", "\n") + "\n")
     command = ["bash", SCRIPT, f"--max-restarts={restarts}", "--pause=0", "--status-file=status"]
     result = subprocess.run([*command, "--", "bash", "-c", NEXT_CODE], cwd=tmp_path, capture_output=True, text=True)
@@ -37,7 +37,7 @@ def test_runs_again_until_done(tmp_path, codes, restarts, code, starts):
 
 
 def wait_for(path: pathlib.Path) -> None:
-    """Until the file is there."""
+    """Waits until the file exists."""
     end = time.monotonic() + 30
     while not path.exists():
         assert time.monotonic() < end, path
@@ -45,8 +45,10 @@ def wait_for(path: pathlib.Path) -> None:
 
 
 def test_a_stop_is_passed_on_and_final(tmp_path):
-    """SIGTERM comes to the command, which takes its time to save; its code 75 is then the end. A second start beside a
-    running one is refused."""
+    """SIGTERM reaches the command, which has time to save, and its exit code 75 is then the end.
+
+    While the command runs, a second start is refused.
+    """
     saves = "trap 'sleep 0.3; echo saved >saved; exit 75' TERM; echo >ready; while :; do sleep 0.05; done"
     command = ["bash", SCRIPT, "--pause=0", "--status-file=status", "--", "bash", "-c", saves]
     running = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.DEVNULL)
@@ -78,10 +80,12 @@ sys.exit(75)
 
 
 def test_ctrl_c_reaches_the_command_once(tmp_path):
-    """A terminal sends SIGINT to the whole process group, and the command must still have time to save: `armd train`
-    leaves at once at a second signal."""
+    """A terminal sends SIGINT to a whole process group, but the command receives it only once.
+
+    `armd train` ends at once at a second signal, and would have no time to save.
+    """
     command = ["bash", SCRIPT, "--pause=0", "--", sys.executable, "-c", SAVES_ON_A_SIGNAL]
-    # A shell that is itself started with SIGINT ignored, as from a script's background, could not trap it either.
+    # The script itself could not trap SIGINT either if it were started with SIGINT ignored, as in the background.
     listen = functools.partial(signal.signal, signal.SIGINT, signal.default_int_handler)
     running = subprocess.Popen(command, cwd=tmp_path, start_new_session=True, preexec_fn=listen)
     try:
@@ -96,7 +100,7 @@ def test_ctrl_c_reaches_the_command_once(tmp_path):
 
 
 def test_a_stop_between_two_tries(tmp_path):
-    """The pause does not delay the end, and the command does not start again."""
+    """A signal in the pause between two starts ends the script at once, and the command does not start again."""
     command = ["bash", SCRIPT, "--pause=60", "--", "bash", "-c", "echo x >>starts; exit 1"]
     running = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
     assert "restart 1 of 10" in running.stderr.readline()
@@ -107,7 +111,7 @@ def test_a_stop_between_two_tries(tmp_path):
 
 
 def test_a_left_over_status_does_not_refuse(tmp_path):
-    """A machine that went down leaves `running PID` of a process that is no more."""
+    """A machine that crashed leaves `running PID` of a process that no longer exists, and a new start is allowed."""
     ended = subprocess.Popen(["true"])
     ended.wait()
     (tmp_path / "status").write_text(f"running {ended.pid}\n")

@@ -1,5 +1,8 @@
-"""The launchers for other machines: help, printed commands against stored text, mistakes, and, with recorders in place
-of the cloud's programs, that exactly the printed commands run."""
+"""The launchers for other machines: help, printed commands, mistakes, and what really runs.
+
+The printed commands are compared with stored text. Recorders take the place of the cloud's programs, and show that
+exactly the printed commands run.
+"""
 
 import os
 import pathlib
@@ -19,7 +22,7 @@ XPK = [*PLACE, "--cluster=tpus", "--tpu-type=v5litepod-16", "--image=registry/ar
 SLURM = ["--nodes=2", "--gpus-per-node=8", "--time=24:00:00"]
 SCRIPTS = ["keep_running.sh", "queued_resources.sh", "slurm.sh", "tpu_vm.sh", "xpk.sh"]
 
-# The stored text of each is golden/NAME.txt. Where a change is meant, write it anew with
+# The stored text of each case is golden/NAME.txt. If a change is intended, write all of them again with
 #   python tests/launch/test_launchers.py
 CASES = {
     "local_processes": [
@@ -57,7 +60,7 @@ CASES = {
 
 
 def start(script: str, *arguments: str, **settings) -> subprocess.CompletedProcess[str]:
-    """Runs a launcher from the repository's root, free of this machine's settings of the same names."""
+    """Runs a launcher from the repository's root, without this machine's values of the variables that it reads."""
     taken = ("NAME", "PROJECT", "ZONE", "CLUSTER", "IMAGE", "SETUP", "JAX_PLATFORMS")
     environment = {name: value for name, value in os.environ.items() if name not in taken}
     environment |= settings.pop("env", {})
@@ -67,7 +70,7 @@ def start(script: str, *arguments: str, **settings) -> subprocess.CompletedProce
 
 
 def dry_run(case: str) -> str:
-    """What the launcher of a case prints."""
+    """The output of a case's launcher with --dry-run."""
     script, *arguments = CASES[case]
     before = len(arguments) if "--" not in arguments else arguments.index("--")
     result = start(script, *arguments[:before], "--dry-run", *arguments[before:])
@@ -83,7 +86,7 @@ def test_shell_syntax(script):
 
 @pytest.mark.parametrize("script", [*SCRIPTS, "local_processes.py", "gke_jobset.py"])
 def test_help(script):
-    """--help says what the script does and how it is used, every option of the script in it."""
+    """--help says what the script does and how it is used, and names every option of the script."""
     result = start(script, "--help")
     assert (result.returncode, result.stderr) == (0, "")
     elsewhere = [sys.executable if script.endswith(".py") else "bash", script, "--help"]
@@ -103,13 +106,13 @@ def test_dry_run(case):
 
 
 def test_every_stored_text_is_compared():
-    """No stored text is left over."""
+    """There is no stored text without a case."""
     assert sorted(path.stem for path in GOLDEN.iterdir()) == sorted(CASES)
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if re.match("tpu_vm|queued|xpk", case)])
 def test_nobodys_cloud(case):
-    """Nothing in the commands names a project, zone, cluster or registry that was not given."""
+    """The commands name no project, zone, cluster or registry but the given ones, and all workers of a slice."""
     text = dry_run(case)
     assert set(re.findall(r"--project=(\S+)", text)) == {"lab"}
     assert set(re.findall(r"--zone=(\S+)", text)) == {"us-west4-a"}
@@ -125,7 +128,7 @@ if [ "${0##*/}" = sbatch ]; then cat >"$RECORDED.stdin"; fi
 
 
 def recorders(folder: pathlib.Path, *programs: str, text: str = RECORDER) -> dict[str, str]:
-    """Programs that write down how they were called; the environment that finds them first."""
+    """Makes programs that record how they are called. Returns the environment in which they are found first."""
     folder.mkdir()
     for name in programs:
         (folder / name).write_text(text)
@@ -134,7 +137,7 @@ def recorders(folder: pathlib.Path, *programs: str, text: str = RECORDER) -> dic
 
 
 def recorded(environment: dict[str, str]) -> list[list[str]]:
-    """The calls, each as its words."""
+    """The recorded calls, each as a list of words."""
     words = pathlib.Path(environment["RECORDED"]).read_text().split("\0")[:-1]
     calls = []
     while words:
@@ -148,7 +151,7 @@ def recorded(environment: dict[str, str]) -> list[list[str]]:
     "case", [case for case in CASES if re.match("tpu_vm|queued|xpk", case) and not case.endswith("keep")]
 )
 def test_runs_what_the_dry_run_prints(tmp_path, case):
-    """Word by word the printed commands."""
+    """The commands that run are the printed ones, word by word."""
     environment = recorders(tmp_path / "bin", "gcloud", "xpk", "git", "mkdir")
     script, *arguments = CASES[case]
     result = start(script, *arguments, env=environment)
@@ -157,7 +160,7 @@ def test_runs_what_the_dry_run_prints(tmp_path, case):
 
 
 def test_slurm_submits_what_the_dry_run_prints(tmp_path):
-    """sbatch reads the printed script."""
+    """sbatch receives the printed script on its standard input."""
     environment = recorders(tmp_path / "bin", "sbatch")
     assert start(*CASES["slurm"], env=environment).returncode == 0
     assert pathlib.Path(environment["RECORDED"] + ".stdin").read_text() == dry_run("slurm")
@@ -168,7 +171,7 @@ def test_slurm_submits_what_the_dry_run_prints(tmp_path):
     [(0, 0, False), (2, 0, False), (75, 999, True), (1, 0, True), (134, 19, True), (1, 20, False)],
 )
 def test_slurm_job_queues_itself_again(tmp_path, code, restarts, requeued):
-    """The printed script, run: it ends with srun's code, and the job is queued again where that helps."""
+    """The script ends with the exit code of srun, and queues the job again if that helps."""
     text = RECORDER + f'if [ "${{0##*/}}" = srun ]; then exit {code}; fi\n'
     environment = recorders(tmp_path / "bin", "srun", "scontrol", text=text)
     environment |= {"SLURM_JOB_ID": "17", "SLURM_RESTART_COUNT": str(restarts)}
@@ -181,22 +184,21 @@ def test_slurm_job_queues_itself_again(tmp_path, code, restarts, requeued):
 
 
 def test_slurm_resources():
-    """One process for each GPU, all GPUs of the node visible to each, SIGTERM before the limit."""
+    """There is one process per GPU, each sees all GPUs of its node, and SIGTERM comes before the time limit."""
     lines = dry_run("slurm").splitlines()
     settings = dict(line.removeprefix("#SBATCH --").partition("=")[::2] for line in lines if line.startswith("#SBATCH"))
     assert settings["ntasks-per-node"] == settings["gpus-per-node"] == "8"
     assert (settings["nodes"], settings["signal"], settings["requeue"]) == ("2", "TERM@120", "")
 
 
-# gcloud's place is taken by a program that runs the remote command here, with a folder of its own as the home.
+# A program that takes the place of gcloud and runs the remote command here, in a folder of its own as the home.
 REMOTE = """#!/bin/bash
 for word in "$@"; do case $word in --command=*) cd "$REMOTE_HOME" && exec bash -c "${word#--command=}";; esac; done
 """
 
 
 def test_remote_commands_start_and_stop_a_run(tmp_path):
-    """The commands for the workers, run for real: the start comes back at once, and the run goes on until the stop,
-    which waits until it has saved."""
+    """A start returns at once, and the run continues until a stop, which waits until the run has saved."""
     home = tmp_path / "home"
     (home / "armd-jax" / "launch").mkdir(parents=True)
     for script in ("common.sh", "keep_running.sh"):
@@ -214,8 +216,8 @@ def test_remote_commands_start_and_stop_a_run(tmp_path):
     assert (again.returncode, again.stdout.splitlines()[-1]) == (0, "ended 75")
 
 
-# In gcloud's place: the state of the request, the status of the run on two workers and whether a copy arrives are the
-# next lines of three files.
+# Takes the place of gcloud. The state of the request, the status of the run on two workers, and whether a copy arrives
+# are the next lines of three files.
 CLOUD = """#!/bin/bash
 next() { line=$(head -n 1 "$ANSWERS/$1"); sed -i 1d "$ANSWERS/$1"; [ "$line" != none ] && tr , "\\n" <<<"$line"; }
 case "${0##*/} $*" in
@@ -241,7 +243,7 @@ INSTALL = ["copy", "install", "setup"]
             "x x",
             0,
             ["create", *INSTALL, "start", "delete", "create", *INSTALL, "start"],
-            id="taken away: asked for again",
+            id="slices that are taken away are asked for again",
         ),
         pytest.param(
             "ACTIVE ACTIVE ACTIVE ACTIVE ACTIVE",
@@ -249,7 +251,7 @@ INSTALL = ["copy", "install", "setup"]
             "",
             75,
             ["setup", "start"],
-            id="one worker rebooted: set up and started on all; the end is that of all",
+            id="after a reboot of one worker the run is set up and started on all; it ends when all have ended",
         ),
         pytest.param(
             "ACTIVE ACTIVE ACTIVE",
@@ -257,7 +259,7 @@ INSTALL = ["copy", "install", "setup"]
             "x",
             0,
             [*INSTALL, "start", "setup", "start"],
-            id="one worker not reached: started again",
+            id="if one worker was not reached the run is started again",
         ),
         pytest.param(
             "ACTIVE ACTIVE ACTIVE ACTIVE",
@@ -265,7 +267,7 @@ INSTALL = ["copy", "install", "setup"]
             "none x",
             2,
             ["copy", *INSTALL, "start"],
-            id="nothing starts where the installation failed",
+            id="nothing starts if the installation failed",
         ),
         pytest.param(
             "ACTIVE ACTIVE ACTIVE",
@@ -281,7 +283,7 @@ INSTALL = ["copy", "install", "setup"]
             "none x",
             0,
             ["copy", *INSTALL, "start"],
-            id="also where the first installation failed",
+            id="the same command continues a stopped run after a failed installation",
         ),
         pytest.param(
             "ACTIVE ACTIVE",
@@ -289,12 +291,12 @@ INSTALL = ["copy", "install", "setup"]
             "x",
             0,
             [*INSTALL, "start"],
-            id="a run that is done finds that out by itself",
+            id="a run that is done is started once more and ends at once",
         ),
     ],
 )
 def test_keep_looks_after_a_run(tmp_path, states, runs, copies, code, done):
-    """What `keep` does, step by step, until the run has ended on every worker."""
+    """`keep` does what each state of the request and of the run needs, until the run has ended on every worker."""
     answers = tmp_path / "answers"
     answers.mkdir()
     (answers / "states").write_text(states.replace(" ", "\n") + "\n")
@@ -313,7 +315,7 @@ def test_keep_looks_after_a_run(tmp_path, states, runs, copies, code, done):
     [(None, "new"), ("ended 75", "ended 75"), ("running {here}", "running"), ("running {gone}", "lost")],
 )
 def test_keep_asks_for_the_runs_status(tmp_path, state, answer):
-    """The remote question of `keep`, run for real."""
+    """The remote command that asks for the status of the run gives the right answer in every case."""
     (tmp_path / "armd-jax").mkdir()
     ended = subprocess.Popen(["true"])
     ended.wait()
@@ -367,7 +369,7 @@ def test_keep_asks_for_the_runs_status(tmp_path, state, answer):
     ],
 )
 def test_mistakes_are_one_line(command, message):
-    """Exit code 2 and one line that says what is missing or wrong, before anything runs."""
+    """A mistake has exit code 2 and one line that says what is missing or wrong, and nothing runs."""
     result = start(*command)
     assert (result.returncode, result.stdout) == (2, "")
     assert result.stderr.startswith("error: ") and message in result.stderr
@@ -385,7 +387,7 @@ def test_mistakes_are_one_line(command, message):
     ],
 )
 def test_accelerator_types(topology, accelerator):
-    """gcloud's names: v4 and v5p count cores, the others chips; the page's table says the same."""
+    """The numbers in gcloud's names count cores for v4 and v5p and chips for others, as in the table of the page."""
     printed = start("queued_resources.sh", "create", "--dry-run", *PLACE, f"--topology={topology}").stdout
     assert f" --accelerator-type={accelerator} " in printed
     row = re.search(rf"^\| `{topology}` \|.*", (ROOT / "launch" / "README.md").read_text(), re.M)
@@ -393,14 +395,14 @@ def test_accelerator_types(topology, accelerator):
 
 
 def test_settings_from_the_environment():
-    """The environment stands in for the options of the same names."""
+    """Environment variables do the same as the options of their names."""
     environment = {"NAME": "pod", "PROJECT": "lab", "ZONE": "us-west4-a"}
     given = start("tpu_vm.sh", "train", "--dry-run", "--gcloud-flag=--internal-ip", *TRAIN, env=environment)
     assert given.stdout == (GOLDEN / "tpu_vm_train.txt").read_text()
 
 
 def test_a_missing_program_is_one_line(tmp_path):
-    """Where the cloud's program is not installed the launcher says so."""
+    """If the cloud's program is not installed, the launcher says so."""
     (tmp_path / "bin").mkdir()
     for name in ("bash", "dirname", "sed", "cat"):
         (tmp_path / "bin" / name).symlink_to(shutil.which(name))
@@ -411,7 +413,7 @@ def test_a_missing_program_is_one_line(tmp_path):
 
 
 def test_dockerfile_layers():
-    """The dependencies are a layer of their own before the code, which comes last, and only named files are sent."""
+    """The dependencies are a layer before that of the code, which is the last, and only named files are sent."""
     steps = [
         line.split(maxsplit=1)
         for line in (ROOT / "launch" / "Dockerfile").read_text().replace("\\\n", " ").splitlines()
@@ -451,7 +453,7 @@ def test_dockerfile_extras_exist():
     ],
 )
 def test_dockerfile_installs_the_extras(tmp_path, extra, extras, installed):
-    """The layer's shell command, run with a recorder in pip's place: what it installs is something that pip takes."""
+    """The layer's shell command asks pip for the right extras, in a form that pip understands."""
     environment = recorders(tmp_path / "bin", "pip", text='#!/bin/bash\necho "${@: -1}" >>"$RECORDED"\n')
     dockerfile = (ROOT / "launch" / "Dockerfile").read_text().replace("\\\n", " ")
     [command] = [line.removeprefix("RUN ") for line in dockerfile.splitlines() if "case" in line]
@@ -461,7 +463,7 @@ def test_dockerfile_installs_the_extras(tmp_path, extra, extras, installed):
 
 
 def test_page_names_every_launcher():
-    """launch/README.md says which to use when, and it names no file that is not there."""
+    """launch/README.md names every launcher, and no file that does not exist."""
     page = (ROOT / "launch" / "README.md").read_text()
     for script in [*SCRIPTS, "local_processes.py", "gke_jobset.py", "Dockerfile", "quickstart.sh", "test.sh"]:
         assert f"`{script}`" in page, script

@@ -13,7 +13,7 @@ import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 LAUNCHER = ROOT / "launch" / "local_processes.py"
-# Says that it is ready, saves for as long as its first argument says once SIGTERM or SIGINT comes, and ends with 75.
+# Prints that it is ready. At SIGTERM or SIGINT, it "saves" for the seconds of its first argument, and ends with 75.
 SAVES_WHEN_ASKED = """
 import signal, sys, time
 def save(number, frame):
@@ -25,7 +25,7 @@ IGNORES_SIGTERM = 'import signal, time; signal.signal(signal.SIGTERM, signal.SIG
 
 
 def python(code: str, *arguments: str) -> list[str]:
-    """What follows the launcher's options, to run a piece of Python in every process. -S: no site, a quick start."""
+    """The words after the launcher's options that run some Python in every process. -S makes Python start fast."""
     return ["--", sys.executable, "-S", "-c", code, *arguments]
 
 
@@ -35,7 +35,10 @@ def launch(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def launch_and_signal(number: int, *arguments: str, ready: int) -> tuple[int, str, str]:
-    """Starts the launcher, sends it a signal once `ready` processes are; returns exit code, output and errors."""
+    """Starts the launcher, and sends it a signal when `ready` processes are ready.
+
+    Returns exit code, standard output and standard error.
+    """
     launcher = subprocess.Popen(
         [sys.executable, LAUNCHER, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
@@ -50,7 +53,7 @@ def launch_and_signal(number: int, *arguments: str, ready: int) -> tuple[int, st
 
 
 def test_each_line_names_its_process():
-    """Both streams stay apart, and every line of either begins with the process's id, the last unfinished one too."""
+    """Standard output and error stay apart, and every line, even an unfinished one, begins with the process's id."""
     code = 'import sys; print("out {process} of {processes}"); print("no end", end="", file=sys.stderr)'
     result = launch("--processes=3", *python(code))
     assert result.returncode == 0
@@ -59,7 +62,7 @@ def test_each_line_names_its_process():
 
 
 def test_environment_of_the_processes(monkeypatch):
-    """Each has its number of virtual CPU devices; the platform is the CPU unless it is set."""
+    """Each process has its number of virtual CPU devices. The platform is the CPU unless JAX_PLATFORMS is set."""
     code = 'import os; print(os.environ["JAX_NUM_CPU_DEVICES"], os.environ["JAX_PLATFORMS"])'
     monkeypatch.delenv("JAX_PLATFORMS", raising=False)
     assert launch("--processes=1", "--devices-per-process=4", *python(code)).stdout == "[0] 4 cpu\n"
@@ -68,7 +71,7 @@ def test_environment_of_the_processes(monkeypatch):
 
 
 def test_processes_talk_over_the_coordinator_address():
-    """The port is free and the same for all: process 0 listens there, and process 1 reaches it."""
+    """All processes are given the same free port: process 0 listens there, and process 1 reaches it."""
     code = """
 import socket, sys, time
 host, port = "{coordinator}".split(":")
@@ -87,7 +90,7 @@ else:
 
 
 def test_first_failure_wins_and_ends_the_others():
-    """Process 1 fails by itself, the others then end with a code of their own: its code and its words come out."""
+    """Exit code and last lines are those of the process that failed first, not of the others, which are then ended."""
     code = f"""
 if {{process}} == 1:
     import sys, time; time.sleep(0.5); print("the reason", file=sys.stderr); sys.exit(7)
@@ -103,7 +106,7 @@ if {{process}} == 1:
 
 
 def test_a_process_that_does_not_end_is_killed_within_the_bound():
-    """One dies of a signal (reported as a shell does), the other ignores SIGTERM: killed after the grace."""
+    """If one process dies of a signal, which is reported as by a shell, one that ignores SIGTERM is killed in time."""
     code = f"""
 if {{process}} == 0:
     import os, time; time.sleep(0.5); os.abort()
@@ -118,7 +121,7 @@ if {{process}} == 0:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_signals_are_passed_on(number):
-    """Every process gets the signal once and has time to save; code 75 comes through and is no failure to explain."""
+    """Every process receives the signal once and has time to save. The exit code is then 75, and shows no failure."""
     code, out, err = launch_and_signal(number, "--grace=20", *python(SAVES_WHEN_ASKED, "0.3"), ready=2)
     assert code == 75, err
     name = signal.Signals(number).name
@@ -129,14 +132,14 @@ def test_signals_are_passed_on(number):
 
 
 def test_a_signal_has_a_bound_too():
-    """Processes that do not care about the signal are killed after the grace."""
+    """Processes that ignore the signal are killed after the time of --grace."""
     code, _, err = launch_and_signal(signal.SIGTERM, "--grace=0.5", *python(IGNORES_SIGTERM), ready=2)
     assert code == 128 + signal.SIGKILL
     assert "killed" in err
 
 
 def test_what_a_failed_process_started_ends_too(tmp_path):
-    """A child of a process is not left behind where the group failed."""
+    """No child of a process is left behind if the group failed."""
     code = """
 import subprocess, sys
 child = subprocess.Popen(["sleep", "60"]); open(sys.argv[1] + "/{process}", "w").write(str(child.pid)); sys.exit(3)
@@ -145,7 +148,9 @@ child = subprocess.Popen(["sleep", "60"]); open(sys.argv[1] + "/{process}", "w")
     pid = int((tmp_path / "0").read_text())
     for _ in range(100):
         try:
-            if pathlib.Path(f"/proc/{pid}/stat").read_text().split()[2] == "Z":  # ended; nobody asked for its code yet
+            if (
+                pathlib.Path(f"/proc/{pid}/stat").read_text().split()[2] == "Z"
+            ):  # it has ended, but nobody has asked for its code
                 return
         except OSError:
             return
@@ -155,7 +160,7 @@ child = subprocess.Popen(["sleep", "60"]); open(sys.argv[1] + "/{process}", "w")
 
 
 def test_nobody_reads_the_output():
-    """A reader that goes away, as `| head` does, does not stop the processes."""
+    """The processes continue if the reader of the output goes away, as `| head` does."""
     code = "for i in range(20000): print(i)"
     command = [sys.executable, LAUNCHER, *python(code)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as launcher:
@@ -165,7 +170,7 @@ def test_nobody_reads_the_output():
 
 
 def test_a_training_of_two_processes(tmp_path, smoke_config, corpus):
-    """`armd train` for real: both processes end well, and process 0 has written a whole run."""
+    """Both processes of an `armd train` end well, and process 0 has written a complete run."""
     run, armd = tmp_path / "run", tmp_path / "bin" / "armd"
     armd.parent.mkdir()
     armd.write_text(f'#!/bin/sh\nPYTHONPATH="{ROOT}" exec "{sys.executable}" -m armd_jax "$@"\n')
@@ -174,7 +179,8 @@ def test_a_training_of_two_processes(tmp_path, smoke_config, corpus):
     command += ["--config.training.num_steps=4", "--config.training.eval_every=0", "--config.order.sbp_steps=0"]
     result = subprocess.run(
         [sys.executable, LAUNCHER, "--processes=2", "--devices-per-process=1", "--", *command],
-        env=os.environ | {"PATH": f"{armd.parent}:{os.environ['PATH']}"},
+        # Compiling takes longer than these few steps, and is quicker without the costly passes.
+        env=os.environ | {"PATH": f"{armd.parent}:{os.environ['PATH']}", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"},
         capture_output=True,
         text=True,
         timeout=150,
@@ -198,7 +204,7 @@ def test_a_training_of_two_processes(tmp_path, smoke_config, corpus):
     ],
 )
 def test_mistakes_are_one_line(arguments, message):
-    """Exit code 2 and one line that says what is wrong."""
+    """A mistake has exit code 2 and one line that says what is wrong."""
     result = launch(*arguments)
     assert result.returncode == 2
     assert result.stderr.startswith("error: ") and message in result.stderr
@@ -206,7 +212,7 @@ def test_mistakes_are_one_line(arguments, message):
 
 
 def test_ports_differ_and_are_free():
-    """Without --port every start has a port that can be listened on."""
+    """Without --port, the launcher chooses a port that is free."""
     result = launch("--dry-run", "--processes=1", "--", "armd", "train")
     port = int(result.stdout.split("--coordinator=127.0.0.1:")[1].split()[0])
     with socket.socket() as listener:

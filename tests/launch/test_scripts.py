@@ -21,7 +21,7 @@ def test_shell_syntax(script):
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_help(script):
-    """--help says what the script does and how it is used, and does nothing; from the script's own folder too."""
+    """--help says what the script does and how it is used, and does nothing else, even in the script's own folder."""
     command = ["bash", script.name, "--help"]
     result = subprocess.run(command, check=True, capture_output=True, text=True, cwd=script.parent)
     assert f"usage: bash launch/{script.name}" in result.stdout
@@ -29,7 +29,7 @@ def test_help(script):
 
 
 def test_a_python_that_is_too_old_is_one_line(tmp_path):
-    """Where no fitting Python is found the script says so and ends with code 2, making nothing."""
+    """If there is no Python that is new enough, the script says so, ends with code 2 and makes nothing."""
     script = f'cd {tmp_path}; . {ROOT}/launch/environment.sh; PYTHON=false use_environment .venv ""'
     result = subprocess.run(["bash", "-c", script], capture_output=True, text=True)
     assert result.returncode == 2
@@ -47,7 +47,7 @@ def test_a_python_that_is_too_old_is_one_line(tmp_path):
     ids=str,
 )
 def test_a_newer_python_beside_an_older_one(tmp_path, present, chosen, newer):
-    """Found from 3.12 on, and only where the tests themselves run on an older one."""
+    """A Python of 3.12 or newer is found, but only if the tests themselves run on an older one."""
     for version in present:
         fake = tmp_path / f"python{version}"
         info = tuple(map(int, version.split(".")))
@@ -59,7 +59,7 @@ def test_a_newer_python_beside_an_older_one(tmp_path, present, chosen, newer):
 
 
 def test_prove_scales_one_config():
-    """--scaling differs in the slice alone: 16, 256 and 512 chips."""
+    """The commands of --scaling differ only in the slice: 16, 256 and 512 chips."""
     command = ["bash", ROOT / "launch" / "prove.sh", "--dry-run", "--scaling"]
     lines = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
     chips, others = [], set()
@@ -71,7 +71,7 @@ def test_prove_scales_one_config():
 
 
 def test_prove_names_every_preset():
-    """--dry-run prints one command for each of the OpenWebText experiments, on a slice that the compiler knows."""
+    """--dry-run prints one command for every OpenWebText experiment, for a slice that the compiler knows."""
     command = ["bash", ROOT / "launch" / "prove.sh", "--dry-run"]
     lines = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
     presets = {f"experiments/{file.name}" for file in (ROOT / "experiments").glob("owt_*.py")}
