@@ -21,9 +21,10 @@ ruff check .
 ruff format --check .
 mypy --no-incremental  # its cache misses a match that a new name made incomplete
 # Two workers for two cores. The tests of a file stay together, so that its slow fixtures are made once.
-python -m pytest -n 2 --dist loadfile "$@"
+python -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"
 if [ "$whole" = yes ] && newer=$(newer_python); then
     PYTHON=$newer use_environment .venv/newest "[test]"
     python -c 'import jax, platform; print("once more on Python", platform.python_version(), "with jax", jax.__version__)'
-    python -m pytest -n 2 --dist loadfile tests/core tests/inference tests/experiments
+    python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow"
+    python -m pytest tests/training/test_train.py -k "resumed or fine_tuning_starts"
 fi

@@ -28,6 +28,16 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 _WORDS = "the a river stone light moves under over slowly quickly and or bird tree sees finds old new"
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests come first, the longest folders among them at the very beginning.
+
+    Two workers take file after file, and what is left for the end should be short.
+    """
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path, reverse=True)
+    items.sort(key=lambda item: item.path not in slow)
+
+
 @contextlib.contextmanager
 def _quick() -> Iterator[None]:
     before = jax.config.read("jax_disable_most_optimizations")

@@ -300,6 +300,7 @@ print([name for name in sys.modules if name.split('.')[0] in ('jax', 'flax', 'op
     assert _python(code).strip() == "[]"
 
 
+@pytest.mark.slow
 def test_names_resolve_and_start_no_backend():
     """Using the public names starts no JAX backend: a program may still choose its devices, or start distributed."""
     code = """

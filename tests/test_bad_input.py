@@ -486,6 +486,7 @@ def test_the_table_is_large():
     assert len(TABLE) == len(dict(TABLE)) >= 60 and len(REAL) == len(set(REAL)) >= 10
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("line", "reason"), TABLE, ids=[f"{n}" for n in range(len(TABLE))])
 def test_every_mistake_is_one_line(monkeypatch, capsys, place, smoke_config, corpus, line, reason):
     monkeypatch.chdir(place)
@@ -498,6 +499,7 @@ def test_every_mistake_is_one_line(monkeypatch, capsys, place, smoke_config, cor
     assert _snapshot(place) == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("line", REAL, ids=[f"{n}" for n in range(len(REAL))])
 def test_the_real_command_says_the_same(place, smoke_config, corpus, line):
     before = _snapshot(place)

@@ -123,6 +123,7 @@ def test_mistakes_with_a_run(monkeypatch, tmp_path, capsys, smoke_run, argv, wor
     assert _listing(smoke_run, tmp_path) == before
 
 
+@pytest.mark.slow
 def test_errors_of_the_real_command_have_no_traceback(tmp_path, smoke_config):
     """As processes of their own, wrong commands exit with 2 and one error line, without a traceback."""
     train = ["train", f"--config={smoke_config}", f"--workdir={tmp_path / 'run'}"]
@@ -141,6 +142,7 @@ def _json(capsys: pytest.CaptureFixture[str], *argv: str) -> dict:
     return json.loads(capsys.readouterr().out)
 
 
+@pytest.mark.slow
 def test_train_eval_sample_export(tmp_path, capsys, smoke_run, smoke_config, corpus):
     """Each verb prints its result as one JSON object, and an export scores exactly as the run it came from."""
     again = ["train", f"--config={smoke_config}", f"--workdir={smoke_run}", f"--config.data.path={corpus}"]

@@ -119,6 +119,7 @@ def empty(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     return tmp_path_factory.mktemp("empty")
 
 
+@pytest.mark.slow
 @bounded
 @given(overrides)
 def test_train_with_any_overrides(monkeypatch, empty, smoke_config, words):

@@ -145,6 +145,7 @@ def test_pickles_in_an_export_are_refused(tmp_path, export, name):
         armd.load(folder)
 
 
+@pytest.mark.slow
 def test_pickles_in_a_checkpoint_are_refused(tmp_path, run):
     """Whatever file of a checkpoint is a pickle: it is not unpickled."""
     files = [file for file in (run / "checkpoints").rglob("*") if file.is_file()]
@@ -230,6 +231,7 @@ def test_saving_does_not_write_through_links(tmp_path):
     assert tokenizers.load(tmp_path / "tokenizer").kind == "bytes"
 
 
+@pytest.mark.slow
 def test_a_run_does_not_choose_where_evaluation_writes(tmp_path, run):
     """`data.cache_dir` of a run that came from elsewhere is read where it is there, and never made."""
     values = json.loads((run / "config.json").read_text())

@@ -14,19 +14,21 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from armd_jax.cli import checkpoints, compile, eval, export, prepare, report, sample, train
+from armd_jax.cli import checkpoints, export, prepare, report, sample, train
+from armd_jax.cli import compile as compile_verb
+from armd_jax.cli import eval as eval_verb
 from armd_jax.cli.arguments import failed
 from armd_jax.errors import UserError
 
 VERBS = {
     "prepare": prepare,
     "train": train,
-    "eval": eval,
+    "eval": eval_verb,
     "sample": sample,
     "export": export,
     "checkpoints": checkpoints,
     "report": report,
-    "compile": compile,
+    "compile": compile_verb,
 }
 
 

@@ -92,6 +92,7 @@ def training_step(experiment, tmp_path_factory) -> tuple[int, dict, str]:
     return code, result, hlo.read_text()
 
 
+@pytest.mark.slow
 def test_training_step_on_a_slice(training_step):
     """It fits, splash attention is in it, memory is what state and activations explain, no logits are gathered."""
     code, result, text = training_step
@@ -122,6 +123,7 @@ def test_training_step_on_a_slice(training_step):
     assert result["limiting_term"] in ("compute", "memory", "interconnect")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", [{"data": 1, "fsdp": 4, "tensor": 1}, {"data": 1, "fsdp": 2, "tensor": 2}])
 def test_only_weights_are_gathered(mesh, training_step):
     """No gather makes whole logits or rows of activations. It makes weights, and integers of the order."""
@@ -160,6 +162,7 @@ def _key(shape) -> tuple[int, ...]:
     return tuple(sorted(size for size in shape if size > 1))
 
 
+@pytest.mark.slow
 def test_sampler_on_a_slice(experiment):
     """The sampler compiles too: one network call per block, with rows spread over the slice."""
     code, result = _armd_compile(f"--config={experiment}", "--topology=v5e:2x2", "--what=sample", "--streams=8")
@@ -168,6 +171,7 @@ def test_sampler_on_a_slice(experiment):
     assert result["temp_bytes"] > 0
 
 
+@pytest.mark.slow
 def test_too_large_is_a_verdict(experiment):
     """A program that needs more memory than a chip has: exit code 1, fits false, and a slice that would do."""
     words = [f"--config.training.batch_size={2**20}"]
@@ -214,6 +218,7 @@ def test_state_is_counted_array_by_array():
     assert 4 * params <= part < 4 * params * 1.01 + counters  # a few vectors are not cut
 
 
+@pytest.mark.slow
 def test_suggestion_grows_with_the_need():
     """The smallest slice whose share of state and activations fits, if the batch can be divided over it."""
     config, where, mesh = _replicated()

@@ -9,6 +9,8 @@ from armd_jax.compilation import topology
 from armd_jax.compilation.hlo import Program
 from armd_jax.training import sharding
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module", autouse=True)
 def environment():

@@ -49,6 +49,7 @@ def _expected(config, params, drawn, x) -> np.ndarray:
     return np.stack(out)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("one_token", [False, True])
 @pytest.mark.parametrize("chunk", [3, 8])
 @pytest.mark.parametrize("aggregator", typed.choices(AggregatorKind))
@@ -64,6 +65,7 @@ def test_first_vectors_are_the_sums_over_earlier_blocks(toy, aggregator, chunk, 
         np.testing.assert_allclose(found[row], expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("one_token", [False, True])
 @pytest.mark.parametrize("chunk", [3, 8])
 @pytest.mark.parametrize("aggregator", typed.choices(AggregatorKind))
@@ -83,6 +85,7 @@ def test_no_bit_of_a_later_row_leaks(toy, aggregator, chunk, one_token):
             assert not np.any(same[strict > first_changed])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("aggregator", typed.choices(AggregatorKind))
 def test_recurrence_equals_the_parallel_form(toy, aggregator):
     """Read the state for a new block, then add the whole block: the same vectors, padding rows adding nothing."""
@@ -121,6 +124,7 @@ def test_sinusoidal_codes():
         np.testing.assert_allclose(np.diag(products, offset), products[0, offset], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_low_precision_rows_are_summed_in_float32(toy):
     """bfloat16 rows are accumulated in float32: summing many equal rows loses nothing, which bfloat16 sums would."""
     config = toy.config(aggregator="mean", max_length=600, attention_chunk=1)

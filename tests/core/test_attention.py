@@ -31,6 +31,7 @@ def _slow(q, k, v, lens) -> np.ndarray:
     return out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chunk", [1, 3, 4, 11, 16])
 def test_chunked_equals_dense_in_value_and_gradients(chunk):
     """Random prefix lengths and chunks that do not divide: same output, same gradients of queries, keys and values."""
@@ -53,6 +54,7 @@ def test_chunked_equals_dense_in_value_and_gradients(chunk):
             np.testing.assert_allclose(y, x, rtol=1e-4, atol=2e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("implementation", ["dense", "chunked"])
 def test_keys_beyond_the_prefix_have_no_influence(implementation):
     """Other keys and values at and beyond len change no bit of the output and get a gradient of exactly zero."""
@@ -72,6 +74,7 @@ def test_keys_beyond_the_prefix_have_no_influence(implementation):
     np.testing.assert_allclose(one, jnp.broadcast_to(v[:, :1], one.shape), rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_chunked_never_touches_keys_that_no_query_of_a_chunk_can_see():
     """Chunks of keys beyond every prefix are skipped, forwards and backwards: numbers that are none do no harm there.
 
@@ -96,6 +99,7 @@ def test_chunked_never_touches_keys_that_no_query_of_a_chunk_can_see():
     assert np.isnan(half[:, 4:]).any()
 
 
+@pytest.mark.slow
 def test_full_prefixes_equal_the_library():
     """With every key visible this is jax.nn.dot_product_attention; with the triangle's lengths it is `is_causal`."""
     q, k, v, _, _ = _inputs(1)
@@ -109,6 +113,7 @@ def test_full_prefixes_equal_the_library():
         np.testing.assert_allclose(found, causal, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_large_scores_stay_finite():
     """The online softmax shifts by the running maximum: scores of several hundred give finite values and gradients."""
     q, k, v, lens, d_out = _inputs(2)
@@ -118,6 +123,7 @@ def test_large_scores_stay_finite():
         assert all(np.all(np.isfinite(gradient)) for gradient in pull(d_out))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("implementation", ["dense", "chunked"])
 def test_bfloat16_in_and_out(implementation):
     """bfloat16 queries, keys and values give a bfloat16 result and gradients near the float32 ones."""
@@ -181,6 +187,7 @@ def test_auto_chooses_by_size(toy):
     assert scans(512, 512) and scans(65, 65)
 
 
+@pytest.mark.slow
 def test_block_mask_lengths_are_valid_key_lengths(toy):
     """Every query of every mask sees at least one key and no more keys than there are: no softmax row is empty."""
     rng = np.random.default_rng(0)

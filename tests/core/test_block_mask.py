@@ -22,6 +22,7 @@ def partitions(draw) -> list[list[int]]:
     return [list(positions[a:b]) for a, b in zip([0, *cuts], [*cuts, length], strict=True)]
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(partitions())
 def test_lengths_are_the_two_relations(blocks):

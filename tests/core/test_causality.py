@@ -12,6 +12,8 @@ from armd_jax.core import aggregation, block_mask, network, objective, order
 from armd_jax.core.rows import rows_for_training, single_row
 from armd_jax.names import AggregatorKind, Remat
 
+pytestmark = pytest.mark.slow
+
 LENGTH, VOCAB = 8, 7
 # Every pair of aggregator, remat, scan and attention appears; every aggregator meets all four of scan x attention.
 MODES = [

@@ -62,6 +62,7 @@ def _compare(found, expected, atol=2e-5, rtol=2e-5) -> None:
         np.testing.assert_allclose(a.astype(jnp.float32), b.astype(jnp.float32), atol=atol, rtol=rtol)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [*_orders(), "not monotone"])
 @pytest.mark.parametrize("group", ["two_stream", "last_two_stream", "causal"])
 def test_equals_dense_in_value_and_gradients(kind, group):
@@ -75,6 +76,7 @@ def test_equals_dense_in_value_and_gradients(kind, group):
     _compare(_run(KERNEL, *inputs, lens), _run(DENSE, *inputs, lens))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("queries", "keys", "head_width"), [(77, 45, 24), (1, 3, 2), (300, 150, 80)])
 def test_rows_and_widths_that_are_no_tiles(queries, keys, head_width):
     """Rows that no tile divides and widths that are no power of two, on the tiles that are used: padded inside."""
@@ -84,6 +86,7 @@ def test_rows_and_widths_that_are_no_tiles(queries, keys, head_width):
     _compare(found, _run(DENSE, *inputs, lens))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["strided 4", "masked_diffusion"])
 def test_bfloat16_in_and_out(kind):
     """bfloat16 queries, keys and values give bfloat16 results near the float32 ones."""

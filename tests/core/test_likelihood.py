@@ -21,6 +21,7 @@ PARTS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("parts", PARTS, ids=lambda p: "-".join(str(v) for v in p.values()))
 @pytest.mark.parametrize("two_stream_layers", range(4))
 @pytest.mark.parametrize("aggregator", typed.choices(AggregatorKind))
@@ -67,6 +68,7 @@ def _diffusion_sums(toy, config, params, tokens: np.ndarray, alpha: np.ndarray) 
     return elbo, simple
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
 @pytest.mark.parametrize("aggregator", ["positional", "mean"])
 def test_mean_over_masking_times_is_the_diffusion_sum(toy, aggregator, schedule):
@@ -123,6 +125,7 @@ def test_elbo_weights_are_one():
     assert np.all(np.asarray(drawn.weight_BN) == 1)
 
 
+@pytest.mark.slow
 def test_one_token_blocks_satisfy_the_chain_rule(toy):
     """With one-token blocks the log-probabilities are the conditionals of the joint they define."""
     config = toy.config(num_layers=3, two_stream_layers=2)

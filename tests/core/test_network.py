@@ -43,6 +43,7 @@ def loss_and_gradient(toy):
     return run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("scan", "remat", "attention"),
     [
@@ -82,6 +83,7 @@ def test_gradients_of_a_frequent_token_add_up(toy):
     np.testing.assert_array_equal(gradient, [[5_000, 5_000], [0, 0], [0, 0]])
 
 
+@pytest.mark.slow
 def test_long_evidence_takes_no_square_of_scores(toy):
     """The first call of decoding attends in chunks, as training does: no array has queries x keys numbers."""
     config = _five_layers(toy, max_length=256, attention_chunk=32)
@@ -94,6 +96,7 @@ def test_long_evidence_takes_no_square_of_scores(toy):
     assert max(sizes) < 200 * 200
 
 
+@pytest.mark.slow
 def test_parameters_do_not_depend_on_how_the_network_is_computed(toy):
     """Scan, remat, attention, chunks and dropout leave names, shapes and draws of the initial parameters alone."""
     config = _five_layers(toy)
@@ -123,6 +126,7 @@ def test_parameter_names_parameters(toy, num_layers, two_stream_layers):
             assert leaf.shape[0] == count
 
 
+@pytest.mark.slow
 def test_initial_values(toy):
     """Nothing but biases starts at zero, heads and residual projections included; each layer has its own draw."""
     config = _five_layers(toy, tie_embeddings=False)
@@ -139,6 +143,7 @@ def test_initial_values(toy):
     assert float(sums.nll / sums.tokens) == pytest.approx(np.log(7), abs=0.1)
 
 
+@pytest.mark.slow
 def test_unstacked_parameters_give_the_same_network(toy):
     """A list of per-layer parameters is the same model as the stack, scanned or not."""
     config = _five_layers(toy)
@@ -175,6 +180,7 @@ def test_dropout_is_a_function_of_key_place_and_shape():
     assert Context().dropout(0.25, ones, 0) is ones and Context(dropout_key=key).dropout(0.0, ones, 0) is ones
 
 
+@pytest.mark.slow
 def test_dropout_acts(toy, loss_and_gradient):
     """Dropout changes the loss where it is not zero."""
     config = _five_layers(toy)
@@ -183,6 +189,7 @@ def test_dropout_acts(toy, loss_and_gradient):
     )
 
 
+@pytest.mark.slow
 def test_every_layer_and_stream_draws_its_own_dropout(toy):
     """With attention silenced, what a layer adds is zero exactly where its MLP output was dropped."""
     config = _five_layers(toy, dropout=0.5)
@@ -267,6 +274,7 @@ def test_widths(toy):
     assert sizes.mlp_width(toy.config(mlp_width=10, mlp="swiglu")) == 10
 
 
+@pytest.mark.slow
 def test_activation_dtype(toy):
     """bfloat16 activations, float32 logits and log-probabilities near those of float32."""
     config = _five_layers(toy)
@@ -305,6 +313,7 @@ def test_constraints_are_given_for_every_activation(toy):
     assert seen.count((LENGTH, axes.LOGITS)) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("aggregator", ["positional", "mean", "shift"])
 def test_cached_calls_equal_the_parallel_forward(toy, aggregator):
     """Block by block through the cache (X rows of the last block, G rows of the next), padding rows included."""

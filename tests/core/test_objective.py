@@ -13,6 +13,7 @@ from armd_jax.core import network, objective, order, parameters, sizes
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tied", [True, False])
 def test_chunked_loss_equals_unchunked(toy, tied):
     """Chunks that divide the length or not give the values and every gradient of one piece."""
@@ -55,6 +56,7 @@ def _logit_sizes(toy, config, batch: int, length: int) -> list[int]:
     return [int(np.prod(shape)) for shape in shapes - matrices if vocab in shape]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tied", [True, False])
 def test_logits_of_a_large_vocabulary_exist_chunk_by_chunk(toy, tied):
     """Forward and backward hold logits of `loss_chunk` positions at most, and below 64 MiB by default."""
@@ -67,6 +69,7 @@ def test_logits_of_a_large_vocabulary_exist_chunk_by_chunk(toy, tied):
     assert max(_logit_sizes(toy, config, 1024, 4)) == 1024 * vocab  # one position is the least there can be
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tied", [True, False])
 def test_padding_of_the_vocabulary_is_inert(toy, tied):
     """Padding rows change no loss whatever they hold, and get gradients of exactly zero."""
@@ -94,6 +97,7 @@ def test_padding_of_the_vocabulary_is_inert(toy, tied):
     assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(gradient))
 
 
+@pytest.mark.slow
 def test_sums_against_the_definition(toy):
     """weighted_nll, nll, weight, tokens and z are the sums their names say, from log-probabilities and logits."""
     config = toy.config(vocab_size=5, num_layers=1)
@@ -116,6 +120,7 @@ def test_sums_against_the_definition(toy):
     np.testing.assert_allclose(sums.z, (np.asarray(partitions)[counted] ** 2).sum(), rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_log_probs_are_the_softmax_of_the_logits(toy):
     """log p and log-partition, target by target, are those of `head_logits`."""
     config = toy.config(vocab_size=5, loss_chunk=3)
@@ -131,6 +136,7 @@ def test_log_probs_are_the_softmax_of_the_logits(toy):
     assert log_probs.dtype == partitions.dtype == jnp.float32
 
 
+@pytest.mark.slow
 def test_weight_zero_leaves_a_position_out(toy):
     """Padding (moved last, weight 0) changes no sum and no gradient, whatever tokens stand there."""
     config = toy.config(vocab_size=5, num_layers=2, two_stream_layers=1, tie_embeddings=False)

@@ -78,6 +78,7 @@ def test_evidence_everywhere_or_nowhere():
         np.testing.assert_array_equal(free.block_BN, none.block_BN, err_msg=kind)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("length", [1, 2])
 def test_shortest_rows(length):
     """Rows of one or two tokens are orders like any other, and have block masks."""
@@ -167,6 +168,7 @@ def _longest_rise(values: np.ndarray) -> int:
     return max(best)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("k", range(9))
 def test_progressive_moves_at_most_k_tokens(k):
     """scatter and window displace at most k, the window within k neighbours; reinsert keeps the others' order."""
@@ -195,6 +197,7 @@ def _assert_frequencies(rows: np.ndarray, expected: dict[tuple[int, ...], float]
         assert abs(counts[outcome] / len(rows) - probability) < 5 * sigma, outcome
 
 
+@pytest.mark.slow
 def test_distributions_of_permutations():
     """Scatter of all tokens and `uniform` are uniform; fewer tokens have the frequencies of their definition."""
     identity = (0, 1, 2, 3)
@@ -221,6 +224,7 @@ def test_distributions_of_permutations():
     _assert_frequencies(_draw(6, draws, 4, 1, "reinsert"), moves)
 
 
+@pytest.mark.slow
 def test_traced_k_equals_static_k():
     """The number of shuffled tokens may be traced: the curriculum's k depends on the step."""
     for permute in ("scatter", "window", "reinsert"):
@@ -229,6 +233,7 @@ def test_traced_k_equals_static_k():
             np.testing.assert_array_equal(traced(k), _draw(0, 5, 8, k, permute))
 
 
+@pytest.mark.slow
 def test_rows_are_drawn_independently():
     """Rows of one batch differ."""
     for drawn in (order.uniform(_key(0), 8, 16), order.progressive(_key(0), 8, 16, 8)):

@@ -16,6 +16,7 @@ def _draw(*shape: int) -> jax.Array:
     return jnp.asarray(np.random.default_rng(0).standard_normal(shape), jnp.float32)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rows", [(2, 1), (1, 3), (4, 4), (1, 17)], ids=str)
 @pytest.mark.parametrize("depth", [7, 256, 1024])
 @pytest.mark.parametrize("outer", [(64,), (96,), (2, 3, 32), (256,)], ids=str)
@@ -46,6 +47,7 @@ def test_columns_that_fill_no_panels_stay():
     assert cut(weight) is weight
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [{}, {"tie_embeddings": False, "mlp": "swiglu"}, {"two_stream_layers": 0}], ids=str)
 def test_the_network_is_the_same(changes):
     """Hidden states and logits, tied and untied, with either MLP, with and without two-stream layers."""

@@ -59,6 +59,7 @@ def _plain_transformer(params, tokens, num_heads: int, vocab: int):
     return norm(params["final_norm"], x) @ params["embedding"][:vocab].T
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attention", ["dense", "chunked"])
 def test_autoregressive_config_is_a_plain_transformer(toy, attention):
     """M = 0, `shift` and the identity order equal an ordinary causal transformer within 1e-5."""
@@ -166,6 +167,7 @@ def _slow_network(params, config, tokens, blocks) -> np.ndarray:
     return final @ head[:, : config.vocab_size]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("two_stream_layers", [0, 1, 2, 3])
 @pytest.mark.parametrize("aggregator", typed.choices(AggregatorKind))
 def test_network_equals_the_slow_network(toy, aggregator, two_stream_layers):
@@ -193,6 +195,7 @@ def test_network_equals_the_slow_network(toy, aggregator, two_stream_layers):
     np.testing.assert_allclose(ours, slow, rtol=1e-4, atol=3e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("aggregator", typed.choices(AggregatorKind))
 def test_one_token_blocks_equal_the_slow_network(toy, aggregator):
     """The same for permutations, where every mask is the lower triangle and `shift` is the previous token."""

@@ -24,6 +24,7 @@ def _lens(streams: int, group: str) -> jax.Array:
     }[group]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("group", "streams", "patterns"),
     [("two_stream", 1, (1,)), ("two_stream", 16, (1, 16)), ("last_two_stream", 4, (4,)), ("causal", 1, (1, 16))],
@@ -45,6 +46,7 @@ def test_equals_dense_in_value_and_gradients(group, streams, patterns):
         np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["left_to_right", "progressive", "uniform", "strided"])
 @pytest.mark.parametrize("sbp_steps", [0, 5])
 def test_patterns_cover_every_order_of_training(kind, sbp_steps):

@@ -30,6 +30,7 @@ def test_embedded_corpus_is_sizeable_unique_and_split_by_share(embedded):
     assert len(long) > 1000 and len(set(long)) == len(long)  # no passage is both held out and trained on
 
 
+@pytest.mark.slow
 def test_embedded_corpus_does_not_depend_on_the_process_and_imports_nothing():
     program = (
         "import sys\n"

@@ -122,6 +122,7 @@ def test_truncated_gzip_is_never_skipped(tmp_path):
         packing.prepare(config, LENGTH, tmp_path / "cache", progress=False)
 
 
+@pytest.mark.slow
 def test_one_line_of_a_hundred_megabytes(tmp_path):
     """It is one whole document, and its words are counted without all of them in memory at once."""
     words = b"all work and no play " * 5_000_000
@@ -132,6 +133,7 @@ def test_one_line_of_a_hundred_megabytes(tmp_path):
     assert packing.count_words(text[: 3 << 20]) == len(text[: 3 << 20].split())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tokenizer", ["bytes", "sentencepiece"])
 @pytest.mark.parametrize("text", ["all work and no play " * 80_000, "deadbeef" * 300_000], ids=["words", "one word"])
 def test_one_long_line_is_packed_whole(tmp_path, tokenizer, text):

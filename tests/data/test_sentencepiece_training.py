@@ -15,6 +15,7 @@ def corpus():
     return open_corpus(DataConfig())
 
 
+@pytest.mark.slow
 def test_training_is_repeatable_and_compresses(corpus):
     model = train_model(corpus.documents("train"), 1024)
     assert train_model(corpus.documents("train"), 1024) == model

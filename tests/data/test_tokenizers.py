@@ -62,6 +62,7 @@ def kinds(corpus, bpe_folder, tmp_path_factory):
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", LOSSLESS)
 def test_every_held_out_document_comes_back(kinds, corpus, kind):
     documents = [text for split in ("valid", "test") for text in corpus.documents(split)]

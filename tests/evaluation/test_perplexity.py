@@ -26,6 +26,7 @@ def _left_to_right(key, batch, length):
     return order.left_to_right(batch, length)
 
 
+@pytest.mark.slow
 def test_total_is_the_sum_over_every_token_once(data, lm):
     """The left-to-right total sums the log-probabilities of all tokens, the partly filled last row included."""
     rows, counts = _rows(data, "test"), data.counts("test")
@@ -62,6 +63,7 @@ def test_unigram_against_a_hand_count(data):
     assert perplexity.unigram_nats(data, "test") == pytest.approx(expected, rel=1e-9)
 
 
+@pytest.mark.slow
 def test_evaluate_reports_all_figures(data, lm):
     """Nothing is left out: every field has a value, scores are those of their orders, and the table has every row."""
     masked = OrderConfig(kind="masked_diffusion", diffusion_steps=4)
@@ -91,6 +93,7 @@ def test_evaluate_reports_all_figures(data, lm):
     assert "n/a" not in text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", typed.choices(OrderKind))
 def test_only_a_masked_diffusion_has_a_bound(data, lm, kind):
     """Orders without masking times give no ELBO, and what was not measured has no key in the file."""

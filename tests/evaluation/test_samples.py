@@ -11,6 +11,7 @@ from armd_jax.evaluation.results import Samples
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
+@pytest.mark.slow
 def test_samples_record_what_was_drawn_and_how(lm):
     """Every number of streams has its batch; texts, tokens, pieces and calls fit one another and the settings."""
     drawn = samples.draw(lm, (1, 2), batch=2, length=8, top_k=5, prompt="ab", suffix="c", seed=3)

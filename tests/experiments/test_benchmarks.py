@@ -8,6 +8,8 @@ import sys
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 FOLDER = pathlib.Path(__file__).parents[2] / "experiments/benchmarks"
 TINY = ["--layers=2", "--two-stream=1", "--width=16", "--heads=2", "--length=16", "--vocab=32", "--no-hf"]
 

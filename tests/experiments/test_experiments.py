@@ -17,6 +17,7 @@ CASES = [(file, arg) for file in FILES for arg in ("", "smoke")]
 CASES += [(file, "cpu") for file in FILES if file.stem == "wikitext2"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("file", "arg"), CASES, ids=lambda value: getattr(value, "stem", value))
 def test_one_training_step_can_be_traced(file, arg):
     """The config validates, and one whole update of it has consistent shapes; nothing is allocated."""

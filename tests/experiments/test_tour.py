@@ -8,6 +8,8 @@ import nbclient
 import nbformat
 import pytest
 
+pytestmark = pytest.mark.slow
+
 NOTEBOOK = pathlib.Path(__file__).parents[2] / "experiments/tour.ipynb"
 
 
@@ -32,13 +34,11 @@ def test_it_is_committed_without_outputs():
     assert not [cell for cell in code if cell.outputs or cell.execution_count is not None]
 
 
-@pytest.mark.slow
 def test_probabilities_add_up_to_one(printed):
     """Section 3: for each of three orders."""
     assert re.findall(r"add up to (\S+)", printed) == ["1.000000"] * 3
 
 
-@pytest.mark.slow
 def test_the_model_learns(printed):
     """Section 5: held-out text costs far less than the 3.8 bits per byte of an untrained model."""
     bits = [float(found) for found in re.findall(r"(\S+) bits per byte", printed)]
@@ -47,7 +47,6 @@ def test_the_model_learns(printed):
     assert left_to_right < two < four < random
 
 
-@pytest.mark.slow
 def test_streams_save_network_calls(printed):
     """Section 6: the numbers of calls are those of S + ceil(R / S) - 1, and sampler and parallel pass agree."""
     calls = {int(streams): int(count) for streams, count in re.findall(r"(\d+) stream\(s\), (\d+) network", printed)}
@@ -57,7 +56,6 @@ def test_streams_save_network_calls(printed):
     assert float(re.search(r"largest difference: (\S+) nats", printed)[1]) < 1e-3
 
 
-@pytest.mark.slow
 def test_the_gap_is_filled(printed):
     """Section 7: three versions between the same beginning and the same end."""
     lines = re.findall(r"does not exist, \[.*?\]\s+and return the name of the new file\.", printed, re.DOTALL)

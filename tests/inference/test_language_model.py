@@ -12,6 +12,8 @@ from armd_jax.core import parameters
 from armd_jax.core.kernels.panels import Panels
 from armd_jax.inference.language_model import LanguageModel
 
+pytestmark = pytest.mark.slow
+
 VOCAB, LENGTH = 300, 32
 
 

@@ -70,12 +70,14 @@ def _assert_decodes_exactly(lm: LanguageModel, streams: int, kind: str) -> None:
     assert out.num_calls == streams + -(-free // streams) - 1 == out.call_BN.max()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("streams", "kind"), CASES)
 def test_cached_log_probs_equal_the_parallel_forward(streams, kind):
     """For every S with no evidence, a prompt, or a gap to fill, decoding reports the parallel log-probabilities."""
     _assert_decodes_exactly(_model(_config()), streams, kind)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("aggregator", "two_stream_layers", "streams", "kind"),
     [(a, m, *case) for (a, m), case in zip(VARIANTS, CASES[1:] + CASES[:1], strict=True)],
@@ -117,6 +119,7 @@ def _spoil(cache: Cache, kind: str) -> Cache:
     return cache
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", SPOILED)
 def test_every_kind_of_cache_entry_matters(monkeypatch, kind):
     """One number of any cache set to 0 makes decoding differ from the parallel forward; an untouched cache does not."""
@@ -133,6 +136,7 @@ def test_every_kind_of_cache_entry_matters(monkeypatch, kind):
     assert (_discrepancy(lm, out) < TOLERANCE) == (kind == "nothing")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("streams", "kind"), [(1, "none"), (4, "none"), (2, "infill"), (4, "prompt")])
 def test_number_of_network_calls(monkeypatch, streams, kind):
     """The network itself counts S + N/S - 1 calls, S + ceil(R/S) - 1 with evidence, and `num_calls` says the same."""
@@ -161,6 +165,7 @@ def test_nothing_to_generate_makes_no_call():
     np.testing.assert_allclose(out.log_prob_BN, lm.log_prob(known, order.left_to_right(BATCH, LENGTH)), atol=TOLERANCE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("streams", [1, 3])
 def test_frequencies_match_the_probabilities(streams):
     """Counts of 20,000 samples of a model with 27 sequences fit its exact probabilities (chi-square, 26 degrees)."""
@@ -184,6 +189,7 @@ def _likelier(lm: LanguageModel, out: Generation) -> np.ndarray:
     return np.where(p_BNV > drawn_BN1 + 1e-6, p_BNV, 0).sum(axis=-1)
 
 
+@pytest.mark.slow
 def test_greedy_and_truncated_sampling():
     """Temperature 0 and top_k = 1 take the likeliest token, top_p = 0.6 stays in the nucleus and is not greedy."""
     lm = _model(_config())
@@ -197,6 +203,7 @@ def test_greedy_and_truncated_sampling():
     assert _likelier(lm, lm.generate(BATCH, streams=2, seed=9)).max() >= 0.6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "allowed"),
     [

@@ -39,6 +39,7 @@ def _assert_same_params(one: parameters.Params, other: parameters.Params) -> Non
         assert a.dtype == b.dtype and np.array_equal(a, b), jax.tree_util.keystr(path)
 
 
+@pytest.mark.slow
 def test_run_and_export_are_the_same_model(smoke_run, export):
     """Parameters, logits, samples and tokenizer of a run and of its export are equal to the last bit."""
     run, copy = armd.load(smoke_run), armd.load(str(export))
@@ -52,6 +53,7 @@ def test_run_and_export_are_the_same_model(smoke_run, export):
     np.testing.assert_array_equal(one.log_prob_BN, other.log_prob_BN)
 
 
+@pytest.mark.slow
 def test_average_or_raw_weights(smoke_run):
     """`load` takes the averaged weights of the newest checkpoint, with ema=False the raw ones."""
     config = configs.read(smoke_run)
@@ -65,6 +67,7 @@ def test_average_or_raw_weights(smoke_run):
     assert not np.array_equal(state.ema["embedding"], state.params["embedding"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("two_stream_layers", [0, 1, 3])
 def test_export_of_every_shape_of_model(tmp_path, two_stream_layers, tied):

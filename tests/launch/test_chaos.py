@@ -6,9 +6,12 @@ import re
 import subprocess
 import sys
 
+import pytest
+
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
+@pytest.mark.slow
 def test_a_run_survives_what_is_done_to_it(tmp_path):
     """Killed in a step, a save and a restore, stopped and damaged, a run ends with the bits of an unbroken one."""
     command = [

@@ -197,6 +197,7 @@ for word in "$@"; do case $word in --command=*) cd "$REMOTE_HOME" && exec bash -
 """
 
 
+@pytest.mark.slow
 def test_remote_commands_start_and_stop_a_run(tmp_path):
     """A start returns at once, and the run continues until a stop, which waits until the run has saved."""
     home = tmp_path / "home"

@@ -105,6 +105,7 @@ if {{process}} == 1:
     assert result.stderr.endswith("process 1 failed first, with code 7; its last lines:\n[1] the reason\n")
 
 
+@pytest.mark.slow
 def test_a_process_that_does_not_end_is_killed_within_the_bound():
     """If one process dies of a signal, which is reported as by a shell, one that ignores SIGTERM is killed in time."""
     code = f"""
@@ -138,6 +139,7 @@ def test_a_signal_has_a_bound_too():
     assert "killed" in err
 
 
+@pytest.mark.slow
 def test_what_a_failed_process_started_ends_too(tmp_path):
     """No child of a process is left behind if the group failed."""
     code = """
@@ -169,6 +171,7 @@ def test_nobody_reads_the_output():
         assert launcher.wait(timeout=50) in (0, 120)  # 120: Python could not flush its own output at the very end
 
 
+@pytest.mark.slow
 def test_a_training_of_two_processes(tmp_path, smoke_config, corpus):
     """Both processes of an `armd train` end well, and process 0 has written a complete run."""
     run, armd = tmp_path / "run", tmp_path / "bin" / "armd"

@@ -12,6 +12,8 @@ from armd_jax.errors import UserError
 from armd_jax.evaluation import results
 from armd_jax.report import bars, masks, order_schedule, page, style
 
+pytestmark = pytest.mark.slow
+
 PNGS = ("bits.png", "curriculum.png", "loss.png", "masks.png", "samples.png", "speed.png")
 LENGTH = 16
 

@@ -40,6 +40,7 @@ def test_phases_share_out_the_steps():
     assert {name for name, _, _ in _phases()} == set(phases.COLORS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("sbp_steps", [0, 10])
 def test_every_order_kind_has_its_schedule(kind, sbp_steps):
@@ -74,6 +75,7 @@ def test_examples_of_a_schedule_are_drawn_by_training_and_differ(kind):
         assert all(phase.first <= one.step < phase.end for one in examples if one.phase == phase.name)
 
 
+@pytest.mark.slow
 def test_masks_show_every_order_kind():
     """Each kind of order has its example under the curriculum's own words for it, and evidence has one as well."""
     examples = masks.examples()

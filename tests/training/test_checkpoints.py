@@ -81,6 +81,7 @@ def _broken_digests(step: pathlib.Path) -> None:
 DAMAGES = [_flip, _truncate, _empty, _without_state, _without_manifest, _without_digests, _broken_digests]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__.strip("_"))
 def test_every_damage_is_found(run, config, capsys, damage):
     """Reading takes the checkpoint before, `armd checkpoints` names the damaged one and ends with exit code 1."""
@@ -130,6 +131,7 @@ def test_digest_sees_every_element():
         assert digest(jnp.ones(4, dtype)) != digest(jnp.ones(4, dtype).at[3].set(2))
 
 
+@pytest.mark.slow
 def test_a_full_disk_costs_no_checkpoint(run, config, tmp_path):
     """A save that cannot be written is told; what was saved before stays, and the next save works again.
 
@@ -150,6 +152,7 @@ def test_a_full_disk_costs_no_checkpoint(run, config, tmp_path):
     assert [found.step for found in checkpoints.inspect(run) if not found.fault][-2:] == [40, 60]
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_told_in_one_line(tmp_path, capsys, corpus, smoke_config, monkeypatch):
     """Where metrics cannot be written the run ends with `error:` and exit code 1, not with a traceback."""
 

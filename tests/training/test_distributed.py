@@ -15,6 +15,8 @@ from armd_jax.cli import main as cli
 from armd_jax.errors import UserError
 from armd_jax.training import checkpoints, distributed
 
+pytestmark = pytest.mark.slow
+
 STEPS = 12
 
 

@@ -16,7 +16,7 @@ from armd_jax.config import Config
 from armd_jax.data import loader
 from armd_jax.training import checkpoints, faults, placement, run_data, sharding, state, step, train
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_compilation")]
 
 NO_TOKEN = 10**6  # beyond every vocabulary: its log-probability is NaN
 

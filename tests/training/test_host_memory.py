@@ -8,6 +8,8 @@ import pytest
 
 from armd_jax.training import host_memory
 
+pytestmark = pytest.mark.slow
+
 _SCRIPT = """
 import numpy as np, resource
 from armd_jax.training import host_memory

@@ -32,6 +32,7 @@ def _wait_for_step(process: subprocess.Popen, workdir: pathlib.Path, step: int) 
         time.sleep(0.01)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_leaves(tmp_path, smoke_config, corpus, number):
     """Exit code 75 within seconds, a checkpoint of that very step though none was due, and an event."""

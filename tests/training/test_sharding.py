@@ -13,6 +13,8 @@ from armd_jax.config import Config, MeshConfig, ModelConfig, OrderConfig, Traini
 from armd_jax.errors import UserError
 from armd_jax.training import divisibility, placement, sharding
 
+pytestmark = pytest.mark.slow
+
 CASES = pathlib.Path(__file__).with_name("sharding_cases.py")
 
 

@@ -90,6 +90,7 @@ def _power_cut(*_: Any) -> None:
     raise _PowerCut
 
 
+@pytest.mark.slow
 def test_resumed_run_equals_an_unbroken_one(tmp_path, monkeypatch, corpus, unbroken):
     """With dropout 0.1, a run that died at step 12 and was started again ends bit for bit as one that never died."""
     write = metrics.MetricWriter.write
@@ -135,6 +136,7 @@ def test_another_config_cannot_continue_a_run(corpus, unbroken):
     assert _files(workdir) == before
 
 
+@pytest.mark.slow
 def test_damaged_newest_checkpoint_is_passed_over(tmp_path, capsys, corpus, unbroken):
     """A checkpoint cut short is skipped with an event; the run goes on from the one before and ends the same."""
     workdir, whole = unbroken
@@ -164,6 +166,7 @@ def test_no_readable_checkpoint_is_an_error(tmp_path, corpus, unbroken):
         train.train(_config(corpus), tmp_path / "run", progress=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["progressive", "masked_diffusion"])
 def test_accumulated_gradients_equal_the_large_batch(corpus, kind):
     """Without dropout four microbatches give the gradient of the whole batch, also where tokens have weights."""
@@ -226,6 +229,7 @@ def test_average_starts_at_the_parameters(corpus):
         assert average.unsafe_buffer_pointer() != param.unsafe_buffer_pointer()
 
 
+@pytest.mark.slow
 def test_weight_decay_is_for_matrices_only():
     """With zero gradients only the matrices that multiply activations shrink, by rate times weight decay."""
     model = configs.ModelConfig(vocab_size=5, max_length=4, num_layers=3, two_stream_layers=2, width=8, num_heads=2)
@@ -243,6 +247,7 @@ def test_weight_decay_is_for_matrices_only():
     assert shrunk == {"query", "key_value", "attention_out", "mlp_in", "mlp_gate", "mlp_out", "head"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("died", [False, True], ids=["at once", "again after a death before the first checkpoint"])
 def test_fine_tuning_starts_from_the_weights_of_another_run(
     tmp_path, monkeypatch, smoke_run, smoke_config, corpus, died
@@ -278,6 +283,7 @@ def test_fine_tuning_needs_the_same_model(tmp_path, monkeypatch, capsys, smoke_r
     assert f"model.{field}" in capsys.readouterr().err.splitlines()[-1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tokenizer", ["bytes", "sentencepiece"])
 def test_a_run_is_not_continued_on_other_text(tmp_path, capsys, corpus, smoke_config, tokenizer):
     """Where the files that `data.path` names have changed, nothing is trained and the run stays as it is; with the old
