@@ -12,7 +12,7 @@ from armd_jax import order, typed
 from armd_jax.config import OrderConfig
 from armd_jax.data import loader, packing
 from armd_jax.errors import UserError
-from armd_jax.evaluation import perplexity
+from armd_jax.evaluation import perplexity, results
 from armd_jax.names import DrawnBlocksOrder, OrderKind
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -110,7 +110,7 @@ def test_lossy_tokenizer_has_no_bits_per_byte(monkeypatch, data, lm):
     assert found.left_to_right.bits_per_byte is None and found.xz_bits_per_byte is None
     assert found.left_to_right.perplexity_per_token > 1
     text = perplexity.as_text(found)
-    assert text.count("n/a (lossy)") == 2 and "xz" not in text
+    assert text.count("n/a (lossy)") == len(results.rows(found)) and "xz" not in text
 
 
 def test_another_vocabulary_is_a_user_error(data, lm):

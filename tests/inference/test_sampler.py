@@ -80,7 +80,7 @@ def test_cached_log_probs_equal_the_parallel_forward(streams, kind):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("aggregator", "two_stream_layers", "streams", "kind"),
-    [(a, m, *case) for (a, m), case in zip(VARIANTS, CASES[1:] + CASES[:1], strict=True)],
+    [(a, m, *CASES[number % len(CASES)]) for number, (a, m) in enumerate(VARIANTS, start=1)],
 )
 def test_cached_log_probs_for_every_aggregator_and_depth(aggregator, two_stream_layers, streams, kind):
     """The same with each aggregator and with no, some, or only two-stream layers."""
