@@ -48,7 +48,14 @@ class ModelConfig:
     mlp: names.MlpKind = _weights("gelu")
     norm: names.NormKind = _weights("layernorm")
     aggregator: names.AggregatorKind = _weights("positional")
+    neighbours: names.Neighbours = _weights("left")  # aggregator neighbours: also that on the right?
+    # aggregator neighbours: the gain at which its positional sum starts; 0: it has none.
+    positional_gain: float = _weights(0.3, at_least=0)
     positional_width: int = _weights(128)  # P, width of the aggregator's sinusoidal embedding
+    embedding_scale: names.EmbeddingScale = _weights("sqrt_width")  # by which looked-up embeddings are multiplied
+    qk_norm: bool = _weights(False)  # RMS norm of the queries and keys of every head
+    logit_cap: float = _weights(0.0, at_least=0)  # logits are cap tanh(logits / cap); 0: they are not capped
+    residual_init: names.ResidualInit = "unscaled"  # of projections into the residual stream; depth: by (2 L)^-1/2
     tie_embeddings: bool = _weights(True)  # the output head is the embedding table, transposed
     dropout: float = _field(0.0, fraction="open")  # on embeddings, attention outputs and MLP outputs
     rope_base: float = _weights(10_000.0, above=1)
@@ -124,12 +131,13 @@ def is_named_tokenizer(tokenizer: str) -> TypeGuard[names.NamedTokenizer]:
 class OptimizerConfig:
     """The optimizer. The defaults are the paper's protocol, which follows SEDD and MDLM."""
 
-    kind: names.OptimizerKind = "adamw"
+    kind: names.OptimizerKind = "adamw"  # muon: orthogonalised updates for the matrices of layers, AdamW for the rest
     learning_rate: float = _field(3e-4, above=0)
     schedule: names.LearningRateSchedule = "constant"  # after the warm-up
     warmup_steps: int = _field(2500, at_least=0)
     decay_fraction: float = _field(0.2, fraction="closed")  # wsd: the last part of training, in which the rate falls
     final_fraction: float = _field(0.0, fraction="closed")  # cosine, wsd: last learning rate divided by the peak
+    muon_momentum: float = _field(0.95, fraction="open")  # muon: of the matrices it updates; Adam's betas for the rest
     beta1: float = _field(0.9, fraction="open")
     beta2: float = _field(0.999, fraction="open")
     epsilon: float = _field(1e-8, above=0)
@@ -220,6 +228,10 @@ class Config:
 # --- in and out -----------------------------------------------------------------------------------------------------
 
 
+# What holds for the model of a stored config that has no such field, because it is older than the field.
+_BEFORE = {"embedding_scale": "one", "residual_init": "depth_scaled"}
+
+
 def default_config_dict() -> ml_collections.ConfigDict:
     """The defaults as a ConfigDict, which experiment files start from."""
     return ml_collections.ConfigDict(dataclasses.asdict(Config()))
@@ -254,6 +266,8 @@ def read(folder: pathlib.Path) -> Config:
     if not file.is_file():
         raise UserError(f"{folder}: neither a training run nor an export (it has no config.json)")
     values = files.read_json(file)
+    if isinstance(values, dict) and isinstance(model := values.get("model"), dict):
+        values = values | {"model": _BEFORE | model}
     try:
         return from_config_dict(values)
     except UserError as error:

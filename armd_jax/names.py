@@ -7,7 +7,10 @@ and tests iterate over them (`typed.choices`), and code that depends on such a n
 
 from typing import Literal
 
-AggregatorKind = Literal["positional", "mean", "shift"]
+AggregatorKind = Literal["positional", "mean", "shift", "neighbours"]
+Neighbours = Literal["left", "both"]
+EmbeddingScale = Literal["sqrt_width", "one"]
+ResidualInit = Literal["unscaled", "depth_scaled", "zero"]
 NormKind = Literal["layernorm", "rmsnorm"]
 MlpKind = Literal["gelu", "swiglu"]
 Remat = Literal["none", "dots", "full"]
@@ -24,7 +27,7 @@ OrderKind = Literal[OneTokenOrder, StridedOrder, DrawnBlocksOrder]
 Permutation = Literal["scatter", "window", "reinsert"]
 NoiseSchedule = Literal["linear", "cosine", "geometric"]
 OrderWeight = Literal["elbo", "simple"]
-OptimizerKind = Literal["adamw"]
+OptimizerKind = Literal["adamw", "muon"]
 LearningRateSchedule = Literal["constant", "cosine", "wsd"]
 AfterSkipped = Literal["rollback", "stop"]
 Damaged = Literal["error", "skip"]

@@ -1,8 +1,9 @@
 """Prefix aggregation: the first strictly causal vector of every target (paper section 4).
 
-An aggregator is a Flax module that is called with the rows of a network call and the rows of stream X, and returns G's
-first vectors and its own state. Its other methods say what state decoding keeps for it and what it costs. To add one,
-write such a module, name it in `names.AggregatorKind` and give `make` its case.
+An aggregator is a Flax module that is called with the rows of a network call, the rows of stream X, and the embeddings
+of the neighbours that it asks for, and returns G's first vectors and its own state. Its other methods say which
+neighbours it wants, what state decoding keeps for it, and what it costs. To add one, write such a module, name it in
+`names.AggregatorKind` and give `make` its case.
 """
 
 from typing import assert_never
@@ -13,10 +14,13 @@ import jax.numpy as jnp
 
 from armd_jax.config import ModelConfig
 from armd_jax.core.kernels.attention import attention_chunk
-from armd_jax.core.rows import Rows
+from armd_jax.core.rows import UNSEEN, Rows
+from armd_jax.core.sizes import embedding_rms
+
+Vectors = tuple[jax.Array, ...]  # one [B, G, D] for each of the neighbours that an aggregator wants
 
 
-def make(config: ModelConfig) -> "PrefixSum | PrecedingBlock":
+def make(config: ModelConfig) -> "PrefixSum | PrecedingBlock | NeighbourTokens":
     """The aggregator that the config names."""
     match config.aggregator:
         case "positional":
@@ -25,6 +29,8 @@ def make(config: ModelConfig) -> "PrefixSum | PrecedingBlock":
             return PrefixSum(config, positional=False)
         case "shift":
             return PrecedingBlock(config)
+        case "neighbours":
+            return NeighbourTokens(config)
         case _:
             assert_never(config.aggregator)
 
@@ -33,16 +39,19 @@ class PrefixSum(nn.Module):
     """A sum over all earlier tokens, RMS-normalised and scaled, plus W PE(pos_n) + b.
 
     positional: the sum of <PE(pos_n), PE(pos_i)> x_i, as in the paper. Otherwise the mean of x_i.
+    gain: at which the learned scale of the norm starts.
     """
 
     config: ModelConfig
     positional: bool
+    gain: float = 1.0
 
     @nn.compact
     def __call__(
-        self, rows: Rows, x_BXD: jax.Array, state: jax.Array | None, decoding: bool
+        self, rows: Rows, x_BXD: jax.Array, near: Vectors, state: jax.Array | None, decoding: bool
     ) -> tuple[jax.Array, jax.Array | None]:
         """G's first vectors [B, G, D] in x's dtype, and the state after all rows of X (None unless decoding)."""
+        del near
         config, dtype, strict_BG = self.config, x_BXD.dtype, rows.g_strict_len_BG
         g_code_BGP = sinusoidal(rows.g_positions_BG, config.positional_width)
         x_code_BXP = sinusoidal(rows.x_positions_BX, config.positional_width) if self.positional else None
@@ -62,11 +71,14 @@ class PrefixSum(nn.Module):
                 state = state + seen_BXD.sum(axis=1)
         if not self.positional:
             sum_BGD = sum_BGD / strict_BG[..., None]
-        scaled_BGD = nn.RMSNorm(epsilon=1e-6, dtype=jnp.float32, name="norm")(sum_BGD)
-        position_BGD = nn.Dense(
-            config.width, kernel_init=nn.initializers.normal(0.02), dtype=jnp.float32, name="position"
-        )(g_code_BGP)
-        return (scaled_BGD + position_BGD).astype(dtype), state
+        start = nn.initializers.constant(self.gain)
+        scaled_BGD = nn.RMSNorm(epsilon=1e-6, dtype=jnp.float32, scale_init=start, name="norm")(sum_BGD)
+        return (scaled_BGD + _position(config)(g_code_BGP)).astype(dtype), state
+
+    def wanted(self, rows: Rows) -> tuple[jax.Array, ...]:
+        """No neighbours."""
+        del rows
+        return ()
 
     def empty_state(self, batch: int) -> jax.Array | None:
         """The state before any token: positional [B, P, D], mean [B, D], float32."""
@@ -95,10 +107,10 @@ class PrecedingBlock(nn.Module):
 
     @nn.compact
     def __call__(
-        self, rows: Rows, x_BXD: jax.Array, state: jax.Array | None, decoding: bool
+        self, rows: Rows, x_BXD: jax.Array, near: Vectors, state: jax.Array | None, decoding: bool
     ) -> tuple[jax.Array, jax.Array | None]:
         """G's first vectors [B, G, D] in x's dtype. There is no state."""
-        del state
+        del near, state
         low_BG, high_BG = rows.g_previous_len_BG, rows.g_strict_len_BG
 
         def mean() -> jax.Array:
@@ -113,6 +125,11 @@ class PrecedingBlock(nn.Module):
         mean_BGD = mean() if decoding else jax.lax.cond(jnp.all(high_BG - low_BG == 1), gather, mean)
         return mean_BGD.astype(x_BXD.dtype), None
 
+    def wanted(self, rows: Rows) -> tuple[jax.Array, ...]:
+        """No neighbours: the preceding block is among the rows of X."""
+        del rows
+        return ()
+
     def empty_state(self, batch: int) -> None:
         """No state: the preceding block is among the rows of every call."""
         del batch
@@ -125,6 +142,92 @@ class PrecedingBlock(nn.Module):
     def decoding_flops(self) -> float:
         """Nothing worth counting."""
         return 0.0
+
+
+class NeighbourTokens(nn.Module):
+    """The embedding of the token at natural position j - 1, if an earlier block holds it; beyond the paper.
+
+    Added to it are W PE(pos_n) + b and the positional sum of `PrefixSum`, which is RMS-normalised and starts with a
+    gain of `model.positional_gain` (0: there is no sum). A neighbour that no earlier block holds is a learned vector.
+    In the natural order the neighbour is the previous token, as in an autoregressive transformer; in a strided order it
+    is the last token of the same stream. With `model.neighbours="both"`, the token at j + 1 comes in through a learned
+    D x D map.
+    """
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(
+        self, rows: Rows, x_BXD: jax.Array, near: Vectors, state: jax.Array | None, decoding: bool
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """G's first vectors [B, G, D] in x's dtype, and the state of the sum after all rows of X."""
+        config = self.config
+        if config.positional_gain:
+            first_BGD, state = PrefixSum(config, positional=True, gain=config.positional_gain, name="sum")(
+                rows, x_BXD, (), state, decoding
+            )
+        else:
+            first_BGD = _position(config)(sinusoidal(rows.g_positions_BG, config.positional_width)).astype(x_BXD.dtype)
+        length = nn.initializers.normal(embedding_rms(config))  # as long as the vectors of tokens
+
+        def known(name: str, ids_BG: jax.Array, vectors_BGD: jax.Array) -> jax.Array:
+            unseen_D = self.param(name, length, (config.width,))
+            return jnp.where(ids_BG[..., None] == UNSEEN, unseen_D.astype(x_BXD.dtype), vectors_BGD)
+
+        ids = self.wanted(rows)
+        first_BGD = first_BGD + known("unseen", ids[0], near[0])
+        if len(ids) > 1:
+            right_BGD = known("unseen_right", ids[1], near[1])
+            init = nn.initializers.normal(config.width**-0.5)
+            w_right = self.param("right", init, (config.width, config.width)).astype(x_BXD.dtype)
+            first_BGD = first_BGD + right_BGD @ w_right
+        return first_BGD, state
+
+    def wanted(self, rows: Rows) -> tuple[jax.Array, ...]:
+        """Ids [B, G] of the left neighbour, and of the right one if the config wants it."""
+        match self.config.neighbours:
+            case "left":
+                return (rows.g_left_BG,)
+            case "both":
+                return (rows.g_left_BG, rows.g_right_BG)
+            case _:
+                assert_never(self.config.neighbours)
+
+    @property
+    def _sum(self) -> PrefixSum | None:
+        """The sum, for its sizes; None if there is none."""
+        # Without a parent, because it is asked outside of a call too.
+        return PrefixSum(self.config, positional=True, parent=None) if self.config.positional_gain else None
+
+    def empty_state(self, batch: int) -> jax.Array | None:
+        """The state of the sum before any token [B, P, D]; None if there is no sum."""
+        return None if self._sum is None else self._sum.empty_state(batch)
+
+    def forward_flops(self, visible: float) -> float:
+        """FLOPs per token of a parallel forward pass: the sum, W PE, and the map of the right neighbour."""
+        code = 2 * self.config.positional_width * self.config.width
+        return (code if self._sum is None else self._sum.forward_flops(visible)) + self._right_flops
+
+    def decoding_flops(self) -> float:
+        """FLOPs per decoded token, likewise."""
+        code = 2 * self.config.positional_width * self.config.width
+        return (code if self._sum is None else self._sum.decoding_flops()) + self._right_flops
+
+    @property
+    def _right_flops(self) -> float:
+        match self.config.neighbours:
+            case "left":
+                return 0.0
+            case "both":
+                return 2 * self.config.width**2
+            case _:
+                assert_never(self.config.neighbours)
+
+
+def _position(config: ModelConfig) -> nn.Dense:
+    """W PE + b, in float32."""
+    init = nn.initializers.normal(0.02)
+    return nn.Dense(config.width, kernel_init=init, dtype=jnp.float32, name="position")
 
 
 def sinusoidal(positions: jax.Array, width: int) -> jax.Array:

@@ -60,6 +60,11 @@ def make_norm(config: ModelConfig, name: str) -> nn.Module:
             assert_never(config.norm)
 
 
+def _head_norm(dtype: jnp.dtype, name: str) -> nn.RMSNorm:
+    """The RMS norm of queries or keys over the width of a head (Henry et al. 2020), with a learned scale [K]."""
+    return nn.RMSNorm(epsilon=1e-6, dtype=dtype, name=name)
+
+
 def rotary_table(positions_BR: jax.Array, config: ModelConfig) -> tuple[jax.Array, jax.Array]:
     """cos and sin [B, R, 1, K/2] of RoPE (Su et al. 2021) at the given positions."""
     half = config.head_width // 2
@@ -115,8 +120,10 @@ class Layer(nn.Module):
         cos, sin = inputs.rotary
         q_BQHK = linear(normed_BRD[:, queries], w_q)
         kv_BTcHK = linear(normed_BRD[:, keys], w_kv)
-        q_BQHK = _rotate(q_BQHK, cos[:, queries], sin[:, queries])
         k_BTHK, v_BTHK = (a[:, :, 0] for a in jax.lax.split(kv_BTcHK, (1, 1), axis=2))
+        if config.qk_norm:
+            q_BQHK, k_BTHK = _head_norm(dtype, "query_norm")(q_BQHK), _head_norm(dtype, "key_norm")(k_BTHK)
+        q_BQHK = _rotate(q_BQHK, cos[:, queries], sin[:, queries])
         k_BTHK = _rotate(k_BTHK, cos[:, keys], sin[:, keys])
         if cache is not None:
             start, valid = inputs.start, inputs.valid_BT
@@ -149,8 +156,16 @@ class Layer(nn.Module):
         return linear(hidden_BQF, w_out)
 
     def _residual(self, fan_in: int) -> nn.initializers.Initializer:
-        """The initialisation of a projection into the residual stream, whose variance 2 L of them add up to."""
-        return _normal(fan_in, (2 * self.config.num_layers) ** -0.5)
+        """The initialisation of a projection into the residual stream, to which 2 L of them add."""
+        match self.config.residual_init:
+            case "unscaled":
+                return _normal(fan_in)
+            case "depth_scaled":
+                return _normal(fan_in, (2 * self.config.num_layers) ** -0.5)
+            case "zero":
+                return nn.initializers.zeros_init()
+            case _:
+                assert_never(self.config.residual_init)
 
     def _weight(
         self, name: str, init: nn.initializers.Initializer, shape: tuple[int, ...], dtype: jnp.dtype

@@ -20,6 +20,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from armd_jax.config import ModelConfig
 from armd_jax.core import aggregation, axes
@@ -31,7 +32,7 @@ from armd_jax.core.kernels.panels import Panels
 from armd_jax.core.layer import KeyValue, Layer, StackInputs, make_norm, rotary_table, run_stack
 from armd_jax.core.parameters import Params
 from armd_jax.core.rows import START, Rows
-from armd_jax.core.sizes import activation_dtype
+from armd_jax.core.sizes import activation_dtype, embedding_scale
 
 
 def forward(
@@ -45,12 +46,14 @@ def forward(
     """
     num_two = config.two_stream_layers
     embedding_context = context.fold_in(config.num_layers)
-    x_BXD = _embed(params, config, rows, context)
+    aggregator = aggregation.make(config)
+    x_BXD, *near = _embed(params, config, (rows.x_tokens_BX, *aggregator.wanted(rows)), context)
     # Flax types every `apply` as a pair with collections of variables, which these modules do not return.
-    aggregated: Any = aggregation.make(config).apply(
+    aggregated: Any = aggregator.apply(
         {"params": params.get("aggregator", {})},
         rows,
         x_BXD,
+        tuple(near),
         None if cache is None else cache.aggregate,
         cache is not None,
     )
@@ -75,16 +78,20 @@ def forward(
     return h_BGD, None if cache is None else Cache(x_kv=x_kv, g_kv=g_kv, aggregate=aggregate)
 
 
-def _embed(params: Params, config: ModelConfig, rows: Rows, context: Context) -> jax.Array:
-    """The rows of stream X [B, X, D]: token embeddings, or the learned start token."""
+def _embed(params: Params, config: ModelConfig, ids: tuple[jax.Array, ...], context: Context) -> tuple[jax.Array, ...]:
+    """The vectors [B, R, D] of ids [B, R], all in one lookup: token embeddings, or the learned start token."""
     dtype = activation_dtype(config)
 
     def constrain_table(table_VD: jax.Array) -> jax.Array:
         return context.constrain(table_VD, axes.PARAMETERS["embedding"])
 
-    embedded = look_up(dtype, constrain_table, params["embedding"], jnp.maximum(rows.x_tokens_BX, 0))
-    x_BXD = jnp.where(rows.x_tokens_BX[..., None] == START, params["start"].astype(dtype), embedded)
-    return context.constrain(x_BXD, axes.ROWS)
+    ids_BR = jnp.concatenate(ids, axis=1)
+    embedded = look_up(dtype, constrain_table, params["embedding"], jnp.maximum(ids_BR, 0))
+    if (scale := embedding_scale(config)) != 1.0:
+        embedded = embedded * jnp.asarray(scale, dtype)
+    rows_BRD = jnp.where(ids_BR[..., None] == START, params["start"].astype(dtype), embedded)
+    ends = np.cumsum([part.shape[1] for part in ids])[:-1]
+    return tuple(context.constrain(part_BRD, axes.ROWS) for part_BRD in jnp.split(rows_BRD, ends, axis=1))
 
 
 def _two_stream_layers(
@@ -131,5 +138,7 @@ def head_logits(params: Params, config: ModelConfig, h_BND: jax.Array) -> jax.Ar
     if not isinstance(weight_DV, Panels):
         weight_DV = weight_DV.astype(h_BND.dtype)
     logits_BNV = linear(h_BND, weight_DV, jnp.float32)
+    if config.logit_cap:
+        logits_BNV = config.logit_cap * jnp.tanh(logits_BNV / config.logit_cap)
     real = jnp.arange(logits_BNV.shape[-1]) < config.vocab_size
     return jnp.where(real, logits_BNV, -jnp.inf)

@@ -12,7 +12,7 @@ from armd_jax.core.context import Context
 from armd_jax.core.kernels.panels import Panels, cut
 from armd_jax.core.layer import Layer, StackInputs, make_norm, rotary_table
 from armd_jax.core.rows import single_row
-from armd_jax.core.sizes import padded_vocab
+from armd_jax.core.sizes import embedding_rms, embedding_scale, padded_vocab
 
 Params = dict[str, Any]
 
@@ -34,10 +34,12 @@ def init(key: jax.Array, config: ModelConfig) -> Params:
         return jax.vmap(lambda k: layer.init(k, rows_BRD, inputs, Context())["params"])(jax.random.split(key, count))
 
     params: Params = {
-        "embedding": nn.initializers.normal(0.02)(keys[0], (vocab, width)),
-        "start": nn.initializers.normal(0.02)(keys[1], (width,)),
+        # The start token is as long as the vectors of tokens, which are rows of this table times its scale.
+        "embedding": nn.initializers.normal(embedding_rms(config) / embedding_scale(config))(keys[0], (vocab, width)),
+        "start": nn.initializers.normal(embedding_rms(config))(keys[1], (width,)),
     }
-    aggregator = aggregation.make(config).init(keys[2], single_row(), rows_BRD[:, :1], None, False)
+    row_B1D = rows_BRD[:, :1]
+    aggregator = aggregation.make(config).init(keys[2], single_row(), row_B1D, (row_B1D,) * 2, None, False)
     if aggregator:
         params["aggregator"] = aggregator["params"]
     if num_two > 1:

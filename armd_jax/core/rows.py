@@ -7,7 +7,8 @@ import jax.numpy as jnp
 from armd_jax.core.block_mask import BlockMask
 from armd_jax.core.order import Order
 
-START = -1  # stands for the learned start token in Rows.x_tokens_BX
+START = -1  # stands for the learned start token among token ids
+UNSEEN = -2  # stands for a token that no earlier block holds, likewise
 
 
 @flax.struct.dataclass
@@ -26,6 +27,10 @@ class Rows:
     g_strict_len_BG: jax.Array  # int32, how many keys of X each target sees
     g_previous_len_BG: jax.Array  # int32, context index at which the block before the target's begins
     g_len_BG: jax.Array  # int32, how many keys of G each target sees in the causal layers
+    # int32, the tokens at the natural positions before and after each target: START before the first position, UNSEEN
+    # if no earlier block holds them.
+    g_left_BG: jax.Array
+    g_right_BG: jax.Array
     x_start: jax.Array | int = 0  # context index of the first row of X
     g_start: jax.Array | int = 0  # generation index of the first row of G
     x_valid_BX: jax.Array | None = None  # bool, False for padding rows, which enter no cache; None: all are valid
@@ -36,6 +41,7 @@ def rows_for_training(tokens_BN: jax.Array, order: Order, mask: BlockMask) -> Ro
     """All rows of a sequence at once. tokens_BN: int32, at natural positions."""
     generated_BN = jnp.take_along_axis(tokens_BN, order.positions_BN, axis=1)
     positions_BN = order.positions_BN + 1
+    rank_BN = ranks(order)
     start = jnp.full_like(generated_BN[:, :1], START)
     return Rows(
         x_tokens_BX=jnp.concatenate([start, generated_BN[:, :-1]], axis=1),
@@ -45,10 +51,36 @@ def rows_for_training(tokens_BN: jax.Array, order: Order, mask: BlockMask) -> Ro
         g_strict_len_BG=mask.strict_len_BN,
         g_previous_len_BG=mask.previous_len_BN,
         g_len_BG=mask.g_len_BN,
+        g_left_BG=neighbours(generated_BN, rank_BN, order.positions_BN - 1, mask.strict_len_BN),
+        g_right_BG=neighbours(generated_BN, rank_BN, order.positions_BN + 1, mask.strict_len_BN),
     )
+
+
+def ranks(order: Order) -> jax.Array:
+    """int32 [B, N]: the generation index of every natural position."""
+    return jnp.argsort(order.positions_BN, axis=1).astype(jnp.int32)
+
+
+def neighbours(
+    generated_BN: jax.Array, rank_BN: jax.Array, positions_BG: jax.Array, strict_len_BG: jax.Array
+) -> jax.Array:
+    """int32 [B, G]: the tokens at natural positions beside targets, if targets may see them.
+
+    generated_BN: int32 in generation order. Tokens that are not there yet may hold anything.
+    rank_BN: see `ranks`.
+    positions_BG: int32, the natural position that is asked for, by target; it may lie outside the sequence.
+    strict_len_BG: how many rows of X, the start token among them, each target sees.
+    Returns START before the first position, and UNSEEN if the target sees no token at that position.
+    """
+    length = rank_BN.shape[1]
+    rank_BG = jnp.take_along_axis(rank_BN, jnp.clip(positions_BG, 0, length - 1), axis=1)
+    tokens_BG = jnp.take_along_axis(generated_BN, rank_BG, axis=1)
+    # Token r in generation order is row r + 1 of X.
+    seen_BG = (positions_BG < length) & (rank_BG + 1 < strict_len_BG)
+    return jnp.where(positions_BG < 0, START, jnp.where(seen_BG, tokens_BG, UNSEEN))
 
 
 def single_row() -> Rows:
     """One row of each stream, for shapes only."""
     one = jnp.ones((1, 1), jnp.int32)
-    return Rows(one, one, one, one, one, one * 0, one)
+    return Rows(one, one, one, one, one, one * 0, one, one, one)

@@ -28,6 +28,28 @@ def mlp_width(config: ModelConfig) -> int:
             assert_never(config.mlp)
 
 
+def embedding_scale(config: ModelConfig) -> float:
+    """What looked-up embeddings are multiplied by."""
+    match config.embedding_scale:
+        case "sqrt_width":
+            return config.width**0.5
+        case "one":
+            return 1.0
+        case _:
+            assert_never(config.embedding_scale)
+
+
+def embedding_rms(config: ModelConfig) -> float:
+    """The root mean square of the entries of token vectors at initialisation."""
+    match config.embedding_scale:
+        case "sqrt_width":
+            return 1.0  # as large as what layers add to them
+        case "one":
+            return 0.02
+        case _:
+            assert_never(config.embedding_scale)
+
+
 def mlp_matrices(config: ModelConfig) -> int:
     """How many D x F matrices an MLP has."""
     match config.mlp:

@@ -22,7 +22,7 @@ from armd_jax.core import block_mask, network, objective
 from armd_jax.core import cache as caches
 from armd_jax.core.cache import Cache
 from armd_jax.core.parameters import Params
-from armd_jax.core.rows import START, Rows
+from armd_jax.core.rows import START, Rows, neighbours, ranks
 from armd_jax.core.sizes import activation_dtype
 from armd_jax.inference.draw import Draw
 from armd_jax.inference.schedule import Schedule
@@ -58,10 +58,11 @@ def generate(
     num_calls = schedule.start_C.shape[0]
     call_keys = jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.arange(num_calls))
     positions_BN = _spare(schedule.order.positions_BN + 1, schedule.streams)
-    state = _first_call(params, config, call_keys[0], tokens_BN, positions_BN, schedule, draw)
+    rank_BN = ranks(schedule.order)  # outside the loop: sorting costs more than a small network's call
+    state = _first_call(params, config, call_keys[0], tokens_BN, positions_BN, rank_BN, schedule, draw)
 
     def step(call: jax.Array, state: SamplingState) -> SamplingState:
-        return _next_call(loop_params, config, call_keys[call], call, state, positions_BN, schedule, draw)
+        return _next_call(loop_params, config, call_keys[call], call, state, positions_BN, rank_BN, schedule, draw)
 
     state = jax.lax.fori_loop(1, num_calls, step, state)
     length = tokens_BN.shape[1]
@@ -84,6 +85,7 @@ def _first_call(
     key: jax.Array,
     tokens_BN: jax.Array,
     positions_BN: jax.Array,
+    rank_BN: jax.Array,
     schedule: Schedule,
     draw: Draw,
 ) -> SamplingState:
@@ -92,6 +94,7 @@ def _first_call(
     num_evidence, streams = schedule.num_evidence, schedule.streams
     mask = block_mask.build(schedule.order)
     first = slice(0, num_evidence + 1)
+    natural_BG = schedule.order.positions_BN[:, first]
     start_B1 = jnp.full((batch, 1), START, jnp.int32)
     rows = Rows(
         x_tokens_BX=jnp.concatenate([start_B1, tokens_BN[:, :num_evidence]], axis=1),
@@ -101,6 +104,8 @@ def _first_call(
         g_strict_len_BG=mask.strict_len_BN[:, first],
         g_previous_len_BG=mask.previous_len_BN[:, first],
         g_len_BG=mask.g_len_BN[:, first],
+        g_left_BG=neighbours(tokens_BN, rank_BN, natural_BG - 1, mask.strict_len_BN[:, first]),
+        g_right_BG=neighbours(tokens_BN, rank_BN, natural_BG + 1, mask.strict_len_BN[:, first]),
     )
     empty = caches.empty(config, activation_dtype(config), batch, length + streams)
     h_BGD, cache = network.forward(params, config, rows, empty)
@@ -124,6 +129,7 @@ def _next_call(
     call: jax.Array,
     state: SamplingState,
     positions_BN: jax.Array,
+    rank_BN: jax.Array,
     schedule: Schedule,
     draw: Draw,
 ) -> SamplingState:
@@ -138,6 +144,11 @@ def _next_call(
     def every(value: jax.Array) -> jax.Array:
         return jnp.full((batch, streams), value, jnp.int32)
 
+    def beside(offset: int) -> jax.Array:
+        # A natural position is one less than the position that the network is given.
+        positions_BS = take(positions_BN, g_start) - 1 + offset
+        return neighbours(state.tokens_BN, rank_BN, positions_BS, every(g_start + 1))
+
     x_valid = jnp.broadcast_to(jnp.arange(streams) < x_count, (batch, streams))
     g_valid = jnp.broadcast_to(jnp.arange(streams) < g_count, (batch, streams))
     rows = Rows(
@@ -148,6 +159,8 @@ def _next_call(
         g_strict_len_BG=every(g_start + 1),
         g_previous_len_BG=every(x_start + 1),
         g_len_BG=every(g_start + g_count),
+        g_left_BG=beside(-1),
+        g_right_BG=beside(1),
         x_start=x_start + 1,
         g_start=g_start,
         x_valid_BX=x_valid,

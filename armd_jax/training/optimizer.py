@@ -5,12 +5,25 @@ from typing import Any, assert_never
 import jax
 import jax.numpy as jnp
 import optax
+from optax.contrib import MuonDimensionNumbers, muon
 
 from armd_jax.config import OptimizerConfig
 from armd_jax.core.parameters import Params
 
 # Weight decay applies to matrices that multiply activations, by the last part of the parameter's name.
-DECAYED = {"query", "key_value", "attention_out", "mlp_in", "mlp_gate", "mlp_out", "head"}
+DECAYED = {"query", "key_value", "attention_out", "mlp_in", "mlp_gate", "mlp_out", "right", "head"}
+# The matrices of the layers, which Muon orthogonalises: which axes are summed over and which are the result, counted
+# from the last. All others (stacked layers, keys beside values) are matrices of their own.
+MUON_AXES = {
+    "query": MuonDimensionNumbers((-3,), (-2, -1)),
+    "key_value": MuonDimensionNumbers((-4,), (-2, -1)),
+    "attention_out": MuonDimensionNumbers((-3, -2), (-1,)),
+    "mlp_in": MuonDimensionNumbers((-2,), (-1,)),
+    "mlp_gate": MuonDimensionNumbers((-2,), (-1,)),
+    "mlp_out": MuonDimensionNumbers((-2,), (-1,)),
+    "right": MuonDimensionNumbers((-2,), (-1,)),
+}
+MUON_RMS = 0.2  # the root mean square of Muon's updates, as of Adam's: one learning rate serves both (Liu et al. 2025)
 
 
 def learning_rate(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
@@ -38,6 +51,9 @@ def make(config: OptimizerConfig, num_steps: int) -> optax.GradientTransformatio
     def decayed(params: Params) -> Params:
         return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key in DECAYED, params)
 
+    def orthogonalised(params: Params) -> Params:
+        return jax.tree_util.tree_map_with_path(lambda path, _: MUON_AXES.get(path[-1].key), params)
+
     match config.kind:
         case "adamw":
             update = optax.adamw(
@@ -48,6 +64,19 @@ def make(config: OptimizerConfig, num_steps: int) -> optax.GradientTransformatio
                 weight_decay=config.weight_decay,
                 mask=decayed,
             )
+        case "muon":
+            # Embeddings, head, norms, biases and single vectors take Adam's updates.
+            update = muon(
+                learning_rate(config, num_steps),
+                beta=config.muon_momentum,
+                eps=config.epsilon,
+                weight_decay=config.weight_decay,
+                weight_decay_mask=decayed,
+                adam_b1=config.beta1,
+                adam_b2=config.beta2,
+                muon_weight_dimension_numbers=orthogonalised,
+                consistent_rms=MUON_RMS,
+            )
         case _:
             assert_never(config.kind)
     return optax.chain(optax.clip_by_global_norm(config.clip_norm), update) if config.clip_norm else update
@@ -55,7 +84,9 @@ def make(config: OptimizerConfig, num_steps: int) -> optax.GradientTransformatio
 
 def updates_done(opt_state: optax.OptState) -> jax.Array:
     """int32: how many updates the schedule has counted. Skipped updates are not among them."""
-    return optax.tree_utils.tree_get(opt_state, "count", filtering=lambda path, _: _is_schedule(path))
+    # Muon has one schedule for the matrices and one for the rest, which count alike.
+    counts = optax.tree_utils.tree_get_all_with_path(opt_state, "count", filtering=lambda path, _: _is_schedule(path))
+    return counts[0][1]
 
 
 def _is_schedule(path: tuple[Any, ...]) -> bool:

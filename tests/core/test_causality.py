@@ -83,6 +83,9 @@ def test_later_tokens_change_no_bit(toy, order_groups, aggregator, remat, scan, 
         attention=attention,
         attention_chunk=3,
         tie_embeddings=False,
+        neighbours={"off": "left", "on": "both"}[scan],
+        positional_gain={"dense": 0.0, "chunked": 0.3}[attention],
+        qk_norm=scan == "on",
     )
     params = toy.params(config, scale=1.0)
     run = jax.jit(lambda tokens, drawn: _logits(params, config, tokens, drawn))
@@ -132,13 +135,13 @@ def test_gradient_of_earlier_logits_is_zero(toy):
 
 
 @pytest.mark.parametrize("two_stream_layers", [0, 1, 3])
-@pytest.mark.parametrize("aggregator", ["positional", "mean"])
+@pytest.mark.parametrize("aggregator", [kind for kind in typed.choices(AggregatorKind) if kind != "shift"])
 def test_positions_of_a_first_block_differ(toy, aggregator, two_stream_layers):
     """With only the start token visible, two positions get different distributions, also before training."""
     config = toy.config(num_layers=3, two_stream_layers=two_stream_layers, aggregator=aggregator)
     params = toy.params(config, scale=1.0, noise=0.0)
-    initial = aggregation.make(config).init(jax.random.key(0), single_row(), jnp.zeros((1, 1, 8)), None, False)
-    initial = initial["params"]
+    vector = jnp.zeros((1, 1, 8))
+    initial = aggregation.make(config).init(jax.random.key(0), single_row(), vector, (vector,), None, False)["params"]
     drawn = order.from_blocks([[0, 1, 2, 3]])
     for aggregator_params, least in ((params["aggregator"], 1e-2), (initial, 1e-4)):
         params["aggregator"] = aggregator_params

@@ -15,9 +15,9 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 PARTS = [
     {"norm": "layernorm", "mlp": "gelu", "tie_embeddings": True},
-    {"norm": "rmsnorm", "mlp": "swiglu", "tie_embeddings": False},
-    {"norm": "layernorm", "mlp": "swiglu", "tie_embeddings": False},
-    {"norm": "rmsnorm", "mlp": "gelu", "tie_embeddings": True},
+    {"norm": "rmsnorm", "mlp": "swiglu", "tie_embeddings": False, "neighbours": "both", "qk_norm": True},
+    {"norm": "layernorm", "mlp": "swiglu", "tie_embeddings": False, "positional_gain": 0.0, "logit_cap": 4.0},
+    {"norm": "rmsnorm", "mlp": "gelu", "tie_embeddings": True, "embedding_scale": "one"},
 ]
 
 

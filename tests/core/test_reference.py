@@ -31,8 +31,8 @@ def _plain_transformer(params, tokens, num_heads: int, vocab: int):
     """Pre-norm decoder: start token at position 0, RoPE, causal softmax, GELU, tied head; row j predicts token j."""
     batch, length = tokens.shape
     start = jnp.broadcast_to(params["start"], (batch, 1, params["start"].shape[0]))
-    x = jnp.concatenate([start, params["embedding"][tokens[:, :-1]]], axis=1)
-    width = x.shape[-1]
+    width = start.shape[-1]
+    x = jnp.concatenate([start, params["embedding"][tokens[:, :-1]] * width**0.5], axis=1)
     size = width // num_heads
     angles = np.outer(np.arange(length), 10_000.0 ** (-np.arange(0, size, 2) / size))
     turn = jnp.asarray(np.exp(1j * angles), jnp.complex64)[None, :, None]
@@ -105,8 +105,15 @@ def _rope(a_HK: np.ndarray, position: int, base: float) -> np.ndarray:
 
 def _attend(config, p, query_row, query_position: int, keys: list[tuple[np.ndarray, int]]) -> np.ndarray:
     """Update of one row from normed key rows with their positions."""
-    q = _rope(np.einsum("d,dhk->hk", query_row, p["query"]), query_position, config.rope_base)
-    k = np.stack([_rope(np.einsum("d,dhk->hk", r, p["key_value"][:, 0]), pos, config.rope_base) for r, pos in keys])
+
+    def heads(name: str, row: np.ndarray, weight: np.ndarray, position: int) -> np.ndarray:
+        vectors = np.einsum("d,dhk->hk", row, weight)
+        if config.qk_norm:
+            vectors = np.stack([_norm("rmsnorm", p[f"{name}_norm"], vector, 1e-6) for vector in vectors])
+        return _rope(vectors, position, config.rope_base)
+
+    q = heads("query", query_row, p["query"], query_position)
+    k = np.stack([heads("key", row, p["key_value"][:, 0], position) for row, position in keys])
     v = np.stack([np.einsum("d,dhk->hk", r, p["key_value"][:, 1]) for r, _ in keys])
     scores = np.einsum("hk,thk->ht", q, k) / np.sqrt(q.shape[-1])
     weights = np.exp(scores - scores.max(axis=1, keepdims=True))
@@ -140,19 +147,30 @@ def _first_vector(config, params, n: int, block: dict, x: dict) -> np.ndarray:
     if config.aggregator == "shift":
         return np.mean([x[i][0] for i in earlier if block[i] == block[n] - 1], axis=0)
     own = _code(n, config.positional_width)
-    if config.aggregator == "positional":
+    if config.aggregator in ("positional", "neighbours"):
         total = sum(own @ _code(i, config.positional_width) * x[i][0] for i in earlier)
     else:
         total = np.mean([x[i][0] for i in earlier], axis=0)
-    p = params["aggregator"]
-    return _norm("rmsnorm", p["norm"], total, 1e-6) + own @ p["position"]["kernel"] + p["position"]["bias"]
+    p = params["aggregator"].get("sum", params["aggregator"])
+    code = own @ p["position"]["kernel"] + p["position"]["bias"]
+    if config.aggregator == "neighbours" and not config.positional_gain:
+        vector = code
+    else:
+        vector = _norm("rmsnorm", p["norm"], total, 1e-6) + code
+    if config.aggregator == "neighbours":
+        p = params["aggregator"]
+        vector = vector + (x[n - 1][0] if n - 1 in earlier else p["unseen"])
+        if config.neighbours == "both":
+            vector = vector + (x[n + 1][0] if n + 1 in earlier else p["unseen_right"]) @ p["right"]
+    return vector
 
 
 def _slow_network(params, config, tokens, blocks) -> np.ndarray:
     """Logits [N, V] at natural positions, for one sequence. Context 0 is the start token, j + 1 natural position j."""
     params = jax.tree.map(lambda a: np.asarray(a, np.float64), parameters.unstack(params))
     block = {0: 0} | {j + 1: b for b, members in enumerate(blocks, start=1) for j in members}
-    x = {0: (params["start"], 0)} | {j + 1: (params["embedding"][t], j + 1) for j, t in enumerate(tokens)}
+    scale = {"sqrt_width": np.sqrt(config.width), "one": 1.0}[config.embedding_scale]
+    x = {0: (params["start"], 0)} | {j + 1: (params["embedding"][t] * scale, j + 1) for j, t in enumerate(tokens)}
     targets = range(1, len(tokens) + 1)
     g = {n: (_first_vector(config, params, n, block, x), n) for n in targets}
     two_stream = [*params.get("two_stream", []), *([params["last_two_stream"]] if config.two_stream_layers else [])]
@@ -183,6 +201,10 @@ def test_network_equals_the_slow_network(toy, aggregator, two_stream_layers):
         tie_embeddings=not odd,
         rope_base=100.0,
         attention_chunk=4,
+        neighbours=("left", "both")[odd],
+        positional_gain=0.3 * (two_stream_layers < 2),
+        qk_norm=bool(odd),
+        embedding_scale=("sqrt_width", "one")[odd],
     )
     params = toy.params(config, seed=two_stream_layers, scale=1.0, noise=0.2)
     rng = np.random.default_rng([two_stream_layers, odd])
