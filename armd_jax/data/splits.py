@@ -103,6 +103,6 @@ class Division:
     def _too_small(self, split: Split, what: str) -> UserError:
         held_out = f"data.{split}_fraction={self._fractions[split]:g}" if split in self._fractions else "training"
         return UserError(
-            f"{self._name}: {what} leave nothing for {held_out};"
+            f"{self._name}: nothing of {what} would be left for {held_out};"
             f" name files {', '.join(SPLITS[:-1])} and {SPLITS[-1]}, or change the fractions (0: no such split)"
         )
