@@ -47,7 +47,7 @@ class ModelConfig:
     mlp_width: int = _weights(0, at_least=0)
     mlp: names.MlpKind = _weights("gelu")
     norm: names.NormKind = _weights("layernorm")
-    aggregator: names.AggregatorKind = _weights("positional")
+    aggregator: names.AggregatorKind = _weights("neighbours")  # positional is the paper's
     neighbours: names.Neighbours = _weights("left")  # aggregator neighbours: also that on the right?
     # aggregator neighbours: the gain at which its positional sum starts; 0: it has none.
     positional_gain: float = _weights(0.3, at_least=0)

@@ -55,7 +55,11 @@ def main(out: str) -> None:
         results[f"{name}/share"] = np.asarray(weight.addressable_shards[0].data.size / weight.size)
         _, losses = _train(placed, mesh, now, tokens)
         results[f"{name}/losses"] = np.asarray(losses)
-    results["moved/losses"] = np.asarray(_moved(config, pathlib.Path(out).parent, tokens))
+    results["moved/losses"] = np.asarray(_moved(config, pathlib.Path(out).parent / "adamw", tokens))
+    muon = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, kind="muon"))
+    placed, mesh = _placed(muon, MESHES["one"])
+    results["muon/losses"] = np.asarray(_train(placed, mesh, state.create(placed, mesh), tokens)[1])
+    results["muon moved/losses"] = np.asarray(_moved(muon, pathlib.Path(out).parent / "muon", tokens))
     np.savez(out, **results)
 
 

@@ -89,6 +89,12 @@ def test_a_run_moves_between_meshes(results):
     np.testing.assert_allclose(results["moved/losses"], results["one/losses"], rtol=1e-4)
 
 
+def test_a_run_with_muon_moves_between_meshes(results):
+    """The same with Muon, whose updates need whole matrices however they are cut over the devices."""
+    np.testing.assert_allclose(results["muon moved/losses"], results["muon/losses"], rtol=1e-3)
+    assert results["muon/losses"][-1] < results["muon/losses"][0] - 0.3
+
+
 def test_meshes_that_do_not_fit_are_user_errors():
     """Axes that do not multiply to the devices, and batches that do not divide over them, are named."""
     with pytest.raises(UserError, match="devices"):

@@ -1,0 +1,108 @@
+"""Muon: what it does to each matrix, what it leaves to Adam, and what it costs in memory."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from armd_jax import config as configs
+from armd_jax.config import Config, OptimizerConfig
+from armd_jax.core import axes, parameters
+from armd_jax.training import optimizer, sharding, state
+
+MODEL = configs.ModelConfig(vocab_size=5, max_length=4, num_layers=4, two_stream_layers=2, width=16, num_heads=2)
+MODEL = dataclasses.replace(MODEL, mlp="swiglu", mlp_width=32, positional_width=4, neighbours="both", qk_norm=True)
+MUON = OptimizerConfig(kind="muon", learning_rate=0.5, schedule="constant", warmup_steps=0, clip_norm=0.0)
+
+
+def _gradients(seed: int = 0) -> parameters.Params:
+    shapes = jax.eval_shape(lambda: parameters.init(jax.random.key(0), MODEL))
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda leaf: jnp.asarray(rng.standard_normal(leaf.shape), jnp.float32), shapes)
+
+
+def _update(config: OptimizerConfig, params: parameters.Params, grads: parameters.Params) -> parameters.Params:
+    tx = optimizer.make(config, 10)
+    return jax.jit(lambda p, g: tx.update(g, tx.init(p), p)[0])(params, grads)
+
+
+def _matrices(name: str, leaf: np.ndarray) -> list[np.ndarray]:
+    """The matrices [inputs, outputs] in a parameter of the layers, one for each layer, keys apart from values."""
+    inputs = {"attention_out": 2}.get(name, 1)
+    rank = {"query": 3, "key_value": 4, "attention_out": 3}.get(name, 2)
+    layers = leaf.reshape(-1, *leaf.shape[leaf.ndim - rank :])
+    if name == "key_value":
+        layers = np.concatenate([layers[:, :, 0], layers[:, :, 1]])
+    return [layer.reshape(int(np.prod(layer.shape[:inputs])), -1) for layer in layers]
+
+
+@pytest.mark.slow
+def test_muon_orthogonalises_every_matrix_of_the_layers():
+    """Each is what `optax.contrib.muon` makes of it alone, nearly orthogonal and of RMS 0.2; the rest is Adam's."""
+    grads = _gradients()
+    params = jax.tree.map(jnp.zeros_like, grads)
+    updates, adams = (_update(dataclasses.replace(MUON, kind=kind), params, grads) for kind in ("muon", "adamw"))
+    alone = optax.contrib.muon(MUON.learning_rate, consistent_rms=0.2)
+    seen = set()
+    for (path, update), grad, adam in zip(
+        jax.tree_util.tree_leaves_with_path(updates), jax.tree.leaves(grads), jax.tree.leaves(adams), strict=True
+    ):
+        name = path[-1].key
+        if name not in axes.PARAMETERS or name in ("embedding", "head"):
+            np.testing.assert_allclose(update, adam, rtol=1e-6)
+            continue
+        seen.add(name)
+        for found, matrix in zip(_matrices(name, np.asarray(update)), _matrices(name, np.asarray(grad)), strict=True):
+            given = {"w": jnp.asarray(matrix)}
+            expected = alone.update(given, alone.init(given), jax.tree.map(jnp.zeros_like, given))[0]["w"]
+            np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4)
+            singular = np.linalg.svd(found, compute_uv=False) / (0.2 * MUON.learning_rate * max(matrix.shape) ** 0.5)
+            assert 0.5 < singular.min() and singular.max() < 1.4  # the five steps of Newton-Schulz leave that much
+    assert seen == set(axes.PARAMETERS) - {"embedding", "head"}
+
+
+@pytest.mark.slow
+def test_muon_decays_matrices_of_layers_only():
+    """With zero gradients, they shrink by rate times weight decay, and nothing else moves."""
+    params = jax.tree.map(jnp.ones_like, _gradients())
+    updates = _update(dataclasses.replace(MUON, weight_decay=0.25), params, jax.tree.map(jnp.zeros_like, params))
+    moved = {}
+    for path, update in jax.tree_util.tree_leaves_with_path(updates):
+        assert np.ptp(update) == 0
+        moved[path[-1].key] = float(update.ravel()[0])
+    assert {name for name, value in moved.items() if value} == set(optimizer.MUON_AXES)
+    assert set(moved.values()) == {0.0, -0.125}
+
+
+def test_muon_keeps_one_moment_of_the_matrices():
+    """Adam's state has two numbers per weight; Muon's has one per weight of a matrix, laid on the mesh alike."""
+    config = Config(model=MODEL, optimizer=dataclasses.replace(MUON, ema_decay=0.0))
+    mesh = sharding.make_mesh(config.mesh)
+    sizes = {}
+    for kind in ("adamw", "muon"):
+        of_kind = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, kind=kind))
+        abstract = jax.eval_shape(lambda of_kind=of_kind: state.create(of_kind, mesh))
+        sizes[kind] = sum(leaf.size for leaf in jax.tree.leaves(abstract.opt_state) if leaf.ndim)
+        assert jax.tree.structure(state.shardings(of_kind, mesh).opt_state) == jax.tree.structure(abstract.opt_state)
+    matrices = sum(
+        leaf.size
+        for path, leaf in jax.tree_util.tree_leaves_with_path(abstract.params)
+        if path[-1].key in optimizer.MUON_AXES
+    )
+    coefficients = 3
+    assert sizes["adamw"] - sizes["muon"] == matrices - coefficients
+
+
+def test_updates_are_counted():
+    """The count of the schedule, of which Muon has two, is the number of updates."""
+    params = jax.tree.map(jnp.ones_like, _gradients())
+    for kind in ("adamw", "muon"):
+        tx = optimizer.make(dataclasses.replace(MUON, kind=kind, clip_norm=1.0), 10)
+        opt_state = tx.init(params)
+        update = jax.jit(lambda g, s, tx=tx: tx.update(g, s, params)[1])
+        for count in range(3):
+            assert int(optimizer.updates_done(opt_state)) == count
+            opt_state = update(params, opt_state)
