@@ -54,29 +54,35 @@ def make(config: OptimizerConfig, num_steps: int) -> optax.GradientTransformatio
     def orthogonalised(params: Params) -> Params:
         return jax.tree_util.tree_map_with_path(lambda path, _: MUON_AXES.get(path[-1].key), params)
 
+    def labels(params: Params) -> Params:
+        return jax.tree_util.tree_map_with_path(
+            lambda path, _: "matrix" if path[-1].key in MUON_AXES else "other", params
+        )
+
+    rate = learning_rate(config, num_steps)
+    adamw = optax.adamw(
+        rate,
+        b1=config.beta1,
+        b2=config.beta2,
+        eps=config.epsilon,
+        weight_decay=config.weight_decay,
+        mask=decayed,
+    )
     match config.kind:
         case "adamw":
-            update = optax.adamw(
-                learning_rate(config, num_steps),
-                b1=config.beta1,
-                b2=config.beta2,
-                eps=config.epsilon,
-                weight_decay=config.weight_decay,
-                mask=decayed,
-            )
+            update = adamw
         case "muon":
-            # Embeddings, head, norms, biases and single vectors take Adam's updates.
-            update = muon(
-                learning_rate(config, num_steps),
+            # Embeddings, head, norms, biases and single vectors keep AdamW. Optax's muon has an Adam of its own for
+            # them, whose weight decay cannot leave some of them out.
+            matrices = muon(
+                rate,
                 beta=config.muon_momentum,
                 eps=config.epsilon,
                 weight_decay=config.weight_decay,
-                weight_decay_mask=decayed,
-                adam_b1=config.beta1,
-                adam_b2=config.beta2,
                 muon_weight_dimension_numbers=orthogonalised,
                 consistent_rms=MUON_RMS,
             )
+            update = optax.partition({"matrix": matrices, "other": adamw}, labels)
         case _:
             assert_never(config.kind)
     return optax.chain(optax.clip_by_global_norm(config.clip_norm), update) if config.clip_norm else update

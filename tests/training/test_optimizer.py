@@ -18,9 +18,9 @@ MODEL = dataclasses.replace(MODEL, mlp="swiglu", mlp_width=32, positional_width=
 MUON = OptimizerConfig(kind="muon", learning_rate=0.5, schedule="constant", warmup_steps=0, clip_norm=0.0)
 
 
-def _gradients(seed: int = 0) -> parameters.Params:
-    shapes = jax.eval_shape(lambda: parameters.init(jax.random.key(0), MODEL))
-    rng = np.random.default_rng(seed)
+def _gradients(model: configs.ModelConfig = MODEL) -> parameters.Params:
+    shapes = jax.eval_shape(lambda: parameters.init(jax.random.key(0), model))
+    rng = np.random.default_rng(0)
     return jax.tree.map(lambda leaf: jnp.asarray(rng.standard_normal(leaf.shape), jnp.float32), shapes)
 
 
@@ -60,20 +60,21 @@ def test_muon_orthogonalises_every_matrix_of_the_layers():
             expected = alone.update(given, alone.init(given), jax.tree.map(jnp.zeros_like, given))[0]["w"]
             np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4)
             singular = np.linalg.svd(found, compute_uv=False) / (0.2 * MUON.learning_rate * max(matrix.shape) ** 0.5)
-            assert 0.5 < singular.min() and singular.max() < 1.4  # the five steps of Newton-Schulz leave that much
+            assert 0.6 < np.median(singular) < 1.3 and singular.max() < 1.4  # five steps of Newton-Schulz leave that
     assert seen == set(axes.PARAMETERS) - {"embedding", "head"}
 
 
 @pytest.mark.slow
-def test_muon_decays_matrices_of_layers_only():
-    """With zero gradients, they shrink by rate times weight decay, and nothing else moves."""
-    params = jax.tree.map(jnp.ones_like, _gradients())
+def test_muon_decays_what_adamw_decays():
+    """With zero gradients, matrices that multiply activations shrink by rate times weight decay; nothing else moves."""
+    untied = dataclasses.replace(MODEL, tie_embeddings=False)
+    params = jax.tree.map(jnp.ones_like, _gradients(untied))
     updates = _update(dataclasses.replace(MUON, weight_decay=0.25), params, jax.tree.map(jnp.zeros_like, params))
     moved = {}
     for path, update in jax.tree_util.tree_leaves_with_path(updates):
         assert np.ptp(update) == 0
         moved[path[-1].key] = float(update.ravel()[0])
-    assert {name for name, value in moved.items() if value} == set(optimizer.MUON_AXES)
+    assert {name for name, value in moved.items() if value} == set(optimizer.DECAYED)
     assert set(moved.values()) == {0.0, -0.125}
 
 
