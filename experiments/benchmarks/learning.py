@@ -21,6 +21,9 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # on a GPU, torch needs its part of the memory
+# Threads of torch that wait for one another without spinning. On two cores that anything else also uses, a step of
+# GPT-2 takes several times as long if they spin.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 from armd_jax.training import host_memory
 
@@ -51,7 +54,7 @@ OURS: dict[str, tuple[str, ...]] = {
     "armd": trainings.IDENTITY_ORDER,
     "curriculum": trainings.CURRICULUM,
 }
-STEPS = {"cpu": 400, "125m": 3000}
+STEPS = {"cpu": 360, "125m": 3000}  # cpu: with 3 rates and 3 seeds, under an hour on two cores
 RATES = {"cpu": (1.5e-3, 3e-3, 6e-3), "125m": (3e-4, 6e-4, 1.2e-3)}
 EVALUATIONS = 8  # per training; the steps to GPT-2's final loss are interpolated between them
 CLOSEST = 0.98  # parameters of ours divided by GPT-2's are between this and 1
@@ -66,16 +69,14 @@ def base_values(size: str, smoke: bool) -> ConfigDict:
 
     The larger form needs --config.data.path and --config.data.tokenizer, as experiments/owt_small.py does.
     """
-    folder = trainings.ROOT / "experiments"
-    values = experiment_file.load_config_file(f"{folder / 'quickstart.py'}{':smoke' if smoke else ''}")
+    values = trainings.quickstart(smoke)
     if size == "125m" and not smoke:
-        large = experiment_file.load_config_file(str(folder / "owt_small.py"))
+        large = experiment_file.load_config_file(str(trainings.ROOT / "experiments" / "owt_small.py"))
         values.model, values.data = large.model, large.data
         values.model.update(dropout=0.0, remat="none")
         values.order.max_permuted = large.order.max_permuted
         values.training.update(batch_size=64, microbatches=4)
         values.optimizer.ema_decay = 0.99
-    values.training.eval_batches = 0  # the whole validation split
     return values
 
 
@@ -136,17 +137,32 @@ def make_cases(values: ConfigDict, overrides: Sequence[str], data: PreparedData,
     setting = trainings.setting_of("gpt2", gpt2_facts(config), data)
     cases = {"gpt2": Case(LABELS["gpt2"], config, setting, make_gpt2)}
     for name, changes in OURS.items():
-        ours = trainings.with_overrides(values, [*overrides, *changes, f"model.vocab_size={config.model.vocab_size}"])
+        ours = trainings.with_vocabulary(trainings.with_overrides(values, [*overrides, *changes]), data)
         cases[name] = trainings.our_case(LABELS[name], with_parameters_of_gpt2(ours), data)
     return cases
 
 
 def gpt2_facts(config: Config) -> dict[str, Any]:
-    """What decides the result of a GPT-2's training, beside the learning rate and the seed."""
-    model, settings = config.model, dataclasses.asdict(config.optimizer)
-    del settings["learning_rate"]
-    size = [model.num_layers, model.width, model.num_heads, model.max_length, model.vocab_size]
-    return {"size": size, "optimizer": settings, "steps": config.training.num_steps, "rows": config.training.batch_size}
+    """What decides the result of a GPT-2's training, beside the data, the learning rate and the seed."""
+    used = {
+        "model": ("num_layers", "width", "num_heads", "max_length", "vocab_size", "dtype"),
+        "optimizer": (
+            "schedule",
+            "warmup_steps",
+            "decay_fraction",
+            "final_fraction",
+            "beta1",
+            "beta2",
+            "epsilon",
+            "weight_decay",
+            "clip_norm",
+            "ema_decay",
+        ),
+        "training": ("num_steps", "batch_size", "microbatches"),
+    }
+    return {
+        section: {name: getattr(getattr(config, section), name) for name in names} for section, names in used.items()
+    }
 
 
 def check_pairing(finished: dict[str, list[Training]]) -> dict[int, str]:
@@ -264,7 +280,7 @@ def benchmark(args: argparse.Namespace, words: list[str]) -> int:
             count, width = trainings.count_parameters(model), sizes.mlp_width(model)
             print(f"{LABELS[name]}: {count:,} parameters, MLP width {width}", file=sys.stderr)
     for name in only:
-        trainings.complete(results, cases[name], rates, seeds, data, EVALUATIONS, progress=not args.json)
+        trainings.complete(results, cases[name], rates, seeds, data, EVALUATIONS, not args.json)
     finished = {name: found for name, case in cases.items() if (found := results.at_best_rate(case, seeds))}
     batches = check_pairing(finished)
     rows = summary(finished, cases, results)
@@ -274,7 +290,8 @@ def benchmark(args: argparse.Namespace, words: list[str]) -> int:
         return 0
     shown = [one for found in finished.values() for one in found]
     tokens = config.training.batch_size * config.model.max_length
-    print(f"\n{steps} steps of {config.training.batch_size} x {config.model.max_length} tokens ({steps * tokens:,}).\n")
+    size = f"{config.training.batch_size} x {config.model.max_length} tokens"
+    print(f"\n{steps} steps of {size} ({steps * tokens:,} in all), valid split.\n")
     print(as_markdown(rows))
     print(f"\nFinal nats per token at every learning rate, seed {seeds[0]}:\n")
     print(trainings.rates_table(results, [cases[name] for name in finished], seeds[0]))

@@ -138,6 +138,23 @@ def count_parameters(model: ModelConfig) -> int:
 # --- configs --------------------------------------------------------------------------------------------------------
 
 
+def quickstart(smoke: bool) -> ConfigDict:
+    """The quickstart's config, or its smoke form, with evaluations on the whole validation split."""
+    values = experiment_file.load_config_file(f"{ROOT / 'experiments' / 'quickstart.py'}{':smoke' if smoke else ''}")
+    values.training.eval_batches = 0
+    return values
+
+
+def as_config_dict(config: Config) -> ConfigDict:
+    """The config in the form that fields can be set in."""
+    return ConfigDict(dataclasses.asdict(config))
+
+
+def with_vocabulary(config: Config, data: PreparedData) -> Config:
+    """The config with the vocabulary size of the prepared data."""
+    return run_data.with_vocabulary(config, data.tokenizer)
+
+
 def scaled(values: ConfigDict, steps: int) -> ConfigDict:
     """The experiment with this many steps: warm-up and the phases of its curriculum keep their share of them."""
     values = values.copy_and_resolve_references()
@@ -273,12 +290,16 @@ def complete(
     data: PreparedData,
     evaluations: int,
     progress: bool = True,
+    label: str = "",
 ) -> None:
-    """Trains what the results lack: every rate with the first seed, then the best rate with the other seeds."""
+    """Trains what the results lack: every rate with the first seed, then the best rate with the other seeds.
+
+    label: stands before the name of the case in the progress bar.
+    """
 
     def train_missing(rate: float, seed: int) -> None:
         if not results.of(case, seed, rate):
-            results.add(train(case, rate, seed, data, evaluations, progress))
+            results.add(train(case, rate, seed, data, evaluations, progress, label))
 
     for rate in rates:
         train_missing(rate, seeds[0])
@@ -299,8 +320,16 @@ def evaluation_steps(steps: int, count: int) -> list[int]:
     return sorted({round(steps * number / count) for number in range(1, count + 1)} - {0})
 
 
-def train(case: Case, rate: float, seed: int, data: PreparedData, evaluations: int, progress: bool = True) -> Training:
-    """Trains a case at one learning rate with one seed."""
+def train(
+    case: Case,
+    rate: float,
+    seed: int,
+    data: PreparedData,
+    evaluations: int,
+    progress: bool = True,
+    label: str = "",
+) -> Training:
+    """Trains a case at one learning rate with one seed, and evaluates it at this many evenly spaced steps."""
     config = dataclasses.replace(
         case.config,
         optimizer=dataclasses.replace(case.config.optimizer, learning_rate=rate),
@@ -314,7 +343,7 @@ def train(case: Case, rate: float, seed: int, data: PreparedData, evaluations: i
     curve: list[tuple[int, float]] = []
     bar = tqdm(
         total=steps * batch_size * data.length,
-        desc=f"{case.name}, rate {rate:g}, seed {seed}",
+        desc=f"{label + ': ' if label else ''}{case.name}, rate {rate:g}, seed {seed}",
         unit="token",
         unit_scale=True,
         dynamic_ncols=True,
