@@ -198,11 +198,11 @@ def summary(finished: dict[str, list[Training]], cases: dict[str, Case], results
     return rows
 
 
-def arrival_text(values: Sequence[float | None]) -> str:
+def arrival_text(values: Sequence[float | None], digits: int = 0) -> str:
     """Mean ± standard error of steps or seconds, or how many of the seeds did not get there."""
     missing = sum(value is None for value in values)
     if not values or not missing:
-        return trainings.shown([value for value in values if value is not None], 0)
+        return trainings.shown([value for value in values if value is not None], digits)
     return "not reached" if missing == len(values) else f"not reached by {missing} of {len(values)} seeds"
 
 
@@ -223,7 +223,7 @@ def as_markdown(rows: dict[str, Any]) -> str:
         [
             row["name"],
             arrival_text(row["steps_to_gpt2"]),
-            arrival_text(row["seconds_to_gpt2"]),
+            arrival_text(row["seconds_to_gpt2"], 1),
             f"{row['tokens_per_second']:,.0f}",
         ]
         for row in rows.values()
