@@ -13,7 +13,8 @@ layers needs only X's keys and values. L - M causal layers on G alone follow, th
               |               | | |
               +-aggregate-->  G --[M two-stream layers]--> G --[L - M causal layers]--> norm --> head
 
-One `Layer` definition serves every case, in training and in cached decoding.
+One `Layer` definition serves every case, in training and in cached decoding. `denoise` is the network of a denoiser:
+one stream and L of these layers, in which every position sees every other.
 """
 
 from typing import Any
@@ -45,7 +46,7 @@ def forward(
     """
     num_two = config.two_stream_layers
     embedding_context = context.fold_in(config.num_layers)
-    x_BXD = _embed(params, config, rows, context)
+    x_BXD = _embed(params, config, rows.x_tokens_BX, context)
     # Flax types every `apply` as a pair with collections of variables, which these modules do not return.
     aggregated: Any = aggregation.make(config).apply(
         {"params": params.get("aggregator", {})},
@@ -75,16 +76,51 @@ def forward(
     return h_BGD, None if cache is None else Cache(x_kv=x_kv, g_kv=g_kv, aggregate=aggregate)
 
 
-def _embed(params: Params, config: ModelConfig, rows: Rows, context: Context) -> jax.Array:
-    """The rows of stream X [B, X, D]: token embeddings, or the learned start token."""
+def denoise(
+    params: Params,
+    config: ModelConfig,
+    tokens_BN: jax.Array,
+    masked_BN: jax.Array,
+    valid_BN: jax.Array,
+    context: Context = PLAIN,
+) -> jax.Array:
+    """The final hidden state of every position [B, N, D] in a denoiser (`model.kind`), at natural positions.
+
+    The network is that of MDLM (Sahoo et al. 2024) without its time input: ordinary layers in which every position sees
+    all valid ones. It predicts the tokens at masked positions, and what it says elsewhere means nothing.
+
+    tokens_BN: int32. masked_BN: bool, True at tokens that the network must not see. valid_BN: bool, False at padding,
+        which stands at the end of a row.
+    """
+    x_BND = _embed(params, config, jnp.where(masked_BN, START, tokens_BN), context)
+    x_BND = context.fold_in(config.num_layers).dropout(config.dropout, x_BND, 0)
+    batch, length = tokens_BN.shape
+    # The valid positions are a prefix of the row, so that the mask is one number per row. A query needs at least one.
+    len_B1 = jnp.maximum(jnp.sum(valid_BN, axis=1, keepdims=True, dtype=jnp.int32), 1)
+    positions_BN = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (batch, length))
+    x_BND, _ = run_stack(
+        Layer(config, "bidirectional", num_keys=length),
+        params["bidirectional"],
+        x_BND,
+        StackInputs(rotary_table(positions_BN, config), jnp.broadcast_to(len_B1, (batch, length))),
+        context,
+        first_layer=0,
+        caches=None,
+    )
+    h_BND: Any = make_norm(config, "final_norm").apply({"params": params["final_norm"]}, x_BND)
+    return h_BND
+
+
+def _embed(params: Params, config: ModelConfig, ids_BR: jax.Array, context: Context) -> jax.Array:
+    """The vectors [B, R, D] of ids [B, R]: token embeddings, and the learned vector that START stands for."""
     dtype = activation_dtype(config)
 
     def constrain_table(table_VD: jax.Array) -> jax.Array:
         return context.constrain(table_VD, axes.PARAMETERS["embedding"])
 
-    embedded = look_up(dtype, constrain_table, params["embedding"], jnp.maximum(rows.x_tokens_BX, 0))
-    x_BXD = jnp.where(rows.x_tokens_BX[..., None] == START, params["start"].astype(dtype), embedded)
-    return context.constrain(x_BXD, axes.ROWS)
+    embedded = look_up(dtype, constrain_table, params["embedding"], jnp.maximum(ids_BR, 0))
+    rows_BRD = jnp.where(ids_BR[..., None] == START, params["start"].astype(dtype), embedded)
+    return context.constrain(rows_BRD, axes.ROWS)
 
 
 def _two_stream_layers(

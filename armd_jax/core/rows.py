@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from armd_jax.core.block_mask import BlockMask
 from armd_jax.core.order import Order
 
-START = -1  # stands for the learned start token in Rows.x_tokens_BX
+START = -1  # stands for the learned start token in Rows.x_tokens_BX, and for a masked token in a denoiser
 
 
 @flax.struct.dataclass

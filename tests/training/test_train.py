@@ -177,7 +177,7 @@ def test_accumulated_gradients_equal_the_large_batch(corpus, kind):
     params = jax.jit(parameters.init, static_argnums=1)(jax.random.key(0), model)
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, 257, (8, 16)), jnp.int32)
     mesh = sharding.make_mesh(config.mesh)
-    drawn = step.draw_order(config, 6, 16)
+    drawn = step.draw_task(config, 6, 16)
     assert (float(np.ptp(drawn.weight_BN)) > 0) == (kind == "masked_diffusion")
     results = []
     for count in (1, 4):
@@ -267,7 +267,7 @@ def test_fine_tuning_starts_from_the_weights_of_another_run(
     data, _ = run_data.prepare(config, workdir, progress=False)
     with loader.train_batches(data, config.training.batch_size, config.training.seed) as batches:
         _, tokens = next(batches)
-    expected = -float(np.mean(lm.log_prob(tokens, step.draw_order(config, 0, tokens.shape[1]))))
+    expected = -float(np.mean(lm.log_prob(tokens, step.draw_task(config, 0, tokens.shape[1]))))
     first = _rows(workdir)[0]
     assert first["step"] == 1 and first["train/nll"] == pytest.approx(expected, rel=1e-4)
     untrained = float(np.log(lm.config.vocab_size))
