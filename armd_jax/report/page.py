@@ -205,7 +205,8 @@ def _samples(drawn: Samples | None, where: str) -> _Section:
     if not drawn or not drawn.samples:
         return _Section(title + markup.missing("There are no samples yet", f"armd sample {where}"))
     together = "Tokens that were filled in by the same call have the same colour."
-    if any(sample.streams is not None for sample in drawn.samples):
+    in_streams = any(sample.streams is not None for sample in drawn.samples)
+    if in_streams:
         together = (
             "With S streams, S tokens that are far apart in the text are written by the same call and have the same"
             " colour."
@@ -230,7 +231,8 @@ def _samples(drawn: Samples | None, where: str) -> _Section:
     if facts:
         parts.append(markup.note(f"Drawn with {facts}."))
     if pictures:
-        parts.append(markup.note("The file samples.png shows the first text of each number of streams or steps."))
+        each = "number of streams" if in_streams else "sampler and number of steps"
+        parts.append(markup.note(f"The file samples.png shows the first text of each {each}."))
     return _Section("".join(parts), pictures)
 
 

@@ -14,6 +14,7 @@ from armd_jax.training import checkpoints, divisibility, placement, sharding, st
 
 MESHES = {"one": (1, 1, 1), "data": (8, 1, 1), "fsdp": (1, 8, 1), "mixed": (2, 2, 2), "tensor": (1, 2, 4)}
 MESHES["flash"] = MESHES["mixed"]  # with the GPU kernel, interpreted
+DENOISER = {"one": (1, 1, 1), "mixed": (2, 2, 2)}
 STEPS, BATCH, LENGTH = 20, 8, 16
 
 
@@ -55,6 +56,11 @@ def main(out: str) -> None:
         results[f"{name}/share"] = np.asarray(weight.addressable_shards[0].data.size / weight.size)
         _, losses = _train(placed, mesh, now, tokens)
         results[f"{name}/losses"] = np.asarray(losses)
+    denoiser = dataclasses.replace(config, model=dataclasses.replace(config.model, kind="denoiser"))
+    for name, shape in DENOISER.items():
+        placed, mesh = _placed(denoiser, shape)
+        _, losses = _train(placed, mesh, state.create(placed, mesh), tokens)
+        results[f"denoiser/{name}"] = np.asarray(losses)
     results["moved/losses"] = np.asarray(_moved(config, pathlib.Path(out).parent, tokens))
     np.savez(out, **results)
 
