@@ -30,12 +30,15 @@ _free = functools.partial(typed.field, may_change=True)
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """The two-stream network (paper section 4).
+    """The two-stream network (paper section 4), or the denoiser of a masked diffusion.
 
     An ordinary autoregressive transformer is `two_stream_layers=0, aggregator="shift"`, trained with left-to-right
     orders.
     """
 
+    # armd: the two-stream network, trained on orders. denoiser: the bidirectional network of a masked diffusion (MDLM,
+    # Sahoo et al. 2024); two_stream_layers, aggregator, positional_width and the `order` section then mean nothing.
+    kind: names.ModelKind = _weights("armd")
     # Vocabulary size, counting real tokens only. 0: taken from the tokenizer of the data.
     vocab_size: int = _field(0, at_least=0)
     max_length: int = _field(1024, at_least=1)  # N, tokens per row
@@ -75,6 +78,11 @@ class ModelConfig:
     def head_width(self) -> int:
         """K."""
         return self.width // self.num_heads
+
+    @property
+    def has_orders(self) -> bool:
+        """Whether the model is trained on generation orders, and scored and sampled under them."""
+        return self.kind in typed.choices(names.OrderModel)
 
     @property
     def plain_attention(self) -> names.PlainAttention:
@@ -295,6 +303,8 @@ def differences(old: Config, new: Config) -> Iterator[tuple[str, Any, Any, bool]
 def _kernel_fault(model: ModelConfig, kind: names.AttentionKind, where: str = "model") -> str:
     """Why an attention kernel cannot compute this model; empty if it can."""
     match kind:
+        case "splash" if not model.has_orders:
+            return f"this kernel computes causal masks, and {where}.kind='denoiser' has none; use auto or chunked"
         case "splash" if model.max_length % names.SPLASH_TILE:
             return f"{where}.max_length={model.max_length} must be a multiple of {names.SPLASH_TILE}"
         case "flash" if model.head_width > names.FLASH_WIDEST:
@@ -311,7 +321,7 @@ def _kernel_fault(model: ModelConfig, kind: names.AttentionKind, where: str = "m
 def check_model(model: ModelConfig, where: str = "model") -> None:
     """Raises UserError if no model of this config could be built."""
     typed.check(model, where)
-    if model.two_stream_layers > model.num_layers:
+    if model.has_orders and model.two_stream_layers > model.num_layers:
         raise UserError(
             f"{where}.two_stream_layers={model.two_stream_layers}: cannot exceed {where}.num_layers={model.num_layers}"
         )
@@ -353,6 +363,12 @@ def check(config: Config) -> None:
 
 
 def _check_order(order: OrderConfig, config: Config) -> None:
+    if not config.model.has_orders:
+        if order.sbp_steps:
+            raise UserError(
+                f"order.sbp_steps={order.sbp_steps}: model.kind='denoiser' is not trained on orders; set it to 0"
+            )
+        return
     length, num_steps = config.model.max_length, config.training.num_steps
     if order.permute_steps < order.ar_steps:
         raise UserError(f"order.permute_steps={order.permute_steps}: must be at least {order.ar_steps}")

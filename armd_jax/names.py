@@ -7,6 +7,9 @@ and tests iterate over them (`typed.choices`), and code that depends on such a n
 
 from typing import Literal
 
+OrderModel = Literal["armd"]  # trained on generation orders, and scored and sampled under them
+MaskModel = Literal["denoiser"]  # trained to fill in masked tokens
+ModelKind = Literal[OrderModel, MaskModel]
 AggregatorKind = Literal["positional", "mean", "shift", "neighbours"]
 Neighbours = Literal["left", "both"]
 EmbeddingScale = Literal["sqrt_width", "one"]
@@ -35,6 +38,7 @@ Split = Literal["train", "valid", "test"]
 NamedTokenizer = Literal["sentencepiece", "bytes"]  # data.tokenizer may name these; anything else there is a folder
 VocabularyTokenizerKind = Literal["bpe", "wordpiece"]  # read from a folder of vocabulary files
 TokenizerKind = Literal[NamedTokenizer, VocabularyTokenizerKind]
+DenoisingSampler = Literal["first_hitting", "ancestral", "confidence"]
 CompiledProgram = Literal["train", "sample"]  # what `armd compile` compiles: the training step or the sampler
 
 SPLASH_TILE = 128  # the TPU kernel needs rows of a multiple of this length

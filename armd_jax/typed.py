@@ -151,8 +151,24 @@ def _check_type(hint: type, value: Any, where: str) -> None:
 
 def to_json(value: Any, indent: int | None = None) -> str:
     """A dataclass, or a tree of dicts, lists, numbers and texts, as JSON. JSON has no infinity and no NaN: null."""
-    plain = dataclasses.asdict(value) if dataclasses.is_dataclass(value) and not isinstance(value, type) else value
-    return json.dumps(_finite(plain), indent=indent)
+    return json.dumps(_finite(as_plain(value)), indent=indent)
+
+
+def as_plain(value: Any) -> Any:
+    """A dataclass as a dict, and everything inside it likewise.
+
+    A field with the property `absent_if_none` has no key if it is None.
+    """
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = [(field, getattr(value, field.name)) for field in dataclasses.fields(value)]
+        return {
+            field.name: as_plain(item)
+            for field, item in fields
+            if item is not None or not field.metadata.get("absent_if_none")
+        }
+    if isinstance(value, dict):
+        return {name: as_plain(item) for name, item in value.items()}
+    return [as_plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def _finite(value: Any) -> Any:

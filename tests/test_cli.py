@@ -3,12 +3,15 @@
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
 import pytest
 
 from armd_jax.cli import main as cli
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -113,6 +116,8 @@ def test_mistakes_in_the_command(tmp_path, monkeypatch, capsys, argv, words):
         (["eval", "--split=nowhere"], ["--split"]),
         (["eval", "--data=MISSING"], ["MISSING"]),
         (["eval", "--batch=0"], ["--batch"]),
+        (["sample", "--sampler=ancestral"], ["--sampler", "denoiser", "--streams"]),
+        (["sample", "--steps=4"], ["--steps", "denoiser", "--streams"]),
     ],
 )
 def test_mistakes_with_a_run(monkeypatch, tmp_path, capsys, smoke_run, argv, words):
@@ -165,3 +170,54 @@ def test_train_eval_sample_export(tmp_path, capsys, smoke_run, smoke_config, cor
     assert drawn[0][0]["num_calls"] == 2 + 6 - 1  # 11 free positions
     assert drawn[0][0]["text"].startswith("the ") and drawn[0][0]["text"].endswith(".")
     assert (smoke_run / "samples.json").exists()
+
+
+@pytest.mark.slow
+def test_a_denoiser_through_all_verbs(tmp_path, capsys, corpus):
+    """Training, evaluation, samples, export and report of model.kind=denoiser; no figure pretends to be exact."""
+    run, copy = tmp_path / "run", tmp_path / "export"
+    config = [f"--config={ROOT / 'experiments' / 'mdlm.py'}:smoke", f"--config.data.path={corpus}"]
+    assert _json(capsys, "train", *config, f"--workdir={run}")["step"] == 40
+    assert _json(capsys, "export", f"--run={run}", f"--out={copy}") == {"out": str(copy)}
+    scores = [_json(capsys, "eval", f"--run={folder}", "--seed=3") for folder in (run, copy)]
+    assert scores[0] == scores[1] == json.loads((run / "eval.json").read_text())
+    assert not {"left_to_right", "random_orders"} & scores[0].keys() and scores[0]["strided"] == {}
+    elbo = scores[0]["elbo"]
+    assert elbo["draws"] == 4 and 0 < elbo["standard_error"] < 0.1 * elbo["nats_per_token"]
+    assert 1 < elbo["bits_per_byte"] < 8 and elbo["diffusion_steps"] is None
+    assert "standard_error" not in _json(capsys, "eval", f"--run={copy}", "--draws=1")["elbo"]
+    assert cli.main(["eval", f"--run={run}"]) == 0
+    assert "left to right" not in (table := capsys.readouterr().out) and "ELBO" in table and "±" in table
+
+    options = ("--length=16", "--prompt=the ", "--suffix=.")
+    for sampler, steps in (("first_hitting", ()), ("confidence", ("--steps=3",)), ("ancestral", ("--steps=3,6",))):
+        drawn = [
+            _json(capsys, "sample", f"--run={folder}", f"--sampler={sampler}", *steps, *options)["samples"]
+            for folder in (run, copy)
+        ]
+        for one, other in zip(*drawn, strict=True):
+            assert one["tokens"] == other["tokens"] and one["sampler"] == sampler and "streams" not in one
+            assert one["text"].startswith("the ") and one["text"].endswith(".")
+            assert one["num_calls"] == max(one["calls"]) <= 11
+    assert [one["steps"] for one in drawn[0]] == [3, 6]
+
+    assert cli.main(["report", f"--run={run}"]) == 0
+    page = (run / "report.html").read_text()
+    assert "a masked diffusion model" in page and "a bound: ELBO" in page and "negative ELBO" in page
+    shown = re.sub('base64,[^"]*', "", page).partition("Configuration")[0]
+    assert "exact" not in shown and "stream" not in shown
+    assert not (run / "masks.png").exists() and "first-hitting" not in page and "ancestral, 3 steps" in page
+
+    before = _listing(run)
+    for argv, words in (
+        (["sample", "--streams=2"], ["--streams", "--sampler"]),
+        (["sample", "--steps=4"], ["first_hitting", "leave steps out"]),
+        (["sample", "--sampler=ancestral", "--steps=0"], ["--steps", "whole numbers"]),
+        (["sample", "--sampler=gibbs"], ["--sampler", "gibbs"]),
+        (["eval", "--streams=2"], ["--streams=2", "leave it out"]),
+    ):
+        _assert_one_error(capsys, [argv[0], f"--run={run}", *argv[1:]], *words)
+    train = ["train", *config, f"--workdir={tmp_path / 'other'}"]
+    _assert_one_error(capsys, [*train, "--config.order.sbp_steps=5"], "order.sbp_steps=5", "set it to 0")
+    _assert_one_error(capsys, [*train, "--config.model.attention=splash"], "causal masks", "use auto or chunked")
+    assert _listing(run) == before and not (tmp_path / "other").exists()

@@ -198,3 +198,24 @@ def test_what_no_new_run_should_do_can_still_be_read():
     with pytest.raises(UserError, match=r"order\.weight='simple' with order\.noise_schedule='geometric'"):
         config_lib.check_new_run(wild)
     config_lib.check_new_run(_with(order__kind="masked_diffusion", order__weight="simple"))
+
+
+def test_a_config_without_a_kind_is_an_armd():
+    """Configs stored before there were kinds of models are read as what they were."""
+    stored = json.loads(config_lib.to_json(Config()))
+    del stored["model"]["kind"]
+    assert config_lib.from_config_dict(stored) == Config() and Config().model.kind == "armd"
+    assert "kind" in config_lib.weight_fields()
+
+
+def test_a_denoiser_has_no_orders():
+    """What belongs to orders is not checked, except for a phase of training that would never come."""
+    one_layer = _with(model__kind="denoiser", model__num_layers=1, order__streams=(3,), order__kind="strided")
+    assert not one_layer.model.has_orders and one_layer.model.for_platform("tpu").attention == "auto"
+    assert one_layer.model.for_platform("gpu").attention == "flash"
+    with pytest.raises(
+        UserError, match="order.sbp_steps=2: model.kind='denoiser' is not trained on orders; set it to 0"
+    ):
+        _with(model__kind="denoiser", order__sbp_steps=2)
+    with pytest.raises(UserError, match="model.attention='splash': this kernel computes causal masks"):
+        _with(model__kind="denoiser", model__attention="splash")

@@ -1,4 +1,4 @@
-"""`armd eval`: likelihoods of held-out text under several generation orders."""
+"""`armd eval`: likelihoods of held-out text under several generation orders, or their bound."""
 
 import argparse
 from collections.abc import Sequence
@@ -9,7 +9,10 @@ from armd_jax.cli.arguments import add_run, check_seed, show, whole_numbers
 from armd_jax.errors import UserError
 from armd_jax.names import Split
 
-HELP = "Exact left-to-right likelihood, expected likelihood over random orders, likelihood under strided orders."
+HELP = (
+    "Exact left-to-right likelihood, expected likelihood over random orders, likelihood under strided orders;"
+    " for a model without orders, the bound of its masked diffusion (ELBO)."
+)
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -20,21 +23,30 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--streams", default=None, help="numbers of streams of the strided orders; default: of 2,4,8 those that fit"
     )
-    parser.add_argument("--draws", type=int, default=1, help="random orders per row; 0: none")
+    parser.add_argument(
+        "--draws",
+        type=int,
+        default=None,
+        help="random orders per row, 0: none; likewise masks per row for a bound. Default: 1, for a denoiser 4",
+    )
     parser.add_argument("--batch", type=int, default=16, help="rows per network call")
-    parser.add_argument("--seed", type=int, default=0, help="of the random orders")
+    parser.add_argument("--seed", type=int, default=0, help="of the random orders and masks")
 
 
 def run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
     """Scores the text, prints the figures, and stores them in the run if the text is the run's own."""
     del overrides
     streams = whole_numbers(args.streams or "2,4,8", "--streams")
-    if args.draws < 0 or args.batch < 1:
+    if (args.draws is not None and args.draws < 0) or args.batch < 1:
         raise UserError("--draws must be at least 0, --batch at least 1")
     check_seed(args.seed)
     if args.data == "":
         raise UserError("--data is empty; name a file, a folder, a glob or tfds:NAME")
     config = configs.read(args.run)
+    if not config.model.has_orders and args.streams is not None:
+        raise UserError(f"--streams={args.streams}: a denoiser has no strided orders to score; leave it out")
+    # A denoiser has nothing but its bound, and from several draws that has a standard error.
+    draws = args.draws if args.draws is not None else 1 if config.model.has_orders else 4
     wrong = [count for count in streams if config.model.max_length % count]
     if wrong and args.streams is not None:
         raise UserError(
@@ -50,7 +62,7 @@ def run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
 
     lm = load(args.run, ema=not args.no_ema)
     data = held_out.find(args.run, config, args.split, args.data)
-    found = perplexity.evaluate(lm, data, args.split, streams, args.draws, config.order, args.batch, args.seed)
+    found = perplexity.evaluate(lm, data, args.split, streams, draws, config.order, args.batch, args.seed)
     if args.data is None:
         files.write(args.run / results.EVALUATION_FILE, typed.to_json(found.as_dict(), indent=2) + "\n")
     return show(args, found.as_dict(), perplexity.as_text(found))

@@ -1,4 +1,4 @@
-"""`armd sample`: draw samples in one or several parallel streams, and time it."""
+"""`armd sample`: draw samples in one or several parallel streams, or from a denoiser, and time it."""
 
 import argparse
 import re
@@ -7,15 +7,29 @@ from collections.abc import Sequence
 from armd_jax import files, typed
 from armd_jax.cli.arguments import add_run, show, whole_numbers
 from armd_jax.errors import UserError
+from armd_jax.names import DenoisingSampler
 
-HELP = "Draw samples in one or several parallel streams, and time it."
+HELP = "Draw samples in one or several parallel streams, or from a denoiser, and time it."
 
 
 def add(parser: argparse.ArgumentParser) -> None:
     """Declares the arguments."""
     add_run(parser)
-    parser.add_argument("--streams", default="1", help="one or more numbers of streams, such as 1,2,4,8")
-    parser.add_argument("--batch", type=int, default=1, help="samples per number of streams")
+    parser.add_argument("--streams", default=None, help="one or more numbers of streams, such as 1,2,4,8; default: 1")
+    parser.add_argument(
+        "--sampler",
+        default=None,
+        choices=typed.choices(DenoisingSampler),
+        help="of a denoiser: one token per call in a random order (the default), the steps of the diffusion, or the"
+        " most confident tokens first",
+    )
+    parser.add_argument(
+        "--steps",
+        default=None,
+        help="of a denoiser with another sampler than first_hitting: one or more numbers of steps, such as 32,64;"
+        " default: one per token",
+    )
+    parser.add_argument("--batch", type=int, default=1, help="samples per number of streams or of steps")
     parser.add_argument("--length", type=int, default=None, help="tokens; default: the model's max_length")
     parser.add_argument("--temperature", type=float, default=1.0, help="0: always the likeliest token")
     parser.add_argument("--top-k", type=int, default=None, help="draw from the k likeliest tokens only")
@@ -28,7 +42,8 @@ def add(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
     """Draws the samples, prints them, and stores them in the run."""
     del overrides
-    streams = whole_numbers(args.streams, "--streams")
+    streams = None if args.streams is None else whole_numbers(args.streams, "--streams")
+    steps = [] if args.steps is None else whole_numbers(args.steps, "--steps")
     for flag, text in (("--prompt", args.prompt), ("--suffix", args.suffix)):
         if not text.isascii() and re.search("[\ud800-\udfff]", text):
             raise UserError(f"{flag}={text!r}: is not UTF-8 text")
@@ -39,7 +54,7 @@ def run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
     lm = load(args.run, ema=not args.no_ema)
     drawn = samples.draw(
         lm,
-        streams,
+        ([1] if lm.config.has_orders else []) if streams is None else streams,
         batch=args.batch,
         length=lm.config.max_length if args.length is None else args.length,
         temperature=args.temperature,
@@ -48,6 +63,8 @@ def run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
         prompt=args.prompt,
         suffix=args.suffix,
         seed=args.seed,
+        sampler=args.sampler,
+        steps=steps,
     )
     files.write(args.run / results.SAMPLES_FILE, typed.to_json(drawn, indent=2) + "\n")
     return show(args, drawn, samples.as_text(drawn))

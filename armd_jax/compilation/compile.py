@@ -150,6 +150,10 @@ def _training_job(config: Config, mesh: Mesh) -> _Job:
 
 
 def _sampling_job(config: Config, mesh: Mesh, batch: int, streams: int) -> _Job:
+    if not config.model.has_orders:
+        raise UserError(
+            "--what=sample: the samplers of a denoiser (model.kind) cannot be compiled here; use --what=train"
+        )
     divisibility.check_model(config.model, mesh)
     tokens = batch * config.model.max_length
     per_token = flops.decoding_flops_per_token(config.model)

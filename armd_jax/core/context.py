@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from armd_jax.core.axes import Axes
 
-LayerGroup = Literal["two_stream", "last_two_stream", "causal"]
+LayerGroup = Literal["two_stream", "last_two_stream", "causal", "bidirectional"]
 
 
 class Constrain(Protocol):

@@ -9,11 +9,13 @@ weights of one layer:
     attention calls       L + M - 1                        for M >= 1, else L
 
 With an MLP of 4 D, kv is a sixth of a layer, so an ARMD does the work of L + 5/6 (M - 1) layers and an autoregressive
-model that of L. Training costs three times the forward pass, because the backward pass costs twice as much; what a
-backward pass computes again is not counted.
+model that of L. A denoiser has L layers and L attention calls, and each of its queries sees all N keys. Training costs
+three times the forward pass, because the backward pass costs twice as much; what a backward pass computes again is not
+counted.
 """
 
 import dataclasses
+from typing import assert_never
 
 from armd_jax.config import ModelConfig
 from armd_jax.core import aggregation, peaks
@@ -37,12 +39,12 @@ class TokenFlops:
         return TokenFlops(*(factor * value for value in dataclasses.astuple(self)))
 
 
-def _forward(config: ModelConfig, length: int, aggregator: float) -> TokenFlops:
+def _forward(config: ModelConfig, keys: float, two_stream_layers: int, aggregator: float) -> TokenFlops:
+    """keys: how many of them a query sees on average."""
     width, mlp = config.width, mlp_width(config)
-    keys = (length + 1) / 2
     key_value = 4 * width**2
     layer = 4 * width**2 + key_value + 2 * mlp_matrices(config) * width * mlp
-    extra = max(config.two_stream_layers - 1, 0)
+    extra = max(two_stream_layers - 1, 0)
     return TokenFlops(
         projections=config.num_layers * layer + extra * (layer - key_value),
         attention=(config.num_layers + extra) * 4 * width * keys,
@@ -72,10 +74,20 @@ def utilization(config: ModelConfig, tokens_per_second: float, device_kind: str,
 def forward_flops_per_token(config: ModelConfig, length: int | None = None) -> TokenFlops:
     """One token of a parallel forward pass, as in training and scoring."""
     length = config.max_length if length is None else length
-    return _forward(config, length, aggregation.make(config).forward_flops((length + 1) / 2))
+    match config.kind:
+        case "armd":
+            keys = (length + 1) / 2
+            return _forward(config, keys, config.two_stream_layers, aggregation.make(config).forward_flops(keys))
+        case "denoiser":
+            return _forward(config, length, 0, 0.0)
+        case _:
+            assert_never(config.kind)
 
 
 def decoding_flops_per_token(config: ModelConfig, length: int | None = None) -> TokenFlops:
-    """One token decoded with caches: its G row once and its X row once, whatever the number of streams."""
+    """One token of an ARMD decoded with caches: its G row once and its X row once, whatever the number of streams.
+
+    A denoiser has no caches: each of its network calls costs what a forward pass over the whole row costs.
+    """
     length = config.max_length if length is None else length
-    return _forward(config, length, aggregation.make(config).decoding_flops())
+    return _forward(config, (length + 1) / 2, config.two_stream_layers, aggregation.make(config).decoding_flops())

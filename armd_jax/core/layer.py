@@ -88,7 +88,8 @@ class Layer(nn.Module):
 
     Two-stream layer: the rows are X then G, keys come from X, and all rows are updated. Last two-stream layer: only G
     is updated, so X's queries, attention and MLP are never computed. Causal layer: the rows are G, all of them give
-    keys and all are updated.
+    keys and all are updated. Bidirectional layer (denoiser): there is one stream, whose rows all give keys and are
+    updated.
     """
 
     config: ModelConfig

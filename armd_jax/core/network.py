@@ -13,7 +13,8 @@ layers needs only X's keys and values. L - M causal layers on G alone follow, th
               |               | | |
               +-aggregate-->  G --[M two-stream layers]--> G --[L - M causal layers]--> norm --> head
 
-One `Layer` definition serves every case, in training and in cached decoding.
+One `Layer` definition serves every case, in training and in cached decoding. `denoise` is the network of a denoiser:
+one stream and L of these layers, in which every position sees every other.
 """
 
 from typing import Any
@@ -78,8 +79,44 @@ def forward(
     return h_BGD, None if cache is None else Cache(x_kv=x_kv, g_kv=g_kv, aggregate=aggregate)
 
 
+def denoise(
+    params: Params,
+    config: ModelConfig,
+    tokens_BN: jax.Array,
+    masked_BN: jax.Array,
+    valid_BN: jax.Array,
+    context: Context = PLAIN,
+) -> jax.Array:
+    """The final hidden state of every position [B, N, D] in a denoiser (`model.kind`), at natural positions.
+
+    The network is that of MDLM (Sahoo et al. 2024) without its time input: ordinary layers in which every position sees
+    all valid ones. It predicts the tokens at masked positions, and what it says elsewhere means nothing.
+
+    tokens_BN: int32. masked_BN: bool, True at tokens that the network must not see. valid_BN: bool, False at padding,
+        which stands at the end of a row.
+    """
+    (x_BND,) = _embed(params, config, (jnp.where(masked_BN, START, tokens_BN),), context)
+    x_BND = context.fold_in(config.num_layers).dropout(config.dropout, x_BND, 0)
+    batch, length = tokens_BN.shape
+    # The valid positions are a prefix of the row, so that the mask is one number per row. A query needs at least one.
+    len_B1 = jnp.maximum(jnp.sum(valid_BN, axis=1, keepdims=True, dtype=jnp.int32), 1)
+    positions_BN = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (batch, length))
+    x_BND, _ = run_stack(
+        Layer(config, "bidirectional", num_keys=length),
+        params["bidirectional"],
+        x_BND,
+        StackInputs(rotary_table(positions_BN, config), jnp.broadcast_to(len_B1, (batch, length))),
+        context,
+        first_layer=0,
+        caches=None,
+    )
+    h_BND: Any = make_norm(config, "final_norm").apply({"params": params["final_norm"]}, x_BND)
+    return h_BND
+
+
 def _embed(params: Params, config: ModelConfig, ids: tuple[jax.Array, ...], context: Context) -> tuple[jax.Array, ...]:
-    """The vectors [B, R, D] of ids [B, R], all in one lookup: token embeddings, or the learned start token."""
+    """The vectors [B, R, D] of ids [B, R], all in one lookup: token embeddings, and the learned vector that START
+    stands for."""
     dtype = activation_dtype(config)
 
     def constrain_table(table_VD: jax.Array) -> jax.Array:

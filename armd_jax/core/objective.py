@@ -1,10 +1,24 @@
-"""Losses and likelihoods of an order: one forward pass, then cross-entropy over chunks of positions.
+"""Losses and likelihoods of a task: one forward pass, then cross-entropy over chunks of positions.
+
+The task of an ARMD is a generation order:
 
     loss = sum over n of gamma(n) * -log p(x_n | every x_i in an earlier block)
 
-With gamma = 1, the sum is the exact negative log-likelihood if every block is a single token, and an unbiased estimate
-of the negative ELBO if the blocks come from the masking times of a diffusion (paper section 3).
+With gamma = 1, the sum is the exact negative log-likelihood if every block is a single token. If the blocks are drawn,
+its mean bounds the negative log-likelihood: by Jensen's inequality, -log of a mean over orders is at most the mean of
+-log. With blocks from the masking times of a diffusion (paper section 3), the mean is the negative ELBO of a reverse
+process that remembers in which steps its tokens were filled in. Only in a network of one layer is it the sum over the
+time steps of an ordinary masked diffusion, which sees nothing but the set of known tokens: in a deeper one, the vectors
+of known tokens depend on the blocks that they came in.
+
+The task of a denoiser is a corruption (`core.corruption`):
+
+    loss = sum over masked n of weight(n) * -log p(x_n | every x_i that is not masked)
+
+Its mean is the negative ELBO of a masked diffusion in continuous time.
 """
+
+from typing import assert_never
 
 import flax.struct
 import jax
@@ -13,10 +27,13 @@ import jax.numpy as jnp
 from armd_jax.config import ModelConfig
 from armd_jax.core import axes, block_mask, network
 from armd_jax.core.context import PLAIN, Context
+from armd_jax.core.corruption import Corruption
 from armd_jax.core.order import Order
 from armd_jax.core.parameters import Params
 from armd_jax.core.rows import rows_for_training
 from armd_jax.core.sizes import padded_vocab
+
+Task = Order | Corruption  # what is predicted, and from what
 
 _LOGIT_BYTES = 64 * 2**20
 
@@ -29,6 +46,9 @@ class LossSums:
 
     weighted_nll: sum of gamma nll, in nats. weight: sum of gamma. nll: sum of nll, in nats. tokens: how many tokens
     were counted. z: sum of the squared log-partition of the logits over the counted tokens.
+
+    Of a corruption, nll is the estimate of the negative ELBO and thus equals weighted_nll. Weight and tokens both count
+    all valid tokens, masked or not, because that many share the ELBO. z is weighted like the loss.
     """
 
     weighted_nll: jax.Array
@@ -94,27 +114,72 @@ def generation_log_probs(
     return token_log_probs(params, config, h_BND, targets_BN, context)
 
 
+def task_log_probs(
+    params: Params,
+    config: ModelConfig,
+    tokens_BN: jax.Array,
+    task: Task,
+    context: Context = PLAIN,
+) -> tuple[jax.Array, jax.Array]:
+    """log p of every token in the task, and the log-partitions; [B, N] float32, arranged as the task's arrays are.
+
+    Those of an order are in generation order, those of a corruption at natural positions. At tokens that a corruption
+    does not mask, they mean nothing.
+    """
+    match task:
+        case Order():
+            return generation_log_probs(params, config, tokens_BN, task, context)
+        case Corruption():
+            h_BND = network.denoise(params, config, tokens_BN, task.masked_BN, task.valid_BN, context)
+            return token_log_probs(params, config, h_BND, tokens_BN, context)
+        case _:
+            assert_never(task)
+
+
+def totals(task: Task) -> tuple[jax.Array, jax.Array]:
+    """The `weight` and the `tokens` of `LossSums`, float32 scalars, which depend on the task alone."""
+    match task:
+        case Order():
+            return jnp.sum(task.weight_BN), jnp.sum((task.weight_BN > 0).astype(jnp.float32))
+        case Corruption():
+            tokens = jnp.sum(task.valid_BN.astype(jnp.float32))
+            return tokens, tokens
+        case _:
+            assert_never(task)
+
+
 def loss_sums(
     params: Params,
     config: ModelConfig,
     tokens_BN: jax.Array,
-    order: Order,
+    task: Task,
     context: Context = PLAIN,
 ) -> LossSums:
-    """The sums that losses and metrics are made of. Positions of weight 0 (padding) are left out of all of them."""
-    log_probs_BN, partitions_BN = generation_log_probs(params, config, tokens_BN, order, context)
-    counted_BN = order.weight_BN > 0
+    """The sums that losses and metrics are made of. Positions of weight 0 are left out of all sums over nats and z."""
+    log_probs_BN, partitions_BN = task_log_probs(params, config, tokens_BN, task, context)
+    counted_BN = task.weight_BN > 0
     nll_BN = jnp.where(counted_BN, -log_probs_BN, 0.0)
-    return LossSums(
-        weighted_nll=jnp.sum(order.weight_BN * nll_BN),
-        weight=jnp.sum(order.weight_BN),
-        nll=jnp.sum(nll_BN),
-        tokens=jnp.sum(counted_BN.astype(jnp.float32)),
-        z=jnp.sum(jnp.where(counted_BN, jnp.square(partitions_BN), 0.0)),
-    )
+    z_BN = jnp.where(counted_BN, jnp.square(partitions_BN), 0.0)
+    weighted_nll = jnp.sum(task.weight_BN * nll_BN)
+    match task:
+        case Order():
+            nll, z = jnp.sum(nll_BN), jnp.sum(z_BN)
+        case Corruption():
+            nll, z = weighted_nll, jnp.sum(task.weight_BN * z_BN)
+        case _:
+            assert_never(task)
+    weight, tokens = totals(task)
+    return LossSums(weighted_nll=weighted_nll, weight=weight, nll=nll, tokens=tokens, z=z)
 
 
-def to_natural(order: Order, values_BN: jax.Array) -> jax.Array:
-    """Values in generation order [B, N, ...] moved to natural positions."""
+def to_natural(task: Task, values_BN: jax.Array) -> jax.Array:
+    """Values in the arrangement of the task's arrays [B, N, ...] moved to natural positions."""
+    match task:
+        case Order():
+            order = task
+        case Corruption():
+            return values_BN
+        case _:
+            assert_never(task)
     back_BN = jnp.argsort(order.positions_BN, axis=1)
     return jnp.take_along_axis(values_BN, back_BN.reshape(back_BN.shape + (1,) * (values_BN.ndim - 2)), axis=1)

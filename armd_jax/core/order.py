@@ -157,10 +157,11 @@ def masked_diffusion(
 
     Tokens that are masked last come first.
 
-    weight: with "elbo", the summed loss over this order is an unbiased estimate of the negative ELBO of the masked
-        diffusion with `num_steps` steps, in nats; the familiar 1/t weight is already contained in the draw of the
-        times. "simple" gives the masked cross-entropy of every time step the same weight. It is for training and is
-        never a likelihood.
+    weight: with "elbo", the summed loss over this order has a bound on the negative log-likelihood as its mean, in
+        nats: the negative ELBO of a diffusion with `num_steps` steps whose reverse process remembers in which steps its
+        tokens were filled in (see `core.objective`; only with one layer is that the usual masked diffusion). The
+        familiar 1/t weight is already contained in the draw of the times. "simple" gives the masked cross-entropy of
+        every time step the same weight. It is for training and is never a likelihood.
     evidence: see `evidence_first`.
     """
     alpha = alphas(num_steps, schedule)

@@ -1,6 +1,6 @@
 """The parameters: a plain nested dict, how it is initialised, and the forms that decoding takes."""
 
-from typing import Any
+from typing import Any, assert_never
 
 import flax.linen as nn
 import jax
@@ -21,7 +21,9 @@ def init(key: jax.Array, config: ModelConfig) -> Params:
     """Float32 parameters as a plain nested dict; layers of one kind are stacked along their first axis.
 
     Keys: embedding [V, D], start [D], aggregator (if it has any), two_stream (M - 1 layers), last_two_stream, causal
-    (L - M layers), final_norm, and head [D, V] if it is not tied to the embedding.
+    (L - M layers), final_norm, and head [D, V] if it is not tied to the embedding. In a denoiser, bidirectional
+    (L layers) takes the place of aggregator and of the three kinds of layers, and start is the vector of a masked
+    token.
     """
     keys = jax.random.split(key, 6)
     width, vocab = config.width, padded_vocab(config)
@@ -38,19 +40,25 @@ def init(key: jax.Array, config: ModelConfig) -> Params:
         "embedding": nn.initializers.normal(embedding_rms(config) / embedding_scale(config))(keys[0], (vocab, width)),
         "start": nn.initializers.normal(embedding_rms(config))(keys[1], (width,)),
     }
-    row_B1D = rows_BRD[:, :1]
-    aggregator = aggregation.make(config).init(keys[2], single_row(), row_B1D, (row_B1D,) * 2, None, False)
-    if aggregator:
-        params["aggregator"] = aggregator["params"]
-    if num_two > 1:
-        layer = Layer(config, "two_stream", num_keys=1)
-        params["two_stream"] = layers(jax.random.fold_in(keys[3], 0), layer, num_two - 1)
-    if num_two:
-        layer = Layer(config, "last_two_stream", num_keys=1, first_query=1)
-        last = layers(jax.random.fold_in(keys[3], 1), layer, 1)
-        params["last_two_stream"] = jax.tree.map(lambda a: a[0], last)
-    if num_causal:
-        params["causal"] = layers(keys[4], Layer(config, "causal", num_keys=2), num_causal)
+    match config.kind:
+        case "armd":
+            row_B1D = rows_BRD[:, :1]
+            aggregator = aggregation.make(config).init(keys[2], single_row(), row_B1D, (row_B1D,) * 2, None, False)
+            if aggregator:
+                params["aggregator"] = aggregator["params"]
+            if num_two > 1:
+                layer = Layer(config, "two_stream", num_keys=1)
+                params["two_stream"] = layers(jax.random.fold_in(keys[3], 0), layer, num_two - 1)
+            if num_two:
+                layer = Layer(config, "last_two_stream", num_keys=1, first_query=1)
+                last = layers(jax.random.fold_in(keys[3], 1), layer, 1)
+                params["last_two_stream"] = jax.tree.map(lambda a: a[0], last)
+            if num_causal:
+                params["causal"] = layers(keys[4], Layer(config, "causal", num_keys=2), num_causal)
+        case "denoiser":
+            params["bidirectional"] = layers(keys[4], Layer(config, "bidirectional", num_keys=2), config.num_layers)
+        case _:
+            assert_never(config.kind)
     params["final_norm"] = make_norm(config, "final_norm").init(keys[5], rows_BRD)["params"]
     if not config.tie_embeddings:
         params["head"] = nn.initializers.normal(0.02)(keys[5], (width, vocab))
@@ -63,7 +71,7 @@ def unstack(params: Params) -> Params:
     Decoding takes this form: on CPU, slicing stacked parameters inside the sampling loop copies them at every step.
     """
     per_layer = dict(params)
-    for name in ("two_stream", "causal"):
+    for name in ("two_stream", "causal", "bidirectional"):
         if name in params:
             count = jax.tree.leaves(params[name])[0].shape[0]
             per_layer[name] = [jax.tree.map(lambda a, i=i: a[i], params[name]) for i in range(count)]

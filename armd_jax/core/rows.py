@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from armd_jax.core.block_mask import BlockMask
 from armd_jax.core.order import Order
 
-START = -1  # stands for the learned start token among token ids
+START = -1  # stands for the learned start token among token ids, and for a masked token in a denoiser
 UNSEEN = -2  # stands for a token that no earlier block holds, likewise
 
 

@@ -1,5 +1,7 @@
 """Likelihoods of held-out text: exact left to right, expected over random orders, under strided orders, and an ELBO.
 
+A denoiser has an ELBO and nothing else, because no order gives it an exact likelihood.
+
 Every token of the split counts once, end-of-text and the last, partly filled row included; rows are independent.
 Bits per byte = total nats / ln 2 / UTF-8 bytes of the original text, and only a lossless tokenizer has them.
 """
@@ -9,6 +11,7 @@ import functools
 import lzma
 import math
 from collections.abc import Callable, Sequence
+from typing import assert_never
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +19,9 @@ import numpy as np
 from tqdm import tqdm
 
 from armd_jax.config import ModelConfig, OrderConfig
-from armd_jax.core import curriculum, objective
+from armd_jax.core import corruption, curriculum, objective
 from armd_jax.core import order as orders
+from armd_jax.core.objective import Task
 from armd_jax.core.order import Order
 from armd_jax.core.parameters import Params
 from armd_jax.data import loader
@@ -31,33 +35,44 @@ from armd_jax.inference.language_model import LanguageModel
 _XZ_LIMIT = 64 * 2**20  # bytes; beyond this xz -9e takes minutes and its dictionary no longer holds the training text
 
 
-# (key, batch, length) -> order. A static argument of compiled functions: the same order must be the same object.
-MakeOrder = Callable[[jax.Array, int, int], Order]
+# (key, valid_BN) -> task. A static argument of compiled functions: the same task must be the same object.
+MakeTask = Callable[[jax.Array, jax.Array], Task]
+MakeOrder = Callable[[jax.Array, int, int], Order]  # (key, batch, length) -> order
 
 
-@functools.partial(jax.jit, static_argnames=("config", "make_order"))
+@functools.partial(jax.jit, static_argnames=("config", "make_task"))
 def _nll(
     params: Params,
     config: ModelConfig,
     tokens_BN: jax.Array,
     valid_BN: jax.Array,
     key: jax.Array,
-    make_order: MakeOrder,
+    make_task: MakeTask,
 ) -> jax.Array:
-    order = orders.padding_last(make_order(key, *tokens_BN.shape), valid_BN)
-    return objective.loss_sums(params, config, tokens_BN, order).nll
+    return objective.loss_sums(params, config, tokens_BN, make_task(key, valid_BN)).nll
+
+
+@functools.cache
+def under_order(make_order: MakeOrder) -> MakeTask:
+    """The task of an order: it, with padding behind everything else."""
+
+    def make_task(key: jax.Array, valid_BN: jax.Array) -> Task:
+        batch, length = valid_BN.shape
+        return orders.padding_last(make_order(key, batch, length), valid_BN)
+
+    return make_task
 
 
 def total_nats(
     lm: LanguageModel,
     data: PreparedData,
     split: str,
-    make_order: MakeOrder,
+    make_task: MakeTask,
     batch_size: int = 16,
     seed: int = 0,
     progress: str | None = None,
 ) -> float:
-    """Nats of all tokens of the split under `make_order(key, batch, length)`, in float64.
+    """Nats of all tokens of the split under `make_task(key, valid_BN)`, in float64.
 
     progress: the label of the progress bar; None: no bar.
     """
@@ -68,7 +83,7 @@ def total_nats(
     for number, (tokens, valid) in enumerate(tqdm(batches, progress, steps, disable=progress is None, leave=False)):
         batch_key = jax.random.fold_in(key, number)
         total += float(
-            _nll(lm.params, lm.config, jnp.asarray(tokens), jnp.asarray(valid), batch_key, make_order=make_order)
+            _nll(lm.params, lm.config, jnp.asarray(tokens), jnp.asarray(valid), batch_key, make_task=make_task)
         )
     return total
 
@@ -147,7 +162,8 @@ def evaluate(
     """All figures of a split.
 
     streams: numbers of streams whose strided orders are scored; those that do not divide the rows are left out.
-    draws: random orders per row of tokens; 0: random orders are not scored.
+    draws: random orders per row of tokens, and draws of the ELBO; 0: random orders are not scored, and the ELBO is
+        estimated from one draw. The standard error of the ELBO is known from two draws on.
     trained_on: the orders that the model was trained with. Only those of a masked diffusion matter: they bound the
         likelihood (ELBO).
     progress: whether progress bars are shown on stderr.
@@ -156,20 +172,35 @@ def evaluate(
     check_data(lm, data)
     counts, lossless = data.counts(split), data.tokenizer.lossless
 
-    def under(make_order: MakeOrder, label: str, repeat: int = 1) -> Score:
+    def nats(make_task: MakeTask, label: str, repeat: int = 1) -> list[float]:
         name = label if progress else None
-        nats = [total_nats(lm, data, split, make_order, batch_size, seed + i, name) for i in range(repeat)]
-        return score(float(np.mean(nats)), counts, lossless)
+        return [total_nats(lm, data, split, make_task, batch_size, seed + i, name) for i in range(repeat)]
 
-    random_orders = elbo = None
-    left_to_right = under(_left_to_right, "left to right")
-    if draws:
-        random_orders = RandomOrders(**dataclasses.asdict(under(orders.uniform, "random orders", draws)), draws=draws)
-    fitting = [s for s in streams if s > 1 and data.length % s == 0]
-    strided = {str(s): under(_strided_order(s), f"strided, S = {s}") for s in fitting}
-    if trained_on is not None and (make_order := _bounding_order(trained_on)):
-        bound = under(make_order, "ELBO", max(draws, 1))
-        elbo = Elbo(**dataclasses.asdict(bound), diffusion_steps=trained_on.diffusion_steps)
+    def under(make_order: MakeOrder, label: str, repeat: int = 1) -> Score:
+        return score(float(np.mean(nats(under_order(make_order), label, repeat))), counts, lossless)
+
+    def bound(make_task: MakeTask, diffusion_steps: int | None) -> Elbo:
+        found = nats(make_task, "ELBO", max(draws, 1))
+        error = float(np.std(found, ddof=1)) / len(found) ** 0.5 / counts.tokens if len(found) > 1 else None
+        mean = score(float(np.mean(found)), counts, lossless)
+        return Elbo(**dataclasses.asdict(mean), diffusion_steps=diffusion_steps, draws=len(found), standard_error=error)
+
+    left_to_right = random_orders = elbo = None
+    strided: dict[str, Score] = {}
+    match lm.config.kind:
+        case "armd":
+            left_to_right = under(_left_to_right, "left to right")
+            if draws:
+                expected = under(orders.uniform, "random orders", draws)
+                random_orders = RandomOrders(**dataclasses.asdict(expected), draws=draws)
+            fitting = [s for s in streams if s > 1 and data.length % s == 0]
+            strided = {str(s): under(_strided_order(s), f"strided, S = {s}") for s in fitting}
+            if trained_on is not None and (make_order := _bounding_order(trained_on)):
+                elbo = bound(under_order(make_order), trained_on.diffusion_steps)
+        case "denoiser":
+            elbo = bound(corruption.by_count, None)
+        case _:
+            assert_never(lm.config.kind)
     return Evaluation(
         split=split,
         lossless=lossless,

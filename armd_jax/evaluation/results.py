@@ -7,10 +7,11 @@ the table of the report and the report's bars are all made from these rows.
 
 import dataclasses
 import pathlib
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, assert_never
 
 from armd_jax import files, typed
 from armd_jax.errors import UserError
+from armd_jax.names import DenoisingSampler
 
 EVALUATION_FILE = "eval.json"
 SAMPLES_FILE = "samples.json"
@@ -42,9 +43,15 @@ class RandomOrders(Score):
 
 @dataclasses.dataclass(frozen=True)
 class Elbo(Score):
-    """The bound that a masked diffusion gives (ELBO). diffusion_steps: T."""
+    """The bound that a masked diffusion gives (ELBO).
+
+    diffusion_steps: T; None if time is continuous. draws: masks or masking times per row of tokens.
+    standard_error: of nats_per_token over the draws; None if it is not known, as after a single draw.
+    """
 
     diffusion_steps: int | None = None
+    draws: int | None = typed.field(None, absent_if_none=True)
+    standard_error: float | None = typed.field(None, absent_if_none=True)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,6 +60,7 @@ class Evaluation:
 
     split: "train", "valid" or "test". lossless: whether the tokenizer is.
     documents, bytes, words, tokens, rows: the size of the split, see `data.manifest.Counts`; 0 if a file does not say.
+    left_to_right: exact; None if the model has no exact likelihood, as a denoiser.
     strided: scores of strided orders by the number of streams, which is written out ("4"): keys of JSON are texts.
     random_orders, elbo: None if they were not measured.
     unigram: the score of the token frequencies of the training split.
@@ -67,7 +75,7 @@ class Evaluation:
     words: int = 0
     tokens: int = 0
     rows: int = 0
-    left_to_right: Score
+    left_to_right: Score | None = typed.field(None, absent_if_none=True)
     random_orders: RandomOrders | None = typed.field(None, absent_if_none=True)
     strided: dict[str, Score] = dataclasses.field(default_factory=dict)
     elbo: Elbo | None = typed.field(None, absent_if_none=True)
@@ -76,21 +84,24 @@ class Evaluation:
     seed: int | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        """The content of `eval.json`. Random orders and ELBO have no key if they were not measured."""
-        absent = {field.name for field in dataclasses.fields(self) if field.metadata.get("absent_if_none")}
-        return {n: value for n, value in dataclasses.asdict(self).items() if value is not None or n not in absent}
+        """The content of `eval.json`. Figures that were not measured, or that a model does not have, have no key."""
+        plain: dict[str, Any] = typed.as_plain(self)
+        return plain
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sample:
     """One text that a model wrote, and how.
 
-    streams: S. num_calls: network calls (NFE) for the whole batch. tokens_per_second: of the whole batch.
+    streams: S; None if a denoiser wrote it, which has a sampler and a number of steps instead (first-hitting sampling
+    has no choice of steps). num_calls: network calls (NFE) for the whole batch. tokens_per_second: of the whole batch.
     tokens: ids, at natural positions; pieces: a short text for each of them; calls: the number (from 1) of the network
     call that made each of them, 0 if it was given.
     """
 
-    streams: int
+    streams: int | None = typed.field(None, absent_if_none=True)
+    sampler: DenoisingSampler | None = typed.field(None, absent_if_none=True)
+    steps: int | None = typed.field(None, absent_if_none=True)
     num_calls: int = 0
     tokens_per_second: float = 0.0
     text: str = ""
@@ -98,10 +109,30 @@ class Sample:
     pieces: tuple[str, ...] = ()
     calls: tuple[int, ...] = ()
 
+    @property
+    def way(self) -> tuple[int, str, int]:
+        """What tells ways of writing apart, and sorts them."""
+        return self.streams or 0, self.sampler or "", self.steps or 0
+
+    @property
+    def label(self) -> str:
+        """The way of writing in a few words."""
+        match self.sampler:
+            case None:
+                return f"S = {self.streams}"
+            case "first_hitting":
+                return "first-hitting"
+            case "ancestral":
+                return f"ancestral, {self.steps} steps"
+            case "confidence":
+                return f"most confident first, {self.steps} steps"
+            case _:
+                assert_never(self.sampler)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Samples:
-    """Samples in one or several numbers of streams, and the settings that all of them were drawn with.
+    """Samples in one or several numbers of streams (or of steps), and the settings that all of them were drawn with.
 
     length: tokens per text. batch: texts that were drawn together. hardware: devices, for people.
     """
@@ -116,15 +147,16 @@ class Samples:
     samples: tuple[Sample, ...]
 
 
-RowKind = Literal["exact", "order", "baseline", "compressor"]
+RowKind = Literal["exact", "order", "bound", "baseline", "compressor"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
     """One line of the tables.
 
-    kind: "exact": the model's left-to-right likelihood. "order": the model's likelihood under other orders. "baseline":
-    a prediction without a network. "compressor": the size of the compressed text.
+    kind: "exact": the model's left-to-right likelihood. "order": the model's likelihood under other orders. "bound":
+    the model's likelihood is at least this good. "baseline": a prediction without a network. "compressor": the size of
+    the compressed text.
     """
 
     name: str
@@ -134,14 +166,15 @@ class Row:
 
 def rows(result: Evaluation) -> list[Row]:
     """Everything that was measured, in the order in which tables and bars show it."""
-    found = [Row("left to right (exact)", "exact", result.left_to_right)]
+    found = [Row("left to right (exact)", "exact", result.left_to_right)] if result.left_to_right else []
     found += [Row(f"strided, S = {streams}", "order", score) for streams, score in result.strided.items()]
     if orders := result.random_orders:
         drawn = "" if orders.draws is None else f", {orders.draws} drawn"
         found.append(Row(f"random orders (expected{drawn})", "order", orders))
     if elbo := result.elbo:
         steps = "" if elbo.diffusion_steps is None else f", T = {elbo.diffusion_steps}"
-        found.append(Row(f"masked diffusion (ELBO{steps})", "order", elbo))
+        error = "" if elbo.standard_error is None else f", ± {elbo.standard_error:.4f} nats per token"
+        found.append(Row(f"masked diffusion (ELBO{steps}{error})", "bound", elbo))
     if result.unigram:
         found.append(Row("unigram of the training split", "baseline", result.unigram))
     if result.xz_bits_per_byte is not None:
@@ -167,6 +200,8 @@ def read_evaluation(run: pathlib.Path) -> Evaluation | None:
     """
     file = run / EVALUATION_FILE
     found = _read(Evaluation, file, "armd eval")
+    if found and found.left_to_right is None and found.elbo is None:
+        raise UserError(f"{file}: has neither left_to_right nor elbo; write it again with armd eval")
     if found and (wrong := [key for key in found.strided if not key.isdecimal()]):
         raise UserError(f"{file}: strided={wrong!r}: expected numbers of streams; write it again with armd eval")
     return found

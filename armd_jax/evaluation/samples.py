@@ -1,17 +1,21 @@
-"""Samples of a model in one or several parallel streams, and how fast they were drawn."""
+"""Samples of a model in one or several parallel streams, or of a denoiser, and how fast they were drawn."""
 
+import dataclasses
 import functools
 import platform
 import time
 from collections.abc import Sequence
+from typing import assert_never
 
 import jax
 import numpy as np
 
 from armd_jax.errors import UserError
 from armd_jax.evaluation.results import Sample, Samples
+from armd_jax.inference import denoise
 from armd_jax.inference.draw import Draw
 from armd_jax.inference.language_model import LanguageModel
+from armd_jax.names import DenoisingSampler
 
 
 def draw(
@@ -26,11 +30,14 @@ def draw(
     prompt: str = "",
     suffix: str = "",
     seed: int = 0,
+    sampler: DenoisingSampler | None = None,
+    steps: Sequence[int] = (),
 ) -> Samples:
-    """Draws `batch` texts of `length` tokens in each of the numbers of streams.
+    """Draws `batch` texts of `length` tokens in each of the numbers of streams, or of steps if the model is a denoiser.
 
     Each batch is drawn twice and the second time counts, so that the speed does not include compilation.
 
+    streams: of an ARMD. sampler, steps: of a denoiser, whose streams are empty; see `inference.denoise`.
     temperature, top_k, top_p: see `LanguageModel.generate`.
     prompt, suffix: text at the beginning and at the end; the tokens between them are generated.
     Raises UserError if prompt and suffix are longer than `length`, or if `lm.generate` cannot take the settings.
@@ -48,22 +55,32 @@ def draw(
     evidence = np.full((length,), -1, np.int32)
     evidence[: len(before)] = before
     evidence[length - len(after) :] = after
+    free = length - len(before) - len(after)
     samples = []
-    for count in streams:
+    for way in _ways(lm, streams, sampler, steps, free):
         generate = functools.partial(
-            lm.generate, batch, length, count, temperature, top_k, top_p, evidence_BN=evidence, seed=seed
+            lm.generate,
+            batch,
+            length,
+            way.streams or 1,
+            temperature,
+            top_k,
+            top_p,
+            evidence_BN=evidence,
+            seed=seed,
+            sampler=way.sampler,
+            steps=way.steps,
         )
         generate()  # compiles
         begin = time.perf_counter()
         out = generate()
         seconds = time.perf_counter() - begin
-        generated = batch * (length - len(before) - len(after))
         for tokens, calls in zip(out.tokens_BN.tolist(), out.call_BN.tolist(), strict=True):
             samples.append(
-                Sample(
-                    streams=count,
+                dataclasses.replace(
+                    way,
                     num_calls=out.num_calls,
-                    tokens_per_second=generated / seconds,
+                    tokens_per_second=batch * free / seconds,
                     text=tokenizer.decode(tokens),
                     tokens=tuple(tokens),
                     pieces=tuple(tokenizer.token_text(token) for token in tokens),
@@ -82,10 +99,32 @@ def draw(
     )
 
 
+def _ways(
+    lm: LanguageModel, streams: Sequence[int], sampler: DenoisingSampler | None, steps: Sequence[int], free: int
+) -> list[Sample]:
+    """Samples without a text yet, one for each way in which the model is asked to write `free` tokens."""
+    match lm.config.kind, sampler or "first_hitting":
+        case "armd", _:
+            if sampler is not None or steps:
+                raise UserError("--sampler and --steps belong to a denoiser (model.kind); choose --streams instead")
+            return [Sample(streams=count) for count in streams]
+        case "denoiser", _ if streams:
+            raise UserError("--streams: a denoiser has no streams; choose --sampler and --steps instead")
+        case "denoiser", "first_hitting" if not steps:
+            return [Sample(sampler="first_hitting")]
+        case "denoiser", chosen:
+            return [
+                Sample(sampler=chosen, steps=denoise.number_of_steps(chosen, free, number))
+                for number in (steps or (None,))
+            ]
+        case _:
+            assert_never(lm.config.kind)
+
+
 def as_text(drawn: Samples) -> str:
     """The samples as text for a terminal."""
     parts = []
     for sample in drawn.samples:
         speed = f"{sample.num_calls:,} network calls (NFE), {sample.tokens_per_second:,.0f} tokens per second"
-        parts.append(f"--- S = {sample.streams}: {speed}\n{sample.text}")
+        parts.append(f"--- {sample.label}: {speed}\n{sample.text}")
     return "\n".join(parts)

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from armd_jax import typed
 from armd_jax.config import ModelConfig, check_model
 from armd_jax.core import objective, parameters
 from armd_jax.core import order as orders
@@ -19,8 +20,10 @@ from armd_jax.core.parameters import Params
 from armd_jax.core.sizes import activation_dtype
 from armd_jax.data.tokenizers import Tokenizer
 from armd_jax.errors import UserError
-from armd_jax.inference import likelihood, sampler, schedule
+from armd_jax.inference import denoise, likelihood, schedule
+from armd_jax.inference import sampler as strided
 from armd_jax.inference.draw import Draw
+from armd_jax.names import DenoisingSampler
 
 
 @flax.struct.dataclass
@@ -29,15 +32,16 @@ class Generation:
 
     tokens_BN: int32.
     log_prob_BN: float32, the model's log-probability of each token given all earlier blocks, at evidence positions too.
-        It is the model's own, before temperature and truncation.
-    order: the order that was used.
+        It is the model's own, before temperature and truncation. None for a denoiser, which gives no probability to a
+        text.
+    order: the order that was used; None for a denoiser, whose calls `call_BN` tells.
     num_calls: the number of function evaluations (NFE), that is of network calls.
     call_BN: int32, the number (from 1) of the call that made each token; 0 at evidence.
     """
 
     tokens_BN: np.ndarray
-    log_prob_BN: np.ndarray
-    order: Order
+    log_prob_BN: np.ndarray | None
+    order: Order | None
     num_calls: int
     call_BN: np.ndarray
 
@@ -79,11 +83,19 @@ class LanguageModel:
         return self._panels(*few) if any(few) and in_float32 and jax.default_backend() == "cpu" else None
 
     def logits(self, tokens_BN: np.ndarray | jax.Array, order: Order) -> jax.Array:
-        """Logits [B, N, V] float32 at natural positions: row j scores the token at position j given earlier blocks."""
+        """Logits [B, N, V] float32 at natural positions: row j scores the token at position j given earlier blocks.
+
+        Raises UserError if the model is a denoiser.
+        """
+        self._check_has_orders("logits")
         return likelihood.logits(self.params, self.config, self._check(tokens_BN, order), order)
 
     def log_prob(self, tokens_BN: np.ndarray | jax.Array, order: Order) -> jax.Array:
-        """[B, N] float32, nats, at natural positions. The sum over a row is log p(tokens) under the order."""
+        """[B, N] float32, nats, at natural positions. The sum over a row is log p(tokens) under the order.
+
+        Raises UserError if the model is a denoiser.
+        """
+        self._check_has_orders("log_prob")
         return likelihood.log_prob(self.params, self.config, self._check(tokens_BN, order), order)
 
     def generate(
@@ -97,13 +109,18 @@ class LanguageModel:
         prompt: Sequence[int] | np.ndarray | None = None,
         evidence_BN: np.ndarray | None = None,
         seed: int = 0,
+        sampler: DenoisingSampler | None = None,
+        steps: int | None = None,
     ) -> Generation:
-        """Samples `batch` sequences of `length` tokens (default: the model's max_length) in `streams` parallel streams.
+        """Samples `batch` sequences of `length` tokens (default: the model's max_length).
+
+        streams: number of parallel streams S of an ARMD. The number of network calls is S + N/S - 1, or
+            S + ceil(R/S) - 1 with evidence and R positions to generate.
+        sampler, steps: of a denoiser, see `inference.denoise`; by default first_hitting, and one step per token.
 
         prompt: token ids [P] or [B, P].
         evidence_BN: int32 [B, length] (or [length]), known ids, and -1 where to generate; the same places in every row.
         temperature: 0 takes the likeliest token.
-        The number of network calls is S + N/S - 1, or S + ceil(R/S) - 1 with evidence and R positions to generate.
         Raises UserError if the arguments do not fit one another.
         """
         length = self.config.max_length if length is None else length
@@ -113,6 +130,12 @@ class LanguageModel:
         known_N = known_BN[0] >= 0
         if ((known_BN >= 0) != known_N).any():
             raise UserError("evidence_BN: the places to generate (-1) must be the same in every row")
+        if not self.config.has_orders:
+            if streams != 1:
+                raise UserError(f"streams={streams}: a denoiser has no streams; choose sampler and steps instead")
+            return self._denoise(known_BN, draw, seed, sampler or "first_hitting", steps)
+        if sampler is not None or steps is not None:
+            raise UserError("sampler and steps belong to a denoiser (model.kind); choose streams instead")
         orders.check_streams(length, streams, int((~known_N).sum()))
         plan = schedule.strided(batch, length, streams, known_N)
         order = plan.order
@@ -123,11 +146,24 @@ class LanguageModel:
         generated_BN = jnp.take_along_axis(jnp.asarray(np.maximum(known_BN, 0), jnp.int32), order.positions_BN, axis=1)
         loop_params = self._loop_params(batch * streams)
         key = jax.random.key(seed)
-        state = sampler.generate(self._layers, self.config, key, generated_BN, plan, draw, loop_params)
+        state = strided.generate(self._layers, self.config, key, generated_BN, plan, draw, loop_params)
         tokens_BN, log_prob_BN, call_BN = (
             np.asarray(objective.to_natural(order, a)) for a in (state.tokens_BN, state.log_prob_BN, plan.call_BN)
         )
         return Generation(tokens_BN, log_prob_BN, order, int(state.num_calls), call_BN)
+
+    def _denoise(
+        self, known_BN: np.ndarray, draw: Draw, seed: int, sampler: DenoisingSampler, steps: int | None
+    ) -> Generation:
+        typed.check_choice(DenoisingSampler, sampler, "sampler")
+        tokens_BN, known_N = np.maximum(known_BN, 0).astype(np.int32), known_BN[0] >= 0
+        key = jax.random.key(seed)
+        out = denoise.generate(self._layers, self.config, key, tokens_BN, known_N, draw, sampler, steps)
+        return Generation(out.tokens_BN, None, None, out.num_calls, out.call_BN)
+
+    def _check_has_orders(self, what: str) -> None:
+        if not self.config.has_orders:
+            raise UserError(f"{what}: a denoiser (model.kind) scores no order; armd eval reports its bound (ELBO)")
 
     @staticmethod
     def _whole_numbers(name: str, ids: Sequence[Any] | np.ndarray | jax.Array) -> np.ndarray:

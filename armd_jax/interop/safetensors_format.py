@@ -2,10 +2,12 @@
 
 Tensors are float32 under flat names: `embedding` [vocab_size, D], `start` [D], `layers.<i>.<name>` for the layers in
 order (the first `two_stream_layers` of them are two-stream layers), `aggregator.…`, `final_norm.…`, and `head`
-[D, vocab_size] if it is not tied to the embedding. Padding rows of the vocabulary are left out.
+[D, vocab_size] if it is not tied to the embedding. A denoiser has no aggregator, its `start` is the vector of a masked
+token, and all of its layers are of one kind. Padding rows of the vocabulary are left out.
 """
 
 import pathlib
+from typing import assert_never
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +30,7 @@ WEIGHTS = "model.safetensors"
 def flatten(params: Params, config: ModelConfig) -> dict[str, jax.Array]:
     """Parameters under their export names, layers unstacked, vocabulary padding left out. Traceable."""
     per_layer = parameters.unstack(params)
-    layers = list(per_layer.pop("two_stream", []))
+    layers = list(per_layer.pop("bidirectional", [])) + list(per_layer.pop("two_stream", []))
     if "last_two_stream" in per_layer:
         layers.append(per_layer.pop("last_two_stream"))
     layers += per_layer.pop("causal", [])
@@ -63,12 +65,19 @@ def unflatten(flat: dict[str, np.ndarray], config: ModelConfig) -> Params:
             node = node.setdefault(parent, {})
         node[last] = jnp.asarray(value)
     layers = [layer for _, layer in sorted(tree.pop("layers").items(), key=lambda item: int(item[0]))]
-    two = config.two_stream_layers
-    for name, group in (("two_stream", layers[: max(two - 1, 0)]), ("causal", layers[two:])):
-        if group:
-            tree[name] = jax.tree.map(lambda *leaves: jnp.stack(leaves), *group)
-    if two:
-        tree["last_two_stream"] = layers[two - 1]
+    stack = lambda group: jax.tree.map(lambda *leaves: jnp.stack(leaves), *group)  # noqa: E731
+    match config.kind:
+        case "armd":
+            two = config.two_stream_layers
+            for name, group in (("two_stream", layers[: max(two - 1, 0)]), ("causal", layers[two:])):
+                if group:
+                    tree[name] = stack(group)
+            if two:
+                tree["last_two_stream"] = layers[two - 1]
+        case "denoiser":
+            tree["bidirectional"] = stack(layers)
+        case _:
+            assert_never(config.kind)
     return tree
 
 

@@ -21,6 +21,8 @@ def likelihoods(rows: Sequence[tuple[Row, float]], unit: str) -> bytes:
                 bars.append((row.name, value, BLUE))
             case "order":
                 bars.append((row.name, value, SKY))
+            case "bound":
+                bars.append((row.name, value, ORANGE))
             case "compressor":
                 compressed = value
             case "baseline":
@@ -43,8 +45,8 @@ def likelihoods(rows: Sequence[tuple[Row, float]], unit: str) -> bytes:
 
 @styled
 def speed(drawn: Sequence[Sample]) -> bytes:
-    """Tokens per second and network calls for each number of streams."""
-    names = [f"S = {sample.streams}" for sample in drawn]
+    """Tokens per second and network calls for each way of writing."""
+    names = [sample.label.replace(", ", ",\n") for sample in drawn]
     figure = new_figure(8, 3.4)
     left, right = figure.subplots(1, 2)
     base = next((sample.tokens_per_second for sample in drawn if sample.streams == 1), None)

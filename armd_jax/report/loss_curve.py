@@ -30,7 +30,8 @@ def picture(rows: Sequence[Mapping[str, Any]], phases: Sequence[Phase]) -> bytes
         top.plot(steps, nll, color=SKY, linewidth=0.8, alpha=0.7, label="training, every logged step")
         top.plot(steps, _smooth(nll), color=BLUE, linewidth=2, label="training, smoothed")
     if len(eval_steps):
-        label = "held-out text, left to right"
+        bounds, _ = _series(rows, "eval/nll_upper_bound")
+        label = "held-out text, bound (negative ELBO)" if len(bounds) else "held-out text, left to right"
         top.plot(eval_steps, eval_nll, "o-", color=VERMILLION, linewidth=1.5, markersize=5, label=label)
         top.annotate(
             f"{eval_nll[-1]:.3f}",

@@ -11,6 +11,7 @@ import numpy as np
 from armd_jax.config import Config
 from armd_jax.core import curriculum
 from armd_jax.core.curriculum import Phase
+from armd_jax.core.order import Order
 from armd_jax.report import phases as bands
 from armd_jax.report.style import BLUE, VERMILLION, new_figure, png, styled
 from armd_jax.training import step as training_step
@@ -97,11 +98,12 @@ def picture(config: Config) -> bytes:
 
 def _examples(config: Config, phases: tuple[Phase, ...]) -> list[_Example]:
     """Orders worth seeing, as training draws them, by step."""
-    draw = jax.jit(lambda step: training_step.draw_order(config, step, config.model.max_length))
+    draw = jax.jit(lambda step: training_step.draw_task(config, step, config.model.max_length))
 
     def example(phase: Phase, fraction: float) -> _Example:
         step = phase.first + int(fraction * (phase.end - phase.first))
         drawn = draw(step)
+        assert isinstance(drawn, Order)  # a model without orders has no such picture
         return _Example(phase.name, step, np.asarray(drawn.positions_BN[0]), np.asarray(drawn.block_BN[0]))
 
     examples: list[_Example] = []

@@ -9,12 +9,12 @@ import dataclasses
 import pathlib
 import shlex
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, assert_never
 
 from armd_jax import config as configs
 from armd_jax import files
 from armd_jax.config import Config
-from armd_jax.core import curriculum
+from armd_jax.core import task as tasks
 from armd_jax.errors import UserError
 from armd_jax.evaluation import results
 from armd_jax.evaluation.results import Evaluation, Sample, Samples
@@ -46,13 +46,12 @@ def write(run: pathlib.Path) -> pathlib.Path:
         _speed(drawn, where),
         _samples(drawn, where),
         _training(rows, config, f"--workdir={shlex.quote(str(run))}"),
-        _order_schedule(config),
-        _masks(),
+        *([_order_schedule(config), _masks()] if config.model.has_orders else []),
     ]
     name = run.resolve().name
     page = markup.page(
         title=f"{name}: training report",
-        heading=f"{name}: an auto-regressive masked diffusion model",
+        heading=f"{name}: {_model(config)}",
         facts=_facts(config, rows, events),
         body=[
             *(section.html for section in sections),
@@ -76,17 +75,29 @@ def _read_log(path: pathlib.Path) -> list[dict[str, Any]]:
     return [row for row in files.read_json_lines(path) if isinstance(row.get("step"), int)]
 
 
+def _model(config: Config) -> str:
+    """The kind of model, with an article."""
+    match config.model.kind:
+        case "armd":
+            return "an auto-regressive masked diffusion model"
+        case "denoiser":
+            return "a masked diffusion model"
+        case _:
+            assert_never(config.model.kind)
+
+
 def _facts(config: Config, rows: Sequence[dict[str, Any]], events: Sequence[dict[str, Any]]) -> list[str]:
     """What was trained, in a few lines."""
     model, training = config.model, config.training
     done = max([row["step"] for row in [*rows, *events]], default=0)
     resumed = sum(event.get("event") == "resume" for event in events)
     times = f", resumed {resumed} time{'s' if resumed > 1 else ''}" if resumed else ""
+    two_stream = f" ({model.two_stream_layers} of them two-stream)" if model.has_orders else ""
     return [
         f"{done:,} of {training.num_steps:,} training steps{times}",
-        f"{model.num_layers} layers ({model.two_stream_layers} of them two-stream), width {model.width},"
+        f"{model.num_layers} layers{two_stream}, width {model.width},"
         f" {model.num_heads} heads, rows of {model.max_length} tokens",
-        f"orders: {curriculum.describe(config.order)}; batches of {training.batch_size} rows",
+        f"{tasks.of(config).describe}; batches of {training.batch_size} rows",
         f"text: {config.data.path or 'the embedded corpus'}; tokenizer: {config.data.tokenizer}",
     ]
 
@@ -95,15 +106,18 @@ def _headline(evaluation: Evaluation | None, drawn: Samples | None, where: str) 
     cards = []
     if evaluation:
         exact, orders, xz = evaluation.left_to_right, evaluation.random_orders, evaluation.xz_bits_per_byte
-        bits = results.formatted_bits(exact, evaluation.lossless, 3)
-        cards.append((bits, f"bits per byte, left to right ({evaluation.split} text, exact)"))
+        score, way = (exact, "left to right") if exact else (evaluation.elbo, "masked diffusion")
+        kind = "exact" if exact else "a bound: ELBO"
+        bits = "–" if score is None else results.formatted_bits(score, evaluation.lossless, 3)
+        cards.append((bits, f"bits per byte, {way} ({evaluation.split} text, {kind})"))
         if xz is not None:
             cards.append((results.formatted(xz, 3), "bits per byte, xz -9e after the training text"))
         if orders:
             bits = results.formatted_bits(orders, evaluation.lossless, 3)
             cards.append((bits, "bits per byte, expected over random orders"))
-        cards.append((results.formatted(exact.perplexity_per_token, 2), "perplexity per token, left to right"))
-    rates = {sample.streams: sample.tokens_per_second for sample in _timed(drawn)}
+        perplexity = None if score is None else score.perplexity_per_token
+        cards.append((results.formatted(perplexity, 2), f"perplexity per token, {way}" + ("" if exact else " (bound)")))
+    rates = {sample.streams: sample.tokens_per_second for sample in _timed(drawn) if sample.streams is not None}
     if 1 in rates and len(rates) > 1:
         most = max(rates)
         cards.append((f"×{rates[most] / rates[1]:.2f}", f"tokens per second, {most} streams compared with 1"))
@@ -139,18 +153,20 @@ def _quality(evaluation: Evaluation | None, where: str) -> _Section:
         return _Section(html)
     png = bars.likelihoods(known, unit)
     caption = f"{unit.capitalize()} of held-out text under different generation orders, all with the same weights."
+    if evaluation.left_to_right is None:
+        caption = f"{unit.capitalize()} of held-out text: a bound, the true figure is at most that high."
     return _Section(html + markup.figure(png, caption), {"bits.png": png})
 
 
 def _timed(drawn: Samples | None) -> list[Sample]:
-    """One sample for each number of streams, of those whose speed is known; fewest streams first."""
+    """One sample for each way of writing, of those whose speed is known; fewest streams or steps first."""
     samples = drawn.samples if drawn else ()
     return _first_of_each([sample for sample in samples if sample.num_calls > 0 and sample.tokens_per_second > 0])
 
 
 def _first_of_each(samples: Sequence[Sample]) -> list[Sample]:
-    first = {sample.streams: sample for sample in reversed(samples)}
-    return [first[streams] for streams in sorted(first)]
+    first = {sample.way: sample for sample in reversed(samples)}
+    return [first[way] for way in sorted(first)]
 
 
 def _speed(drawn: Samples | None, where: str) -> _Section:
@@ -158,13 +174,14 @@ def _speed(drawn: Samples | None, where: str) -> _Section:
     timed = _timed(drawn)
     if not drawn or not timed:
         return _Section(title + markup.missing("This was not measured yet", f"armd sample {where}"))
+    in_streams = any(sample.streams is not None for sample in timed)
     base = next((sample.tokens_per_second for sample in timed if sample.streams == 1), None)
     cells = [
         [
-            f"S = {sample.streams}",
+            sample.label,
             f"{sample.num_calls:,}",
             results.formatted(sample.tokens_per_second, 0 if sample.tokens_per_second >= 100 else 1),
-            f"×{sample.tokens_per_second / base:.2f}" if base else "–",
+            *([f"×{sample.tokens_per_second / base:.2f}" if base else "–"] if in_streams else []),
         ]
         for sample in timed
     ]
@@ -174,9 +191,12 @@ def _speed(drawn: Samples | None, where: str) -> _Section:
         drawn.hardware,
     ]
     note = markup.note("; ".join(fact for fact in facts if fact))
-    table = markup.table(["streams", "NFE (network calls)", "tokens per second", "compared with S = 1"], cells)
+    header = ["streams" if in_streams else "sampler", "NFE (network calls)", "tokens per second"]
+    table = markup.table([*header, *(["compared with S = 1"] if in_streams else [])], cells)
     png = bars.speed(timed)
-    caption = "S streams are written side by side, so that a text needs fewer network calls."
+    caption = "Every network call reads the whole text, and fewer calls fill in more tokens at once."
+    if in_streams:
+        caption = "S streams are written side by side, so that a text needs fewer network calls."
     return _Section(title + note + table + markup.figure(png, caption), {"speed.png": png})
 
 
@@ -184,18 +204,26 @@ def _samples(drawn: Samples | None, where: str) -> _Section:
     title = markup.heading("What it writes")
     if not drawn or not drawn.samples:
         return _Section(title + markup.missing("There are no samples yet", f"armd sample {where}"))
+    together = "Tokens that were filled in by the same call have the same colour."
+    in_streams = any(sample.streams is not None for sample in drawn.samples)
+    if in_streams:
+        together = (
+            "With S streams, S tokens that are far apart in the text are written by the same call and have the same"
+            " colour."
+        )
     parts = [
         title,
         markup.note(
             "The colour of a token tells which network call made it: dark tokens were written early, light ones late."
-            " With S streams, S tokens that are far apart in the text are written by the same call and have the same"
-            " colour. Touch a token or point at it to read the number of its call."
+            f" {together} Touch a token or point at it to read the number of its call."
         ),
     ]
-    for sample in sorted(drawn.samples, key=lambda sample: sample.streams):
+    for sample in sorted(drawn.samples, key=lambda sample: sample.way):
         calls = f" in {sample.num_calls:,} network calls" if sample.num_calls else ""
-        streams = f"{sample.streams} stream{'s' if sample.streams != 1 else ''}"
-        parts.append(markup.subheading(streams + calls) + markup.sample_text(sample))
+        way = sample.label
+        if sample.streams is not None:
+            way = f"{sample.streams} stream{'s' if sample.streams != 1 else ''}"
+        parts.append(markup.subheading(way + calls) + markup.sample_text(sample))
     settings = {"temperature": drawn.temperature, "top-k": drawn.top_k, "top-p": drawn.top_p, "seed": drawn.seed}
     facts = ", ".join(f"{name} {value}" for name, value in settings.items() if value is not None)
     coloured = [sample for sample in drawn.samples if markup.has_calls(sample)]
@@ -203,7 +231,8 @@ def _samples(drawn: Samples | None, where: str) -> _Section:
     if facts:
         parts.append(markup.note(f"Drawn with {facts}."))
     if pictures:
-        parts.append(markup.note("The file samples.png shows the first text of each number of streams."))
+        each = "number of streams" if in_streams else "sampler and number of steps"
+        parts.append(markup.note(f"The file samples.png shows the first text of each {each}."))
     return _Section("".join(parts), pictures)
 
 
@@ -211,11 +240,17 @@ def _training(rows: Sequence[dict[str, Any]], config: Config, where: str) -> _Se
     title = markup.heading("How training went")
     if not rows:
         return _Section(title + markup.missing("No steps were logged yet", f"armd train --config=FILE {where}"))
-    png = loss_curve.picture(rows, curriculum.phases(config.order, config.training.num_steps))
+    trained = tasks.of(config)
+    png = loss_curve.picture(rows, trained.phases)
+    held_out = (
+        "for held-out text it is a bound, the negative ELBO"
+        if trained.bounds
+        else "held-out text is always scored left to right"
+    )
     caption = (
         "The loss in nats per token over the training steps, and the learning rate below it. The training loss is that"
-        " of the orders which are drawn at each step, and held-out text is always scored left to right. The coloured"
-        " bands are the phases of the order schedule."
+        f" of the {trained.drawn} which are drawn at each step, and {held_out}. The coloured bands are the phases of"
+        " the schedule."
     )
     return _Section(title + markup.figure(png, caption), {"loss.png": png})
 

@@ -31,7 +31,7 @@ def picture(drawn: Sequence[Sample]) -> bytes:
     top = total - 0.4
     for sample, lines, height in zip(drawn, laid_out, heights, strict=True):
         shown, num_calls = lines[:_MAX_LINES], max(sample.num_calls, 1)
-        title = f"S = {sample.streams}: {len(sample.calls):,} tokens in {sample.num_calls:,} network calls"
+        title = f"{sample.label}: {len(sample.calls):,} tokens in {sample.num_calls:,} network calls"
         figure.text(0.015, (top - 0.3) / total, title, fontweight="bold")
         strip = figure.add_axes((0.015, (top - 0.55) / total, 0.97, 0.16 / total))
         strip.imshow(np.array([[to_rgb(call_color(call, num_calls)) for call in sample.calls]]), aspect="auto")

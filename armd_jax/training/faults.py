@@ -30,13 +30,13 @@ def first_non_finite(placement: Placement, state: TrainState, tokens_BN: jax.Arr
     `tensor` is "none" if the numbers of this step are finite: a spike, or a fault that did not happen again.
     """
     config, mesh = placement.config, placement.mesh
-    order = step.draw_order(config, state.step, tokens_BN.shape[1])
+    task = step.draw_task(config, state.step, tokens_BN.shape[1])
 
     @functools.partial(jax.jit, out_shardings=sharding.replicated(mesh))
     def tensors(params: Params, tokens_BN: jax.Array) -> tuple[Any, jax.Array, Any, Any]:
-        log_probs_BN, _ = objective.generation_log_probs(params, config.model, tokens_BN, order, placement.context)
-        nll_BN = objective.to_natural(order, log_probs_BN)
-        grads, sums = step.gradients(params, placement, tokens_BN, order, state.step)
+        log_probs_BN, _ = objective.task_log_probs(params, config.model, tokens_BN, task, placement.context)
+        nll_BN = objective.to_natural(task, log_probs_BN)
+        grads, sums = step.gradients(params, placement, tokens_BN, task, state.step)
         whole = lambda tree: jax.tree.map(lambda leaf: jnp.isfinite(leaf).all(), tree)  # noqa: E731
         return whole(params), jnp.isfinite(nll_BN), whole(sums.weighted_nll), whole(grads)
 
@@ -67,10 +67,10 @@ def pinpoint(placement: Placement, state: TrainState, at: int, tokens_BN: jax.Ar
     found = first_non_finite(placement, at_fault, tokens_BN)
     if jax.process_count() > 1:  # checking operations one by one would stop one process and leave the others waiting
         return str(found)
-    order = step.draw_order(placement.config, at_fault.step, tokens_BN.shape[1])
+    task = step.draw_task(placement.config, at_fault.step, tokens_BN.shape[1])
     try:
         with jax.debug_nans(True):
-            jax.jit(lambda p: step.gradients(p, placement, tokens_BN, order, at_fault.step))(state.params)
+            jax.jit(lambda p: step.gradients(p, placement, tokens_BN, task, at_fault.step))(state.params)
     except FloatingPointError as error:
         frames = traceback.extract_tb(error.__traceback__)
         package = pathlib.Path(__file__).parent.parent

@@ -30,17 +30,19 @@ class Placement:
 
 def for_training(config: Config, mesh: Mesh) -> Placement:
     """The placement of training steps. Raises UserError if the config asks for a kernel that the devices do not run."""
-    return _place(config, mesh, block_patterns(config.order))
+    return _place(config, mesh, block_patterns(config.order) if config.model.has_orders else None)
 
 
 def for_evaluation(config: Config, mesh: Mesh) -> Placement:
-    """The placement of evaluation steps, which take a batch at once and left to right.
+    """The placement of evaluation steps, which take a batch at once.
 
-    Padding stands behind everything else, so every block is one token.
+    Text is scored left to right with padding behind everything else, so that every block is one token, or under blocks
+    that are drawn if the model was trained on such.
     """
+    patterns = None if not config.model.has_orders or block_patterns(config.order) is None else (1,)
     # Without accumulation, so that the chunks of logits are not sized for a microbatch.
     training = dataclasses.replace(config.training, microbatches=1)
-    return _place(dataclasses.replace(config, training=training), mesh, patterns=(1,))
+    return _place(dataclasses.replace(config, training=training), mesh, patterns)
 
 
 def _place(config: Config, mesh: Mesh, patterns: tuple[int, ...] | None) -> Placement:

@@ -1,4 +1,4 @@
-"""One optimizer update: order, loss, gradients, update rule, average. A pure function of (state, tokens)."""
+"""One optimizer update: task, loss, gradients, update rule, average. A pure function of (state, tokens)."""
 
 import dataclasses
 from collections.abc import Callable
@@ -9,10 +9,9 @@ import jax.numpy as jnp
 import optax
 
 from armd_jax.config import Config
-from armd_jax.core import curriculum, objective
-from armd_jax.core import order as orders
-from armd_jax.core.objective import LossSums
-from armd_jax.core.order import Order
+from armd_jax.core import objective
+from armd_jax.core import task as tasks
+from armd_jax.core.objective import LossSums, Task
 from armd_jax.core.parameters import Params
 from armd_jax.training import optimizer, sharding
 from armd_jax.training import state as states
@@ -20,7 +19,7 @@ from armd_jax.training.placement import Placement
 from armd_jax.training.state import TrainState
 
 # Purposes of random draws, folded into the seed's key before the step number; 0 is initialisation.
-_ORDER, _DROPOUT = 1, 2
+_TASK, _DROPOUT, _HELD_OUT = 1, 2, 3
 
 Metrics = dict[str, jax.Array]
 
@@ -29,41 +28,39 @@ def _key(config: Config, purpose: int, step: jax.Array) -> jax.Array:
     return jax.random.fold_in(jax.random.fold_in(jax.random.key(config.training.seed), purpose), step)
 
 
-def draw_order(config: Config, step: jax.Array | int, length: int) -> Order:
-    """The order of the whole global batch at a step: a pure function of (seed, step)."""
-    key = _key(config, _ORDER, jnp.asarray(step))
-    return curriculum.draw(
-        config.order, key, jnp.asarray(step), config.training.num_steps, config.training.batch_size, length
-    )
+def draw_task(config: Config, step: jax.Array | int, length: int) -> Task:
+    """The order or corruption of the whole global batch at a step: a pure function of (seed, step)."""
+    key = _key(config, _TASK, jnp.asarray(step))
+    return tasks.of(config).draw(key, jnp.asarray(step), config.training.batch_size, length)
 
 
 def gradients(
-    params: Params, placement: Placement, tokens_BN: jax.Array, order: Order, step: jax.Array
+    params: Params, placement: Placement, tokens_BN: jax.Array, task: Task, step: jax.Array
 ) -> tuple[Params, LossSums]:
     """The gradient of the loss over the whole batch, and the loss's sums.
 
     With gradient accumulation, the gradients of the microbatches add up to that of the large batch.
     """
     config, count = placement.config, placement.config.training.microbatches
-    total_weight = jnp.maximum(jnp.sum(order.weight_BN), 1e-9)
-    total_tokens = jnp.maximum(jnp.sum((order.weight_BN > 0).astype(jnp.float32)), 1.0)
+    weight, tokens = objective.totals(task)
+    total_weight, total_tokens = jnp.maximum(weight, 1e-9), jnp.maximum(tokens, 1.0)
     dropout_key = _key(config, _DROPOUT, step) if config.model.dropout else None
     whole = dataclasses.replace(placement.context, dropout_key=dropout_key)
 
-    def loss(params: Params, tokens: jax.Array, order: Order, number: jax.Array | int) -> tuple[jax.Array, LossSums]:
-        sums = objective.loss_sums(params, config.model, tokens, order, whole.fold_in(number))
+    def loss(params: Params, tokens: jax.Array, task: Task, number: jax.Array | int) -> tuple[jax.Array, LossSums]:
+        sums = objective.loss_sums(params, config.model, tokens, task, whole.fold_in(number))
         return sums.weighted_nll / total_weight + config.training.z_loss * sums.z / total_tokens, sums
 
     grad = jax.grad(loss, has_aux=True)
     if count == 1:
-        return grad(params, tokens_BN, order, 0)
+        return grad(params, tokens_BN, task, 0)
 
     def accumulate(carry: Any, inputs: Any) -> tuple[Any, None]:
         return jax.tree.map(jnp.add, carry, grad(params, *inputs)), None
 
     # Row r goes to microbatch r mod count, so that every device keeps its own rows.
     split = lambda a: jnp.swapaxes(a.reshape(a.shape[0] // count, count, *a.shape[1:]), 0, 1)  # noqa: E731
-    inputs = (split(tokens_BN), jax.tree.map(split, order), jnp.arange(count))
+    inputs = (split(tokens_BN), jax.tree.map(split, task), jnp.arange(count))
     zeros = jax.tree.map(jnp.zeros_like, params), LossSums(*[jnp.float32(0)] * 5)
     return jax.lax.scan(accumulate, zeros, inputs)[0]
 
@@ -75,9 +72,9 @@ def make_train_step(placement: Placement) -> jax.stages.Wrapped:
     rate = optimizer.learning_rate(config.optimizer, config.training.num_steps)
 
     def train_step(state: TrainState, tokens_BN: jax.Array) -> tuple[TrainState, Metrics]:
-        order = draw_order(config, state.step, tokens_BN.shape[1])
-        order = jax.tree.map(lambda a: placement.context.constrain(a, ("batch", "length")), order)
-        grads, sums = gradients(state.params, placement, tokens_BN, order, state.step)
+        task = draw_task(config, state.step, tokens_BN.shape[1])
+        task = jax.tree.map(lambda a: placement.context.constrain(a, ("batch", "length")), task)
+        grads, sums = gradients(state.params, placement, tokens_BN, task, state.step)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         ema = None if state.ema is None else optimizer.update_ema(config.optimizer, state.ema, params, state.step)
@@ -117,15 +114,19 @@ def make_train_step(placement: Placement) -> jax.stages.Wrapped:
     )
 
 
-def make_eval_step(placement: Placement) -> Callable[[Params, jax.Array, jax.Array], LossSums]:
-    """The jitted (params, tokens_BN, valid_BN) -> LossSums of the exact left-to-right likelihood."""
+def make_eval_step(placement: Placement) -> Callable[[Params, jax.Array, jax.Array, jax.Array | int], LossSums]:
+    """The jitted (params, tokens_BN, valid_BN, number) -> LossSums of the likelihood, or of the bound if there is none.
+
+    number: of the batch. Whatever the task draws depends on it and on the seed alone, so that two evaluations during a
+    run differ by their parameters and nothing else.
+    """
     config, mesh = placement.config, placement.mesh
+    held_out = tasks.of(config).held_out
 
-    def eval_step(params: Params, tokens_BN: jax.Array, valid_BN: jax.Array) -> LossSums:
-        batch, length = tokens_BN.shape
-        order = orders.padding_last(orders.left_to_right(batch, length), valid_BN)
-        return objective.loss_sums(params, config.model, tokens_BN, order, placement.context)
+    def eval_step(params: Params, tokens_BN: jax.Array, valid_BN: jax.Array, number: jax.Array) -> LossSums:
+        task = held_out(_key(config, _HELD_OUT, number), valid_BN)
+        return objective.loss_sums(params, config.model, tokens_BN, task, placement.context)
 
-    rows = sharding.batch_sharding(mesh)
+    rows, everywhere = sharding.batch_sharding(mesh), sharding.replicated(mesh)
     params_sharding = states.shardings(config, mesh).params
-    return jax.jit(eval_step, in_shardings=(params_sharding, rows, rows), out_shardings=sharding.replicated(mesh))
+    return jax.jit(eval_step, in_shardings=(params_sharding, rows, rows, everywhere), out_shardings=everywhere)

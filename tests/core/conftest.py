@@ -1,6 +1,7 @@
 """Toy models, orders and jaxpr walks shared by the tests of the mathematics."""
 
 import itertools
+import math
 import types
 from collections.abc import Iterator
 from typing import Any
@@ -11,7 +12,8 @@ import numpy as np
 import pytest
 
 from armd_jax.config import ModelConfig
-from armd_jax.core import parameters
+from armd_jax.core import objective, parameters
+from armd_jax.core.corruption import Corruption
 from armd_jax.core.order import Order
 
 
@@ -82,9 +84,29 @@ def _shapes(jaxpr: Any) -> set[tuple[int, ...]]:
     }
 
 
+def _negative_elbo(params, config, sequences: np.ndarray) -> np.ndarray:
+    """The exact negative ELBO of a denoiser for every sequence [M], float64 nats, by enumeration of all masks.
+
+    A mask of k tokens weighs 1 / (k (N choose k)).
+    """
+    masks = np.asarray(list(itertools.product([False, True], repeat=sequences.shape[1]))[1:])
+    valid = jnp.ones(masks.shape, bool)
+
+    @jax.jit
+    def nll(tokens_N: jax.Array) -> jax.Array:
+        tokens = jnp.broadcast_to(tokens_N, masks.shape)
+        weight = jnp.asarray(masks, jnp.float32)
+        log_probs, _ = objective.task_log_probs(params, config, tokens, Corruption(jnp.asarray(masks), weight, valid))
+        return -jnp.sum(weight * log_probs, axis=1)
+
+    counts, length = masks.sum(axis=1), sequences.shape[1]
+    weights = np.asarray([1 / (k * math.comb(length, k)) for k in counts.tolist()])
+    return np.asarray([weights @ np.asarray(nll(tokens), np.float64) for tokens in jnp.asarray(sequences)])
+
+
 @pytest.fixture(scope="session")
 def toy() -> types.SimpleNamespace:
-    """config, params, blocks, stack, sequences, equations, shapes."""
+    """config, params, blocks, stack, sequences, equations, shapes, negative_elbo."""
     return types.SimpleNamespace(
         config=_config,
         params=_params,
@@ -93,4 +115,5 @@ def toy() -> types.SimpleNamespace:
         sequences=_sequences,
         equations=_equations,
         shapes=_shapes,
+        negative_elbo=_negative_elbo,
     )

@@ -22,6 +22,7 @@ def _rows(data: packing.PreparedData, split: str) -> np.ndarray:
     return np.stack([data.rows(split)[row] for row in range(data.num_rows(split))])
 
 
+@perplexity.under_order
 def _left_to_right(key, batch, length):
     return order.left_to_right(batch, length)
 

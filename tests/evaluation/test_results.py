@@ -85,7 +85,7 @@ def test_an_evaluation_reads_back_as_it_was(tmp_path):
     assert list(stored["strided"]) == ["2", "4"]
     assert list(stored["left_to_right"]) == list(stored["unigram"]) == SCORE_KEYS
     assert list(stored["random_orders"]) == [*SCORE_KEYS, "draws"]
-    assert list(stored["elbo"]) == [*SCORE_KEYS, "diffusion_steps"]
+    assert list(stored["elbo"]) == [*SCORE_KEYS, "diffusion_steps", "draws", "standard_error"]
 
 
 def test_what_was_not_measured_has_no_key(tmp_path):

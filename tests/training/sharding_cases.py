@@ -14,6 +14,7 @@ from armd_jax.training import checkpoints, divisibility, placement, sharding, st
 
 MESHES = {"one": (1, 1, 1), "data": (8, 1, 1), "fsdp": (1, 8, 1), "mixed": (2, 2, 2), "tensor": (1, 2, 4)}
 MESHES["flash"] = MESHES["mixed"]  # with the GPU kernel, interpreted
+DENOISER = {"one": (1, 1, 1), "mixed": (2, 2, 2)}
 STEPS, BATCH, LENGTH = 20, 8, 16
 
 
@@ -40,7 +41,7 @@ def main(out: str) -> None:
         where = placement.for_training(placed, mesh)
 
         def gradients(params, batch, placed=placed, where=where):
-            return step.gradients(params, where, batch, step.draw_order(placed, 0, LENGTH), 0)[0]
+            return step.gradients(params, where, batch, step.draw_task(placed, 0, LENGTH), 0)[0]
 
         first = jax.device_put(tokens[0], sharding.batch_sharding(mesh))
         if name == "flash":
@@ -60,6 +61,11 @@ def main(out: str) -> None:
     placed, mesh = _placed(muon, MESHES["one"])
     results["muon/losses"] = np.asarray(_train(placed, mesh, state.create(placed, mesh), tokens)[1])
     results["muon moved/losses"] = np.asarray(_moved(muon, pathlib.Path(out).parent / "muon", tokens))
+    denoiser = dataclasses.replace(config, model=dataclasses.replace(config.model, kind="denoiser"))
+    for name, shape in DENOISER.items():
+        placed, mesh = _placed(denoiser, shape)
+        _, losses = _train(placed, mesh, state.create(placed, mesh), tokens)
+        results[f"denoiser/{name}"] = np.asarray(losses)
     np.savez(out, **results)
 
 

@@ -46,6 +46,13 @@ def test_meshes_train_like_one_device(results, mesh, share):
     assert len(results["one/losses"]) == 20 and results["one/losses"][-1] < results["one/losses"][0] - 0.3
 
 
+def test_a_denoiser_trains_on_a_mesh_like_on_one_device(results):
+    """Its masks are drawn for the whole batch, so that 20 losses agree to 1e-4."""
+    one, mixed = results["denoiser/one"], results["denoiser/mixed"]
+    np.testing.assert_allclose(mixed, one, rtol=1e-4)
+    assert len(one) == 20 and len(set(one.round(3).tolist())) > 15
+
+
 def test_the_rows_of_a_process_make_its_batch(results):
     """Rows read by their place in the global batch lie there, on every mesh."""
     for name in ("one", "data", "fsdp", "mixed", "tensor"):

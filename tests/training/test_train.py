@@ -115,6 +115,51 @@ def test_resumed_run_equals_an_unbroken_one(tmp_path, monkeypatch, corpus, unbro
     assert _events(tmp_path / "run") == [("start", 0), *saves[:2], ("resume", 10), *saves[2:], ("end", 20)]
 
 
+@pytest.mark.slow
+def test_resumed_denoiser_equals_an_unbroken_one(tmp_path, monkeypatch, corpus):
+    """A run of model.kind=denoiser with dropout that died at step 12 ends bit for bit as one that never died."""
+    config = _config(corpus)
+    orders = dataclasses.replace(config.order, sbp_steps=0)
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, kind="denoiser"), order=orders)
+    whole = train.train(config, tmp_path / "whole", progress=False)
+    write = metrics.MetricWriter.write
+    dying = lambda self, at, values: _power_cut() if at == 12 else write(self, at, values)  # noqa: E731
+    with monkeypatch.context() as patch, pytest.raises(_PowerCut):
+        patch.setattr(metrics.MetricWriter, "write", dying)
+        train.train(config, tmp_path / "run", progress=False)
+    resumed = train.train(config, tmp_path / "run", progress=False)
+    assert (whole.steps_done, resumed.steps_done) == (20, 10)
+    _assert_same_state(resumed.state, whole.state)
+    rows = _rows(tmp_path / "run")
+    assert rows == _rows(tmp_path / "whole")
+    held_out = [row for row in rows if "eval/nll" in row]
+    assert [row["step"] for row in held_out] == [5, 10, 15, 20]
+    assert all(
+        row.keys() == {"step", "eval/nll", "eval/nll_upper_bound", "eval/perplexity_upper_bound"} for row in held_out
+    )
+
+
+@pytest.mark.parametrize("kind", ["progressive", "masked_diffusion"])
+def test_validation_scores_what_is_trained(tmp_path, corpus, kind):
+    """Diffusion blocks are scored by their bound during training, all other orders exactly and left to right."""
+    config = _config(corpus, num_steps=5)
+    orders = dataclasses.replace(config.order, kind=kind, diffusion_steps=1, sbp_steps=0, permute_steps=4)
+    done = train.train(dataclasses.replace(config, order=orders), tmp_path / "run", progress=False)
+    (row,) = (row for row in _rows(tmp_path / "run") if "eval/nll" in row)
+    data, _ = run_data.prepare(done.config, tmp_path / "run", progress=False)
+    ((tokens, valid),) = loader.eval_batches(data, "valid", 4, 1)
+    assert valid.all()
+    # In a single time step, all tokens of a row are one block.
+    scored = order.left_to_right(4, 16) if kind == "progressive" else order.from_blocks([list(range(16))], 4)
+    log_probs, _ = objective.generation_log_probs(
+        done.state.eval_params, done.config.model, jnp.asarray(tokens), scored
+    )
+    assert row["eval/nll"] == pytest.approx(-float(log_probs.mean()), rel=1e-5)
+    exact = {"eval/perplexity"}
+    bound = {"eval/nll_upper_bound", "eval/perplexity_upper_bound"}
+    assert row.keys() == {"step", "eval/nll"} | (exact if kind == "progressive" else bound)
+
+
 def test_second_run_of_the_same_command_does_nothing(corpus, unbroken):
     """A complete run says that no step was left to do, and not a byte of it changes."""
     workdir, whole = unbroken
@@ -167,18 +212,20 @@ def test_no_readable_checkpoint_is_an_error(tmp_path, corpus, unbroken):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["progressive", "masked_diffusion"])
+@pytest.mark.parametrize("kind", ["progressive", "masked_diffusion", "denoiser"])
 def test_accumulated_gradients_equal_the_large_batch(corpus, kind):
     """Without dropout four microbatches give the gradient of the whole batch, also where tokens have weights."""
     config = _config(corpus, batch_size=8, z_loss=1e-3)
     model = dataclasses.replace(config.model, dropout=0.0, vocab_size=257)
+    if kind == "denoiser":
+        model, kind = dataclasses.replace(model, kind="denoiser"), "progressive"
     orders = dataclasses.replace(config.order, kind=kind, weight="simple", diffusion_steps=8, sbp_steps=0, ar_steps=0)
     config = dataclasses.replace(config, model=model, order=orders)
     params = jax.jit(parameters.init, static_argnums=1)(jax.random.key(0), model)
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, 257, (8, 16)), jnp.int32)
     mesh = sharding.make_mesh(config.mesh)
-    drawn = step.draw_order(config, 6, 16)
-    assert (float(np.ptp(drawn.weight_BN)) > 0) == (kind == "masked_diffusion")
+    drawn = step.draw_task(config, 6, 16)
+    assert (float(np.ptp(drawn.weight_BN)) > 0) == (kind == "masked_diffusion" or not model.has_orders)
     results = []
     for count in (1, 4):
         training = dataclasses.replace(config.training, microbatches=count)
@@ -267,7 +314,7 @@ def test_fine_tuning_starts_from_the_weights_of_another_run(
     data, _ = run_data.prepare(config, workdir, progress=False)
     with loader.train_batches(data, config.training.batch_size, config.training.seed) as batches:
         _, tokens = next(batches)
-    expected = -float(np.mean(lm.log_prob(tokens, step.draw_order(config, 0, tokens.shape[1]))))
+    expected = -float(np.mean(lm.log_prob(tokens, step.draw_task(config, 0, tokens.shape[1]))))
     first = _rows(workdir)[0]
     assert first["step"] == 1 and first["train/nll"] == pytest.approx(expected, rel=1e-4)
     untrained = float(np.log(lm.config.vocab_size))

@@ -1,0 +1,70 @@
+"""What one step asks of the network: a generation order for an ARMD, a corruption for a denoiser.
+
+`of` has one case per `names.ModelKind`. Training step, validation, evaluation and report ask it, and so need to know
+nothing else about kinds of models.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import assert_never
+
+import jax
+import jax.numpy as jnp
+
+from armd_jax.config import Config
+from armd_jax.core import corruption, curriculum
+from armd_jax.core import order as orders
+from armd_jax.core.curriculum import Phase
+from armd_jax.core.objective import Task
+
+
+@dataclasses.dataclass(frozen=True)
+class Tasks:
+    """The tasks of a config.
+
+    drawn: what is drawn at every step, in one word. describe: a few words for people. phases: of training.
+    draw: (key, step, batch, length) -> the task that is trained on at a step; the key already belongs to this step.
+    held_out: (key, valid_BN) -> the task that held-out text is scored with during training.
+    bounds: whether the expected loss of `held_out` only bounds the negative log-likelihood (negative ELBO). If not, it
+        is the exact one, left to right.
+    """
+
+    drawn: str
+    describe: str
+    phases: tuple[Phase, ...]
+    draw: Callable[[jax.Array, jax.Array, int, int], Task]
+    held_out: Callable[[jax.Array, jax.Array], Task]
+    bounds: bool
+
+
+def of(config: Config) -> Tasks:
+    """The tasks of a config."""
+    order, num_steps = config.order, config.training.num_steps
+    match config.model.kind:
+        case "armd":
+            bounding = curriculum.bounding_order(order)
+
+            def score(key: jax.Array, valid_BN: jax.Array) -> Task:
+                batch, length = valid_BN.shape
+                made = orders.left_to_right(batch, length) if bounding is None else bounding(key, batch, length)
+                return orders.padding_last(made, valid_BN)
+
+            return Tasks(
+                drawn="orders",
+                describe=f"orders: {curriculum.describe(order)}",
+                phases=curriculum.phases(order, num_steps),
+                draw=lambda key, step, batch, length: curriculum.draw(order, key, step, num_steps, batch, length),
+                held_out=score,
+                bounds=bounding is not None,
+            )
+        case "denoiser":
+            return Tasks(
+                drawn="masks",
+                describe="masks: masked diffusion in continuous time",
+                phases=(Phase("masked diffusion", 0, num_steps),),
+                draw=lambda key, step, batch, length: corruption.by_time(key, jnp.ones((batch, length), bool)),
+                held_out=corruption.by_count,
+                bounds=True,
+            )
+        case _:
+            assert_never(config.model.kind)
