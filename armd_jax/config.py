@@ -12,7 +12,7 @@ import functools
 import json
 import pathlib
 from collections.abc import Iterator
-from typing import Any, TypeGuard, assert_never
+from typing import Any, TypeGuard
 
 import ml_collections
 
@@ -98,7 +98,7 @@ class ModelConfig:
         kernels: tuple[Any, ...] = {"tpu": typed.choices(names.TpuKernel), "gpu": typed.choices(names.GpuKernel)}.get(
             platform, ()
         )
-        fitting = [kind for kind in kernels if not _kernel_fault(self, kind)]
+        fitting = [kind for kind in kernels if not names.kernel_fault(kind, self.max_length, self.head_width)]
         decided: dict[str, Any] = {
             "dtype": "bfloat16" if accelerated else "float32",
             "scan_layers": "on" if accelerated else "off",
@@ -300,24 +300,6 @@ def differences(old: Config, new: Config) -> Iterator[tuple[str, Any, Any, bool]
 # --- checks ---------------------------------------------------------------------------------------------------------
 
 
-def _kernel_fault(model: ModelConfig, kind: names.AttentionKind, where: str = "model") -> str:
-    """Why an attention kernel cannot compute this model; empty if it can."""
-    match kind:
-        case "splash" if not model.has_orders:
-            return f"this kernel computes causal masks, and {where}.kind='denoiser' has none; use auto or chunked"
-        case "splash" if model.max_length % names.SPLASH_TILE:
-            return f"{where}.max_length={model.max_length} must be a multiple of {names.SPLASH_TILE}"
-        case "flash" if model.head_width > names.FLASH_WIDEST:
-            return (
-                f"{where}.width / {where}.num_heads = {model.head_width} is more than {names.FLASH_WIDEST};"
-                " use auto or chunked"
-            )
-        case "auto" | "dense" | "chunked" | "splash" | "flash":
-            return ""
-        case _:
-            assert_never(kind)
-
-
 def check_model(model: ModelConfig, where: str = "model") -> None:
     """Raises UserError if no model of this config could be built."""
     typed.check(model, where)
@@ -334,7 +316,7 @@ def check_model(model: ModelConfig, where: str = "model") -> None:
         raise UserError(f"{where}.width / {where}.num_heads = {model.head_width} is odd: RoPE rotates pairs")
     if model.positional_width < 2 or model.positional_width % 2:
         raise UserError(f"{where}.positional_width={model.positional_width}: must be even and at least 2")
-    if fault := _kernel_fault(model, model.attention, where):
+    if fault := names.kernel_fault(model.attention, model.max_length, model.head_width, where):
         raise UserError(f"{where}.attention={model.attention!r}: {fault}")
 
 

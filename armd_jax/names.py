@@ -5,7 +5,7 @@ and tests iterate over them (`typed.choices`), and code that depends on such a n
 `assert_never`, so that the type checker finds every place that a new name has to be added to.
 """
 
-from typing import Literal
+from typing import Literal, assert_never
 
 OrderModel = Literal["armd"]  # trained on generation orders, and scored and sampled under them
 MaskModel = Literal["denoiser"]  # trained to fill in masked tokens
@@ -43,3 +43,16 @@ CompiledProgram = Literal["train", "sample"]  # what `armd compile` compiles: th
 
 SPLASH_TILE = 128  # the TPU kernel needs rows of a multiple of this length
 FLASH_WIDEST = 256  # the GPU kernel takes heads up to this width
+
+
+def kernel_fault(kind: AttentionKind, max_length: int, head_width: int, where: str = "model") -> str:
+    """Why an attention kernel cannot compute a model of these sizes; empty if it can. where: the config's section."""
+    match kind:
+        case "splash" if max_length % SPLASH_TILE:
+            return f"{where}.max_length={max_length} must be a multiple of {SPLASH_TILE}"
+        case "flash" if head_width > FLASH_WIDEST:
+            return f"{where}.width / {where}.num_heads = {head_width} is more than {FLASH_WIDEST}; use auto or chunked"
+        case "auto" | "dense" | "chunked" | "splash" | "flash":
+            return ""
+        case _:
+            assert_never(kind)

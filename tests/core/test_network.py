@@ -9,11 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from armd_jax import typed
 from armd_jax.core import axes, block_mask, network, objective, order, parameters, sizes
 from armd_jax.core import cache as caches
 from armd_jax.core.context import Context
 from armd_jax.core.kernels.embedding import look_up
 from armd_jax.core.rows import rows_for_training
+from armd_jax.names import AggregatorKind
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -212,7 +214,8 @@ def test_every_layer_and_stream_draws_its_own_dropout(toy):
         return seen
 
     states = [np.asarray(state) for state in activations(params)]
-    _, g, both_1, both_2, *rest = states  # X, G, then every layer's rows: X over G, from the last two-stream one on G
+    # X, the left neighbours, G, then every layer's rows: X over G, from the last two-stream one on G.
+    _, _, g, both_1, both_2, *rest = states
     x_2, g_2 = np.split(both_2 - both_1, 2, axis=1)
     g_stream = [g, both_1[:, LENGTH:], both_2[:, LENGTH:], *rest]
     masks = [g == 0, x_2 == 0, *(new - old == 0 for old, new in zip(g_stream, g_stream[1:], strict=False))]
@@ -309,12 +312,13 @@ def test_constraints_are_given_for_every_activation(toy):
 
     jax.eval_shape(run, params, jax.ShapeDtypeStruct((2, LENGTH), jnp.int32))
     assert seen.count((2 * LENGTH, axes.ROWS)) == 2  # X and G in the two full two-stream layers
-    assert seen.count((LENGTH, axes.ROWS)) == 2 + 1 + 2  # embeddings, last two-stream layer, causal layers
+    # The embeddings of X and of neighbours, G's first vectors, the last two-stream layer, and causal layers.
+    assert seen.count((LENGTH, axes.ROWS)) == 2 + 1 + 1 + 2
     assert seen.count((LENGTH, axes.LOGITS)) == 1
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("aggregator", ["positional", "mean", "shift"])
+@pytest.mark.parametrize("aggregator", typed.choices(AggregatorKind))
 def test_cached_calls_equal_the_parallel_forward(toy, aggregator):
     """Block by block through the cache (X rows of the last block, G rows of the next), padding rows included."""
     config = toy.config(vocab_size=7, num_layers=3, two_stream_layers=2, aggregator=aggregator)
@@ -335,7 +339,7 @@ def test_cached_calls_equal_the_parallel_forward(toy, aggregator):
     for block in blocks:
         size = len(block)
         x_fields = ("x_tokens_BX", "x_positions_BX", "x_len_BX")
-        g_fields = ("g_positions_BG", "g_strict_len_BG", "g_len_BG")
+        g_fields = ("g_positions_BG", "g_strict_len_BG", "g_len_BG", "g_left_BG", "g_right_BG")
         step = rows.replace(
             **{name: padded(getattr(rows, name), x_first, x_size) for name in x_fields},
             **{name: padded(getattr(rows, name), g_first, size) for name in g_fields},
