@@ -260,6 +260,16 @@ def test_every_row_of_a_table_is_a_config(benchmarks, name):
     assert all(list(by_variant) == [variant.name for variant in table.variants] for by_variant in rows.values())
 
 
+def test_a_row_keeps_what_makes_it(benchmarks):
+    """Changes of the command line apply to every row, except for the fields that the row or its arm is about."""
+    ablations = benchmarks["ablations"]
+    words = ["model.aggregator=mean", "model.num_layers=3", "model.width=64"]
+    rows = ablations.rows_of(ablations.TABLES["width"], words, smoke=False, steps=200)
+    for arm, aggregator in (("AR", "shift"), ("ARMD, identity order", "mean")):
+        model = rows[arm]["width 256"].model
+        assert (model.aggregator, model.num_layers, model.width) == (aggregator, 3, 256)
+
+
 def test_equal_time_means_steps_in_proportion_to_speed(benchmarks, tiny):
     """A variant that is half as fast gets half the steps, at its own best rate, and warm-up keeps its share."""
     config, data = tiny
