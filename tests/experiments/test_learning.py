@@ -35,7 +35,7 @@ def benchmarks(monkeypatch):
     monkeypatch.syspath_prepend(str(FOLDER))
     names = ("trainings", "learning", "ablations")
     yield {name: importlib.import_module(name) for name in names}
-    for name in (*names, "common"):
+    for name in (*names, "common", "torch_gpt2"):
         sys.modules.pop(name, None)
 
 
@@ -330,9 +330,29 @@ def test_our_models_learn_without_torch(tmp_path, corpus):
     assert models["ar"]["nats"]["100%"][0] < models["ar"]["nats"]["25%"][0]
 
 
+def test_gpt2_predicts_every_token_of_a_row_from_those_before(benchmarks, tiny):
+    """It has as many parameters as computed for it, and a changed token changes its own loss and later ones alone."""
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    config, data = tiny
+    learner = importlib.import_module("torch_gpt2").Gpt2Learner(config, data)
+    assert learner.num_parameters == benchmarks["learning"].gpt2_parameters(config.model)
+    tokens = torch.arange(32)[None] % 7
+    changed = tokens.clone()
+    changed[0, 20] = 50
+    before, after = (learner._nats(learner._model, rows).detach() for rows in (tokens, changed))
+    assert before.shape == (32,) and torch.equal(before[:20], after[:20])
+    assert (before[20:] != after[20:]).all()
+    first = learner.held_out()
+    assert first == pytest.approx(math.log(config.model.vocab_size), rel=0.05)
+    for _ in range(3):
+        learner.update(tokens.numpy())
+    assert learner.held_out() != first
+
+
 @pytest.mark.slow
 def test_smoke_with_gpt2(tmp_path, corpus):
-    """All four models are trained and compared, and GPT-2 has the number of parameters that is computed for it."""
+    """All four models are trained and compared."""
     pytest.importorskip("torch", reason="torch is not installed")
     pytest.importorskip("transformers", reason="transformers is not installed")
     flags = ["--smoke", f"--data-dir={tmp_path / 'data'}", f"--config.data.path={corpus}"]
