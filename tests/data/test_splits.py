@@ -74,10 +74,10 @@ def test_fraction_zero_means_no_such_split(tmp_path):
 def test_too_few_documents_to_split(tmp_path):
     for index in range(3):
         (tmp_path / f"{index}.txt").write_text("word " * 100 + str(index))
-    with pytest.raises(UserError, match="nothing of 3 documents would be left for data.valid_fraction=0.05"):
+    with pytest.raises(UserError, match="3 documents leave nothing for data.valid_fraction=0.05"):
         texts(open_corpus(DataConfig(path=str(tmp_path))))
     (tmp_path / "short.txt").write_text("ab")
-    with pytest.raises(UserError, match="nothing of one document would be left for data.valid_fraction"):
+    with pytest.raises(UserError, match="one document leave nothing for data.valid_fraction"):
         texts(open_corpus(DataConfig(path=str(tmp_path / "short.txt"))))
 
 
