@@ -143,7 +143,7 @@ def rows_of(table: Table, words: Sequence[str], smoke: bool, steps: int) -> dict
     values = trainings.scaled(trainings.quickstart(smoke), steps)
     return {
         arm.name: {
-            variant.name: trainings.with_overrides(values, [*arm.overrides, *words, *variant.overrides])
+            variant.name: trainings.with_overrides(values, [*words, *arm.overrides, *variant.overrides])
             for variant in table.variants
         }
         for arm in table.arms

@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 import pathlib
+import shlex
 import statistics
 import subprocess
 import sys
@@ -481,7 +482,7 @@ def provenance(trainings: Iterable[Training], command: Sequence[str]) -> list[st
         "Hardware": sorted({training.hardware for training in trainings}),
         "Commit": sorted({training.commit for training in trainings}),
     }
-    lines = [f"Command: `{' '.join(command)}`."]
+    lines = [f"Command: `{shlex.join(command)}`."]
     return lines + [f"{name}: {', '.join(map(str, values))}." for name, values in each.items()]
 
 

@@ -35,7 +35,7 @@ def benchmarks(monkeypatch):
     monkeypatch.syspath_prepend(str(FOLDER))
     names = ("trainings", "learning", "ablations")
     yield {name: importlib.import_module(name) for name in names}
-    for name in (*names, "common"):
+    for name in (*names, "common", "torch_gpt2"):
         sys.modules.pop(name, None)
 
 
@@ -260,6 +260,16 @@ def test_every_row_of_a_table_is_a_config(benchmarks, name):
     assert all(list(by_variant) == [variant.name for variant in table.variants] for by_variant in rows.values())
 
 
+def test_a_row_keeps_what_makes_it(benchmarks):
+    """Changes of the command line apply to every row, except for the fields that the row or its arm is about."""
+    ablations = benchmarks["ablations"]
+    words = ["model.aggregator=mean", "model.num_layers=3", "model.width=64"]
+    rows = ablations.rows_of(ablations.TABLES["width"], words, smoke=False, steps=200)
+    for arm, aggregator in (("AR", "shift"), ("ARMD, identity order", "mean")):
+        model = rows[arm]["width 256"].model
+        assert (model.aggregator, model.num_layers, model.width) == (aggregator, 3, 256)
+
+
 def test_equal_time_means_steps_in_proportion_to_speed(benchmarks, tiny):
     """A variant that is half as fast gets half the steps, at its own best rate, and warm-up keeps its share."""
     config, data = tiny
@@ -320,9 +330,29 @@ def test_our_models_learn_without_torch(tmp_path, corpus):
     assert models["ar"]["nats"]["100%"][0] < models["ar"]["nats"]["25%"][0]
 
 
+def test_gpt2_predicts_every_token_of_a_row_from_those_before(benchmarks, tiny):
+    """It has as many parameters as computed for it, and a changed token changes its own loss and later ones alone."""
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    config, data = tiny
+    learner = importlib.import_module("torch_gpt2").Gpt2Learner(config, data)
+    assert learner.num_parameters == benchmarks["learning"].gpt2_parameters(config.model)
+    tokens = torch.arange(32)[None] % 7
+    changed = tokens.clone()
+    changed[0, 20] = 50
+    before, after = (learner._nats(learner._model, rows).detach() for rows in (tokens, changed))
+    assert before.shape == (32,) and torch.equal(before[:20], after[:20])
+    assert (before[20:] != after[20:]).all()
+    first = learner.held_out()
+    assert first == pytest.approx(math.log(config.model.vocab_size), rel=0.05)
+    for _ in range(3):
+        learner.update(tokens.numpy())
+    assert learner.held_out() != first
+
+
 @pytest.mark.slow
 def test_smoke_with_gpt2(tmp_path, corpus):
-    """All four models are trained and compared, and GPT-2 has the number of parameters that is computed for it."""
+    """All four models are trained and compared."""
     pytest.importorskip("torch", reason="torch is not installed")
     pytest.importorskip("transformers", reason="transformers is not installed")
     flags = ["--smoke", f"--data-dir={tmp_path / 'data'}", f"--config.data.path={corpus}"]
