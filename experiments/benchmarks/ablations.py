@@ -70,9 +70,9 @@ class Table:
     equal_time: bool = False
 
 
-AR = Variant("AR", trainings.AUTOREGRESSIVE)
-IDENTITY = Variant("ARMD, identity order", trainings.IDENTITY_ORDER)
-CURRICULUM = Variant("ARMD, curriculum and SBP", trainings.CURRICULUM)
+AR = Variant("AR", (*trainings.ADAMW, *trainings.AUTOREGRESSIVE))
+IDENTITY = Variant("ARMD, identity order", (*trainings.ADAMW, *trainings.IDENTITY_ORDER))
+CURRICULUM = Variant("ARMD, curriculum and SBP", (*trainings.ADAMW, *trainings.CURRICULUM))
 
 TABLES: dict[TableName, Table] = {
     "parametrisation": Table(

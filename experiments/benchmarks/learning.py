@@ -1,9 +1,10 @@
 """Learning speed: our AR and our ARMD against a Hugging Face GPT-2 of the same size on the same batches.
 
-    python experiments/benchmarks/learning.py [--smoke] [--only=gpt2,ar,armd,curriculum] [--resume-file=FILE] [--json]
+    python experiments/benchmarks/learning.py [--smoke] [--only=gpt2,ar,…] [--resume-file=FILE] [--json]
 
-Four models are trained: GPT-2 in torch, the autoregressive config of this package, ARMD in the identity order (left to
-right), and ARMD under the quickstart's curriculum with its strided steps. Layers, width, heads and vocabulary are the
+Five models are trained: GPT-2 in torch (gpt2), the autoregressive config of this package (ar), ARMD in the identity
+order, left to right (armd), ARMD under the quickstart's curriculum with its strided steps (curriculum), and a masked
+diffusion model (mdlm), whose figures are bounds: the negative ELBO. Layers, width, heads and vocabulary are the
 same, and the parameter counts are within 2% (ours are never the larger ones). All see byte-identical batches in the
 same order, and share AdamW's settings, clipping, schedule and the average of the weights that is evaluated. Each is
 trained at every learning rate with seed 0, and at its own best rate with the other seeds. With --resume-file, finished
@@ -42,17 +43,19 @@ from armd_jax.core import sizes
 from armd_jax.data.packing import PreparedData
 from armd_jax.errors import UserError
 
-ModelName = Literal["gpt2", "ar", "armd", "curriculum"]
+ModelName = Literal["gpt2", "ar", "armd", "curriculum", "mdlm"]
 LABELS: dict[str, str] = {
     "gpt2": "GPT-2 (Hugging Face)",
     "ar": "AR",
     "armd": "ARMD, identity order",
     "curriculum": "ARMD, curriculum and SBP",
+    "mdlm": "MDLM (upper bound)",
 }
 OURS: dict[str, tuple[str, ...]] = {
     "ar": trainings.AUTOREGRESSIVE,
     "armd": trainings.IDENTITY_ORDER,
     "curriculum": trainings.CURRICULUM,
+    "mdlm": trainings.DENOISER,
 }
 STEPS = {"cpu": 360, "125m": 3000}  # cpu: with 3 rates and 3 seeds, under an hour on two cores
 RATES = {"cpu": (1.5e-3, 3e-3, 6e-3), "125m": (3e-4, 6e-4, 1.2e-3)}
@@ -60,7 +63,7 @@ EVALUATIONS = 8  # per training; the steps to GPT-2's final loss are interpolate
 CLOSEST = 0.98  # parameters of ours divided by GPT-2's are between this and 1
 MISSING_TORCH = (
     'error: torch and transformers are not installed; pip install -e ".[benchmark]" installs them,'
-    " and --only=ar,armd,curriculum does without them"
+    " and --only=ar,armd,curriculum,mdlm does without them"
 )
 
 
@@ -77,6 +80,7 @@ def base_values(size: str, smoke: bool) -> ConfigDict:
         values.order.max_permuted = large.order.max_permuted
         values.training.update(batch_size=64, microbatches=4)
         values.optimizer.ema_decay = 0.99
+    experiment_file.apply_overrides(values, [f"--config.{change}" for change in trainings.ADAMW])
     return values
 
 
