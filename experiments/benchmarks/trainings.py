@@ -53,7 +53,7 @@ AUTOREGRESSIVE = (
 IDENTITY_ORDER = ("order.kind=left_to_right", "order.sbp_steps=0")
 CURRICULUM = ()
 DENOISER = ("model.kind=denoiser", "order.sbp_steps=0")
-ADAMW = ("optimizer.kind=adamw", "optimizer.learning_rate=3e-3", "optimizer.warmup_steps=60")  # as in the wider world
+ADAMW = ("optimizer.kind=adamw",)
 
 
 # --- what is trained ------------------------------------------------------------------------------------------------
