@@ -159,7 +159,7 @@ class OrderConfig:
     max_permuted: int = _field(32, at_least=1)  # … to this number, and stays there (rho)
     streams: tuple[int, ...] = (1, 2, 4)  # strided: the number of streams S of each step is drawn from these
     sbp_steps: int = 0  # the last steps of training use strided orders (strided block-parallel fine-tuning)
-    diffusion_steps: int = _field(64, at_least=1)  # masked_diffusion: T
+    diffusion_steps: int = _field(64, at_least=1)  # masked_diffusion (diffusion blocks): T
     noise_schedule: names.NoiseSchedule = "linear"  # masked_diffusion
     weight: names.OrderWeight = "elbo"  # masked_diffusion: the weights gamma of the loss
 
@@ -289,8 +289,6 @@ def differences(old: Config, new: Config) -> Iterator[tuple[str, Any, Any, bool]
 def _kernel_fault(model: ModelConfig, kind: names.AttentionKind, where: str = "model") -> str:
     """Why an attention kernel cannot compute this model; empty if it can."""
     match kind:
-        case "splash" if not model.has_orders:
-            return f"this kernel computes causal masks, and {where}.kind='denoiser' has none; use auto or chunked"
         case "splash" if model.max_length % names.SPLASH_TILE:
             return f"{where}.max_length={model.max_length} must be a multiple of {names.SPLASH_TILE}"
         case "flash" if model.head_width > names.FLASH_WIDEST:
