@@ -167,7 +167,7 @@ class OrderConfig:
     max_permuted: int = _field(32, at_least=1)  # … to this number, and stays there (rho)
     streams: tuple[int, ...] = (1, 2, 4)  # strided: the number of streams S of each step is drawn from these
     sbp_steps: int = 0  # the last steps of training use strided orders (strided block-parallel fine-tuning)
-    diffusion_steps: int = _field(64, at_least=1)  # masked_diffusion: T
+    diffusion_steps: int = _field(64, at_least=1)  # masked_diffusion (diffusion blocks): T
     noise_schedule: names.NoiseSchedule = "linear"  # masked_diffusion
     weight: names.OrderWeight = "elbo"  # masked_diffusion: the weights gamma of the loss
 

@@ -83,7 +83,7 @@ def _base(config: OrderConfig) -> _Base:
             )
         case "masked_diffusion":
             return _Base(
-                f"masked diffusion, {config.diffusion_steps} time steps",
+                f"diffusion blocks, {config.diffusion_steps} time steps",
                 lambda keys, step, batch, length: orders.masked_diffusion(
                     keys.order, batch, length, config.diffusion_steps, config.noise_schedule, config.weight
                 ),

@@ -172,9 +172,11 @@ def rows(result: Evaluation) -> list[Row]:
         drawn = "" if orders.draws is None else f", {orders.draws} drawn"
         found.append(Row(f"random orders (expected{drawn})", "order", orders))
     if elbo := result.elbo:
-        steps = "" if elbo.diffusion_steps is None else f", T = {elbo.diffusion_steps}"
+        # Only an ARMD with diffusion blocks has time steps; a denoiser has continuous time.
+        blocks = elbo.diffusion_steps is not None
+        way, steps = ("diffusion blocks", f", T = {elbo.diffusion_steps}") if blocks else ("masked diffusion", "")
         error = "" if elbo.standard_error is None else f", ± {elbo.standard_error:.4f} nats per token"
-        found.append(Row(f"masked diffusion (ELBO{steps}{error})", "bound", elbo))
+        found.append(Row(f"{way} (ELBO{steps}{error})", "bound", elbo))
     if result.unigram:
         found.append(Row("unigram of the training split", "baseline", result.unigram))
     if result.xz_bits_per_byte is not None:

@@ -30,14 +30,15 @@ class Placement:
 
 def for_training(config: Config, mesh: Mesh) -> Placement:
     """The placement of training steps. Raises UserError if the config asks for a kernel that the devices do not run."""
-    return _place(config, mesh, block_patterns(config.order) if config.model.has_orders else None)
+    # Without orders every query sees the whole row, of which training has no padding: a single pattern.
+    return _place(config, mesh, block_patterns(config.order) if config.model.has_orders else (1,))
 
 
 def for_evaluation(config: Config, mesh: Mesh) -> Placement:
     """The placement of evaluation steps, which take a batch at once.
 
     Text is scored left to right with padding behind everything else, so that every block is one token, or under blocks
-    that are drawn if the model was trained on such.
+    that are drawn if the model was trained on such. Without orders, the lengths of the rows are data.
     """
     patterns = None if not config.model.has_orders or block_patterns(config.order) is None else (1,)
     # Without accumulation, so that the chunks of logits are not sized for a microbatch.

@@ -1,4 +1,4 @@
-"""The model is a probability distribution for every order and every partition, and the ELBO is the diffusion's."""
+"""The model is a probability distribution for every order and partition; with one layer its ELBO is a diffusion's."""
 
 import itertools
 

@@ -21,16 +21,23 @@ def _lens(streams: int, group: str) -> jax.Array:
         "two_stream": jnp.concatenate([mask.x_len_BN, mask.strict_len_BN], axis=1),
         "last_two_stream": mask.strict_len_BN,
         "causal": mask.g_len_BN,
+        "bidirectional": jnp.full((B, N), N),
     }[group]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("group", "streams", "patterns"),
-    [("two_stream", 1, (1,)), ("two_stream", 16, (1, 16)), ("last_two_stream", 4, (4,)), ("causal", 1, (1, 16))],
+    [
+        ("two_stream", 1, (1,)),
+        ("two_stream", 16, (1, 16)),
+        ("last_two_stream", 4, (4,)),
+        ("causal", 1, (1, 16)),
+        ("bidirectional", 1, (1,)),
+    ],
 )
 def test_equals_dense_in_value_and_gradients(group, streams, patterns):
-    """Both streams in one call, the strict one alone, the causal stack; several patterns, told apart by the data."""
+    """Both streams in one call, the strict one alone, the causal stack, a denoiser; patterns told apart by the data."""
     lens = _lens(streams, group)
     rng = np.random.default_rng(0)
     draw = lambda rows: jnp.asarray(rng.standard_normal((B, rows, H, K)), jnp.float32)  # noqa: E731

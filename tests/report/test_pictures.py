@@ -87,7 +87,7 @@ def test_masks_show_every_order_kind():
     assert set(titles["strided, S = 2"].block_BN[0].tolist()) == {1, 2, 3, 4, 5}
     moved = titles["progressive, 4 tokens shuffled"].positions_BN[0] != np.arange(8)
     assert int(moved.sum()) == 4
-    assert len(set(np.bincount(titles["masked diffusion, 4 time steps"].block_BN[0])[1:].tolist())) > 1
+    assert len(set(np.bincount(titles["diffusion blocks, 4 time steps"].block_BN[0])[1:].tolist())) > 1
     assert examples[-1][0].startswith("evidence") and examples[-1][1].positions_BN[0, :2].tolist() == [2, 5]
 
 

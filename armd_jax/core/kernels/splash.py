@@ -50,12 +50,17 @@ def prefix_tables(length: int, streams: int) -> Mapping[LayerGroup, np.ndarray]:
     """Prefix lengths of the query rows of each layer group in training, for the strided order of `streams` streams.
 
     two_stream [2 N]: the rows of X, then those of G. last_two_stream [N]: the rows of G over the keys of X. causal [N]:
-    the rows of G over the keys of G.
+    the rows of G over the keys of G. bidirectional [N]: all keys, whatever the order; rows then must have no padding.
     """
     with jax.ensure_compile_time_eval():
         mask = block_mask.build(order.strided(1, length, streams))
         x_N, strict_N, g_N = (np.asarray(lens[0]) for lens in (mask.x_len_BN, mask.strict_len_BN, mask.g_len_BN))
-    return {"two_stream": np.concatenate([x_N, strict_N]), "last_two_stream": strict_N, "causal": g_N}
+    return {
+        "two_stream": np.concatenate([x_N, strict_N]),
+        "last_two_stream": strict_N,
+        "causal": g_N,
+        "bidirectional": np.full_like(g_N, length),
+    }
 
 
 def _block(rows: int) -> int:
