@@ -27,18 +27,20 @@ def get_config(arg: str = "") -> ConfigDict:
     config.model.update(num_layers=4, two_stream_layers=2)  # M = L / 2, as in the paper
     config.model.update(width=192, num_heads=6)  # heads of 32
     config.model.positional_width = 64  # half the default: 256 positions need no finer code
+    config.model.qk_norm = True  # allows the high learning rate
 
-    # Optimizer. The paper's protocol is made for hundreds of thousands of steps; this run has 800.
-    config.optimizer.learning_rate = 3e-3  # ten times the paper's: the model is small and the run short
+    # Optimizer. The paper's protocol is made for hundreds of thousands of steps; this run has 800. With AdamW at its
+    # best learning rate of 3e-3, the same model is a fifth of a nat per token behind at the end.
+    config.optimizer.update(kind="muon", learning_rate=1e-2)
     config.optimizer.update(schedule="cosine", warmup_steps=60, final_fraction=0.05)
     config.optimizer.beta2 = 0.98  # remembers about 50 steps; with the paper's 0.999 it would be 1,000
     config.optimizer.weight_decay = 0.1
     config.optimizer.ema_decay = 0.98  # likewise about 50 steps; this average of the weights is what gets evaluated
 
-    # Orders: left to right for 440 steps, up to 8 shuffled tokens until step 740, strided for the last 60.
+    # Orders: left to right for 440 steps, up to 8 shuffled tokens until step 680, strided for the last 120.
     config.order.ar_steps = 440
-    config.order.update(permute_steps=710, max_permuted=8)
-    config.order.update(sbp_steps=60, streams=(1, 2, 4, 8))  # the numbers of streams that the samples are drawn in
+    config.order.update(permute_steps=660, max_permuted=8)
+    config.order.update(sbp_steps=120, streams=(1, 2, 4, 8))  # the numbers of streams that the samples are drawn in
 
     # Training: 2,048 tokens per step, 1.64M in all, which is 2.8 passes over the text.
     config.training.update(num_steps=800, batch_size=8)

@@ -41,7 +41,7 @@ def main(out: str) -> None:
         where = placement.for_training(placed, mesh)
 
         def gradients(params, batch, placed=placed, where=where):
-            return step.gradients(params, where, batch, step.draw_task(placed, 0, LENGTH), 0)[0]
+            return step.gradients(params, where, batch, step.draw_task(placed, STEPS - 1, LENGTH), 0)[0]
 
         first = jax.device_put(tokens[0], sharding.batch_sharding(mesh))
         if name == "flash":

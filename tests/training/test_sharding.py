@@ -24,7 +24,7 @@ def results(tmp_path_factory) -> dict[str, np.ndarray]:
     out = tmp_path_factory.mktemp("sharding") / "results.npz"
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "8"}
     done = subprocess.run(
-        [sys.executable, str(CASES), str(out)], capture_output=True, text=True, env=environment, timeout=300
+        [sys.executable, str(CASES), str(out)], capture_output=True, text=True, env=environment, timeout=600
     )
     assert done.returncode == 0, done.stderr[-2000:]
     return dict(np.load(out))
