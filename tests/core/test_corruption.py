@@ -7,7 +7,7 @@ import pytest
 
 from armd_jax.core import corruption, flops, network, objective, parameters
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_compilation")]
 
 
 def test_masks_by_time_are_independent_and_even():
@@ -48,7 +48,6 @@ def test_a_row_without_tokens_has_no_mask():
     assert np.asarray(corruption.by_count(jax.random.key(2), valid).weight_BN).tolist() == [[0] * 4, [1, 0, 0, 0]]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("draw", [corruption.by_time, corruption.by_count])
 def test_mean_of_the_loss_is_the_enumerated_elbo(toy, draw):
     """The mean over masks of the loss sums is the sum over all masks, within 4 standard errors and 1%."""

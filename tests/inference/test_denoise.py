@@ -16,7 +16,7 @@ from armd_jax.inference import denoise
 from armd_jax.inference.language_model import LanguageModel
 from armd_jax.names import DenoisingSampler
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_compilation")]
 
 VOCAB, FREE = 3, 3
 KNOWN = 2  # the token that is given in the middle of a text: without one, all masked positions look alike
@@ -95,7 +95,6 @@ def _chi_square(counts: np.ndarray, expected: np.ndarray) -> float:
     return float(((counts - wanted) ** 2 / wanted).sum() / (len(expected) - 1))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("sampler", typed.choices(DenoisingSampler))
 def test_samples_follow_the_exact_distribution(sampler):
     """Chi-square against enumeration over all texts and all ways of filling them in, and against the wrong ones."""
@@ -107,7 +106,6 @@ def test_samples_follow_the_exact_distribution(sampler):
     assert min(fits.values()) > 4  # the distributions differ, so that the test has power
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("sampler", "steps"), [("first_hitting", None), ("ancestral", 2), ("confidence", 2)])
 def test_independent_tokens_are_drawn_the_same_by_all(sampler, steps):
     """If residual branches are 0, tokens do not depend on one another, and every sampler draws their product."""

@@ -139,6 +139,7 @@ def test_resumed_denoiser_equals_an_unbroken_one(tmp_path, monkeypatch, corpus):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["progressive", "masked_diffusion"])
 def test_validation_scores_what_is_trained(tmp_path, corpus, kind):
     """Diffusion blocks are scored by their bound during training, all other orders exactly and left to right."""
