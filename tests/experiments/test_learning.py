@@ -137,9 +137,11 @@ def test_parameters_are_within_two_percent_of_gpt2s(benchmarks, words):
 def test_a_recipe_that_gpt2_does_not_follow_is_an_error(benchmarks):
     """What only our side could have is refused."""
     learning, trainings = benchmarks["learning"], benchmarks["trainings"]
-    config = trainings.with_overrides(trainings.quickstart(smoke=False), ["model.dropout=0.1"])
-    with pytest.raises(UserError, match="model.dropout=0.1"):
-        learning.check_recipe(config)
+    values = learning.base_values("cpu", smoke=False)
+    learning.check_recipe(trainings.with_overrides(values, []))
+    for word in ("model.dropout=0.1", "optimizer.kind=muon"):
+        with pytest.raises(UserError, match=word):
+            learning.check_recipe(trainings.with_overrides(values, [word]))
 
 
 def test_phases_keep_their_share_of_the_steps(benchmarks):
