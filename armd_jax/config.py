@@ -51,14 +51,16 @@ class ModelConfig:
     mlp: names.MlpKind = _weights("gelu")
     norm: names.NormKind = _weights("layernorm")
     aggregator: names.AggregatorKind = _weights("neighbours")  # positional is the paper's
-    neighbours: names.Neighbours = _weights("left")  # aggregator neighbours: also that on the right?
-    # aggregator neighbours: the gain at which its positional sum starts; 0: it has none.
+    # With aggregator "neighbours": the token before the target alone, or also the one after it.
+    neighbours: names.Neighbours = _weights("left")
+    # With aggregator "neighbours": the gain at which its positional sum starts. 0: it has no such sum.
     positional_gain: float = _weights(0.3, at_least=0)
     positional_width: int = _weights(128)  # P, width of the aggregator's sinusoidal embedding
     embedding_scale: names.EmbeddingScale = _weights("sqrt_width")  # by which looked-up embeddings are multiplied
     qk_norm: bool = _weights(False)  # RMS norm of the queries and keys of every head
     logit_cap: float = _weights(0.0, at_least=0)  # logits are cap tanh(logits / cap); 0: they are not capped
-    residual_init: names.ResidualInit = "unscaled"  # of projections into the residual stream; depth: by (2 L)^-1/2
+    # How projections into the residual stream start; depth_scaled: smaller by the factor (2 L)^-1/2.
+    residual_init: names.ResidualInit = "unscaled"
     tie_embeddings: bool = _weights(True)  # the output head is the embedding table, transposed
     dropout: float = _field(0.0, fraction="open")  # on embeddings, attention outputs and MLP outputs
     rope_base: float = _weights(10_000.0, above=1)
