@@ -23,6 +23,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.model.max_length = 2048
     config.model.update(num_layers=24, two_stream_layers=12)  # M = L / 2, as in the paper
     config.model.update(width=2048, num_heads=16)  # heads of 128, which fill a TPU's lanes
+    config.model.aggregator = "positional"  # the paper's, with which the figures above were predicted
     config.model.remat = "dots"  # keeps matrix products and attention; the backward pass computes the rest again
 
     # Optimizer. The paper has no model of this size; GPT-3 1.3B was trained with these.
