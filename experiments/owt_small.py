@@ -26,7 +26,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.model.max_length = 1024
     config.model.update(num_layers=12, two_stream_layers=6)  # M = L / 2, as in the paper
     config.model.update(width=768, num_heads=12)
-    config.model.aggregator = "positional"  # the paper's; the default, "neighbours", learns faster
+    config.model.aggregator = "positional"  # the paper's; the default, "neighbours", goes beyond it
     config.model.dropout = 0.1
     config.model.remat = "dots"  # keeps matrix products and attention; the backward pass computes the rest again
 

@@ -54,7 +54,7 @@ def _cpu(config: ConfigDict) -> ConfigDict:
     config.model.positional_width = 64
     config.model.loss_chunk = 128  # all logits of a batch at once: 200 MB
 
-    config.model.qk_norm = True  # allows the high learning rate
+    config.model.qk_norm = True  # bounds attention scores, however large the updates
 
     # Optimizer, as in the quickstart.
     config.optimizer.update(kind="muon", learning_rate=1e-2, warmup_steps=60, ema_decay=0.98)

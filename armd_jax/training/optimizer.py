@@ -23,7 +23,9 @@ MUON_AXES = {
     "mlp_out": MuonDimensionNumbers((-2,), (-1,)),
     "right": MuonDimensionNumbers((-2,), (-1,)),
 }
-MUON_RMS = 0.2  # the root mean square of Muon's updates, as of Adam's: one learning rate serves both (Liu et al. 2025)
+# The root mean square of Muon's updates. Adam's are about as large, so that one learning rate serves both (Liu et al.
+# 2025).
+MUON_RMS = 0.2
 
 
 def learning_rate(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
