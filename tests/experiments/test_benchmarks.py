@@ -1,26 +1,12 @@
 """The benchmarks run and print what their page says; the figures themselves are not tested."""
 
 import json
-import os
-import pathlib
-import subprocess
-import sys
 
 import pytest
 
 pytestmark = pytest.mark.slow
 
-FOLDER = pathlib.Path(__file__).parents[2] / "experiments/benchmarks"
 TINY = ["--layers=2", "--two-stream=1", "--width=16", "--heads=2", "--length=16", "--vocab=32", "--no-hf"]
-
-
-def _run(script: str, *flags: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, str(FOLDER / script), *flags],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(FOLDER.parents[1])},
-    )
 
 
 @pytest.mark.parametrize(
@@ -31,17 +17,19 @@ def _run(script: str, *flags: str) -> subprocess.CompletedProcess:
         ("attention.py", ["--lengths", "16", "--batch=1", "--heads=1", "--chunk=8", "--turns=2"], "results"),
     ],
 )
-def test_benchmark_prints_its_figures(script, flags, key):
+def test_benchmark_prints_its_figures(run_benchmark, script, flags, key):
     """A tiny run ends with one JSON object that names machine, versions and the figures."""
-    found = _run(script, *flags, "--json")
+    found = run_benchmark(script, *flags, "--json")
     assert found.returncode == 0, found.stderr
     result = json.loads(found.stdout)
     assert result["versions"]["jax"] and result["device"] and result[key]
 
 
-def test_attention_ratios_are_to_the_chunked_case():
+def test_attention_ratios_are_to_the_chunked_case(run_benchmark):
     """Every implementation of every length has a time and a ratio, and the chunked one's is 1."""
-    found = _run("attention.py", "--lengths", "8", "16", "--batch=1", "--heads=1", "--chunk=8", "--turns=1", "--json")
+    found = run_benchmark(
+        "attention.py", "--lengths", "8", "16", "--batch=1", "--heads=1", "--chunk=8", "--turns=1", "--json"
+    )
     rows = json.loads(found.stdout)["results"]
     assert [row["length"] for row in rows] == [8] * 3 + [16] * 3
     assert [row["time_to_chunked"] for row in rows if row["implementation"] == "chunked"] == [1.0, 1.0]
@@ -49,7 +37,7 @@ def test_attention_ratios_are_to_the_chunked_case():
 
 
 @pytest.mark.parametrize("script", ["train_step.py", "attention.py"])
-def test_a_benchmark_of_nothing_is_an_error(script):
+def test_a_benchmark_of_nothing_is_an_error(run_benchmark, script):
     """An empty batch is an error of one line without a traceback."""
-    found = _run(script, "--batch=0")
+    found = run_benchmark(script, "--batch=0")
     assert found.returncode != 0 and found.stderr.startswith("error: ") and "Traceback" not in found.stderr

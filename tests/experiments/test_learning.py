@@ -4,9 +4,7 @@ import dataclasses
 import importlib
 import json
 import math
-import os
 import pathlib
-import subprocess
 import sys
 
 import numpy as np
@@ -47,15 +45,6 @@ def tiny(benchmarks, corpus, tmp_path) -> tuple[Config, PreparedData]:
     config = trainings.with_overrides(values, [*TINY, f"data.path={corpus}"])
     data, config = trainings.prepare(config, tmp_path / "data", progress=False)
     return config, data
-
-
-def _run(script: str, *flags: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, str(FOLDER / script), *flags],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(FOLDER.parents[1])},
-    )
 
 
 class _Recorder:
@@ -318,11 +307,11 @@ def test_without_torch_one_line_says_how_to_install_it(benchmarks, monkeypatch, 
 
 
 @pytest.mark.slow
-def test_our_models_learn_without_torch(tmp_path, corpus):
+def test_our_models_learn_without_torch(run_benchmark, tmp_path, corpus):
     """`--only` leaves GPT-2 and torch out; a second call finds everything finished and prints the same figures."""
     flags = ["--smoke", "--only=ar", "--steps=4", "--json", f"--resume-file={tmp_path / 'done.jsonl'}"]
     flags += [f"--data-dir={tmp_path / 'data'}", f"--config.data.path={corpus}"]
-    first, again = (_run("learning.py", *flags) for _ in range(2))
+    first, again = (run_benchmark("learning.py", *flags) for _ in range(2))
     assert first.returncode == again.returncode == 0, first.stderr + again.stderr
     models = json.loads(first.stdout)["models"]
     assert list(models) == ["ar"] and models == json.loads(again.stdout)["models"]
@@ -350,12 +339,12 @@ def test_gpt2_predicts_every_token_of_a_row_from_those_before(benchmarks, tiny):
 
 
 @pytest.mark.slow
-def test_smoke_with_gpt2(tmp_path, corpus):
+def test_smoke_with_gpt2(run_benchmark, tmp_path, corpus):
     """All four models are trained and compared."""
     pytest.importorskip("torch", reason="torch is not installed")
     pytest.importorskip("transformers", reason="transformers is not installed")
     flags = ["--smoke", f"--data-dir={tmp_path / 'data'}", f"--config.data.path={corpus}"]
-    found = _run("learning.py", *flags, "--json")
+    found = run_benchmark("learning.py", *flags, "--json")
     assert found.returncode == 0, found.stderr
     result = json.loads(found.stdout)
     models = result["models"]
@@ -367,10 +356,10 @@ def test_smoke_with_gpt2(tmp_path, corpus):
 
 
 @pytest.mark.slow
-def test_an_ablation_prints_its_table(tmp_path, corpus):
+def test_an_ablation_prints_its_table(run_benchmark, tmp_path, corpus):
     """The smoke form of a table ends with Markdown, seeds, hardware and command."""
     flags = ["--smoke", "--steps=4", f"--data-dir={tmp_path / 'data'}", f"--config.data.path={corpus}"]
-    found = _run("ablations.py", "width", *flags)
+    found = run_benchmark("ablations.py", "width", *flags)
     assert found.returncode == 0, found.stderr
     for text in ("| width 128 |", "| width 256 |", "Seeds: 0.", "Hardware: ", "Command: `python ", "**ARMD"):
         assert text in found.stdout
