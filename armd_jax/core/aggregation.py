@@ -145,13 +145,13 @@ class PrecedingBlock(nn.Module):
 
 
 class NeighbourTokens(nn.Module):
-    """The embedding of the token at natural position j - 1, if an earlier block holds it; beyond the paper.
+    """The token at natural position j - 1, if an earlier block holds it, through a learned map; beyond the paper.
 
-    Added to it are W PE(pos_n) + b and the positional sum of `PrefixSum`, which is RMS-normalised and starts with a
-    gain of `model.positional_gain` (0: there is no sum). A neighbour that no earlier block holds is a learned vector.
-    In the natural order the neighbour is the previous token, as in an autoregressive transformer; in a strided order it
-    is the last token of the same stream. With `model.neighbours="both"`, the token at j + 1 comes in through a learned
-    D x D map.
+    The neighbour's embedding is multiplied with a learned D x D matrix. Added to it are W PE(pos_n) + b and the
+    positional sum of `PrefixSum`, which is RMS-normalised and starts with a gain of `model.positional_gain` (0: there
+    is no sum). A learned vector takes the place of a neighbour that no earlier block holds. In the natural order the
+    neighbour is the previous token, as in an autoregressive transformer; in a strided order it is the last token of the
+    same stream. With `model.neighbours="both"`, the token at j + 1 comes in likewise, through a map of its own.
     """
 
     config: ModelConfig
@@ -161,26 +161,19 @@ class NeighbourTokens(nn.Module):
         self, rows: Rows, x_BXD: jax.Array, near: Vectors, state: jax.Array | None, decoding: bool
     ) -> tuple[jax.Array, jax.Array | None]:
         """G's first vectors [B, G, D] in x's dtype, and the state of the sum after all rows of X."""
-        config = self.config
+        config, dtype = self.config, x_BXD.dtype
         if config.positional_gain:
             first_BGD, state = PrefixSum(config, positional=True, gain=config.positional_gain, name="sum")(
                 rows, x_BXD, (), state, decoding
             )
         else:
-            first_BGD = _position(config)(sinusoidal(rows.g_positions_BG, config.positional_width)).astype(x_BXD.dtype)
-        length = nn.initializers.normal(embedding_rms(config))  # as long as the vectors of tokens
-
-        def known(name: str, ids_BG: jax.Array, vectors_BGD: jax.Array) -> jax.Array:
-            unseen_D = self.param(name, length, (config.width,))
-            return jnp.where(ids_BG[..., None] == UNSEEN, unseen_D.astype(x_BXD.dtype), vectors_BGD)
-
-        ids = self.wanted(rows)
-        first_BGD = first_BGD + known("unseen", ids[0], near[0])
-        if len(ids) > 1:
-            right_BGD = known("unseen_right", ids[1], near[1])
-            init = nn.initializers.normal(config.width**-0.5)
-            w_right = self.param("right", init, (config.width, config.width)).astype(x_BXD.dtype)
-            first_BGD = first_BGD + right_BGD @ w_right
+            first_BGD = _position(config)(sinusoidal(rows.g_positions_BG, config.positional_width)).astype(dtype)
+        as_tokens = nn.initializers.normal(embedding_rms(config))  # as long as the vectors of tokens
+        as_layers = nn.initializers.normal(config.width**-0.5)
+        for side, ids_BG, vectors_BGD in zip(("left", "right"), self.wanted(rows), near, strict=False):
+            unseen_D = self.param(f"unseen_{side}", as_tokens, (config.width,)).astype(dtype)
+            map_DD = self.param(side, as_layers, (config.width, config.width)).astype(dtype)
+            first_BGD = first_BGD + jnp.where(ids_BG[..., None] == UNSEEN, unseen_D, vectors_BGD) @ map_DD
         return first_BGD, state
 
     def wanted(self, rows: Rows) -> tuple[jax.Array, ...]:
@@ -204,22 +197,23 @@ class NeighbourTokens(nn.Module):
         return None if self._sum is None else self._sum.empty_state(batch)
 
     def forward_flops(self, visible: float) -> float:
-        """FLOPs per token of a parallel forward pass: the sum, W PE, and the map of the right neighbour."""
+        """FLOPs per token of a parallel forward pass: the sum, W PE, and the maps of the neighbours."""
         code = 2 * self.config.positional_width * self.config.width
-        return (code if self._sum is None else self._sum.forward_flops(visible)) + self._right_flops
+        return (code if self._sum is None else self._sum.forward_flops(visible)) + self._map_flops
 
     def decoding_flops(self) -> float:
         """FLOPs per decoded token, likewise."""
         code = 2 * self.config.positional_width * self.config.width
-        return (code if self._sum is None else self._sum.decoding_flops()) + self._right_flops
+        return (code if self._sum is None else self._sum.decoding_flops()) + self._map_flops
 
     @property
-    def _right_flops(self) -> float:
+    def _map_flops(self) -> float:
+        product = 2 * self.config.width**2
         match self.config.neighbours:
             case "left":
-                return 0.0
+                return product
             case "both":
-                return 2 * self.config.width**2
+                return 2 * product
             case _:
                 assert_never(self.config.neighbours)
 

@@ -16,6 +16,7 @@ PARAMETERS: dict[str, Axes] = {
     "mlp_in": ("embed", "mlp"),
     "mlp_gate": ("embed", "mlp"),
     "mlp_out": ("mlp", "embed"),
+    "left": (None, "embed"),
     "right": (None, "embed"),
 }
 ROWS: Axes = ("batch", "length", "embed")

@@ -87,7 +87,7 @@ def in_panels(params: Params, both_streams: bool, one_stream: bool) -> Params:
 
     def panels(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array | Panels:
         name = path[-1].key
-        if name not in axes.PARAMETERS or name == "embedding":
+        if name not in axes.PARAMETERS or name == "embedding" or path[0].key == "aggregator":
             return leaf
         wanted = both_streams if path[0].key == "two_stream" and name != "key_value" else one_stream
         found = cut(leaf.reshape(-1, leaf.shape[-1]) if name == "attention_out" else leaf) if wanted else leaf

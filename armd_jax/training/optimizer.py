@@ -11,7 +11,7 @@ from armd_jax.config import OptimizerConfig
 from armd_jax.core.parameters import Params
 
 # Weight decay applies to matrices that multiply activations, by the last part of the parameter's name.
-DECAYED = {"query", "key_value", "attention_out", "mlp_in", "mlp_gate", "mlp_out", "right", "head"}
+DECAYED = {"query", "key_value", "attention_out", "mlp_in", "mlp_gate", "mlp_out", "left", "right", "head"}
 # The matrices of the layers, which Muon orthogonalises: which axes are summed over and which are the result, counted
 # from the last. All others (stacked layers, keys beside values) are matrices of their own.
 MUON_AXES = {
@@ -21,6 +21,7 @@ MUON_AXES = {
     "mlp_in": MuonDimensionNumbers((-2,), (-1,)),
     "mlp_gate": MuonDimensionNumbers((-2,), (-1,)),
     "mlp_out": MuonDimensionNumbers((-2,), (-1,)),
+    "left": MuonDimensionNumbers((-2,), (-1,)),
     "right": MuonDimensionNumbers((-2,), (-1,)),
 }
 # The root mean square of Muon's updates. Adam's are about as large, so that one learning rate serves both (Liu et al.

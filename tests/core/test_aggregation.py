@@ -65,11 +65,10 @@ def _expected(config, params, drawn, x) -> np.ndarray:
             vector = vector + total / np.sqrt((total**2).mean() + 1e-6) * np.asarray(parts["norm"]["scale"])
         if config.aggregator == "neighbours":
             seen = {int(context_positions[i]): x[i] for i in earlier}
-            vector = vector + seen.get(position - 1, np.asarray(params["unseen"]))
-            if config.neighbours == "both":
-                vector = vector + seen.get(position + 1, np.asarray(params["unseen_right"])) @ np.asarray(
-                    params["right"]
-                )
+            for side, step in {"left": -1, "right": 1}.items():
+                if side in params:
+                    near = seen.get(position + step, np.asarray(params[f"unseen_{side}"]))
+                    vector = vector + near @ np.asarray(params[side], np.float64)
         out.append(vector)
     return np.stack(out)
 

@@ -159,7 +159,7 @@ def _first_vector(config, params, n: int, block: dict, x: dict) -> np.ndarray:
         vector = _norm("rmsnorm", p["norm"], total, 1e-6) + code
     if config.aggregator == "neighbours":
         p = params["aggregator"]
-        vector = vector + (x[n - 1][0] if n - 1 in earlier else p["unseen"])
+        vector = vector + (x[n - 1][0] if n - 1 in earlier else p["unseen_left"]) @ p["left"]
         if config.neighbours == "both":
             vector = vector + (x[n + 1][0] if n + 1 in earlier else p["unseen_right"]) @ p["right"]
     return vector
