@@ -148,6 +148,7 @@ class OptimizerConfig:
     decay_fraction: float = _field(0.2, fraction="closed")  # wsd: the last part of training, in which the rate falls
     final_fraction: float = _field(0.0, fraction="closed")  # cosine, wsd: last learning rate divided by the peak
     muon_momentum: float = _field(0.95, fraction="open")  # muon: of the matrices it updates; Adam's betas for the rest
+    muon_iterations: int = _field(4, at_least=1)  # muon: Newton-Schulz iterations that orthogonalise an update
     beta1: float = _field(0.9, fraction="open")
     beta2: float = _field(0.999, fraction="open")
     epsilon: float = _field(1e-8, above=0)

@@ -27,19 +27,20 @@ def get_config(arg: str = "") -> ConfigDict:
     config.model.update(num_layers=4, two_stream_layers=2)  # M = L / 2, as in the paper
     config.model.update(width=192, num_heads=6)  # heads of 32
     config.model.positional_width = 64  # half the default: 256 positions need no finer code
-    config.model.qk_norm = True  # bounds attention scores, however large the updates
+    config.model.norm = "rmsnorm"  # a step takes 4% less time than with layernorm
 
     # Optimizer. The paper's protocol is made for hundreds of thousands of steps; this run has 800.
-    config.optimizer.update(kind="muon", learning_rate=1e-2)
+    config.optimizer.update(kind="muon", learning_rate=1.5e-2)
+    config.optimizer.muon_iterations = 3  # on two cores, every iteration takes 4% of a step
     config.optimizer.update(schedule="cosine", warmup_steps=60, final_fraction=0.05)
     config.optimizer.beta2 = 0.98  # remembers about 50 steps; with the paper's 0.999 it would be 1,000
     config.optimizer.weight_decay = 0.1
     config.optimizer.ema_decay = 0.98  # likewise about 50 steps; this average of the weights is what gets evaluated
 
-    # Orders: left to right for 440 steps, up to 8 shuffled tokens until step 680, strided for the last 120.
+    # Orders: left to right for 440 steps, up to 8 shuffled tokens until step 650, strided for the last 150.
     config.order.ar_steps = 440
-    config.order.update(permute_steps=660, max_permuted=8)
-    config.order.update(sbp_steps=120, streams=(1, 2, 4, 8))  # the numbers of streams that the samples are drawn in
+    config.order.update(permute_steps=640, max_permuted=8)
+    config.order.update(sbp_steps=150, streams=(1, 2, 4, 8))  # the numbers of streams that the samples are drawn in
 
     # Training: 2,048 tokens per step, 1.64M in all, which is 2.8 passes over the text.
     config.training.update(num_steps=800, batch_size=8)

@@ -79,6 +79,10 @@ def make(config: OptimizerConfig, num_steps: int) -> optax.GradientTransformatio
             # them, whose weight decay cannot leave some of them out.
             matrices = muon(
                 rate,
+                ns_steps=config.muon_iterations,
+                # Each row is scaled by itself before the first iteration, so that singular values start closer to 1
+                # than if the matrix is divided by its norm, and one iteration less is enough (Boissin et al. 2025).
+                preconditioning="aol",
                 beta=config.muon_momentum,
                 eps=config.epsilon,
                 weight_decay=config.weight_decay,

@@ -59,6 +59,7 @@ OURS: dict[str, tuple[str, ...]] = {
 }
 STEPS = {"cpu": 360, "125m": 3000}  # cpu: with 3 rates and 3 seeds, under an hour on two cores
 RATES = {"cpu": (1.5e-3, 3e-3, 6e-3), "125m": (3e-4, 6e-4, 1.2e-3)}
+GPT2_RATES = {"cpu": (5e-4, 1e-3, 2e-3), "125m": RATES["125m"]}  # small GPT-2s want a lower one than ours
 EVALUATIONS = 8  # per training; the steps to GPT-2's final loss are interpolated between them
 CLOSEST = 0.98  # parameters of ours divided by GPT-2's are between this and 1
 MISSING_TORCH = (
@@ -268,7 +269,6 @@ def benchmark(args: argparse.Namespace, words: list[str]) -> int:
     if args.size == "125m" and not args.smoke:
         check_gpu("gpt2" in only)
     steps = args.steps or (20 if args.smoke else STEPS[args.size])
-    rates = args.rates or (RATES["cpu"][1:2] if args.smoke else RATES[args.size])
     seeds = range(1 if args.smoke else args.seeds)
     values = trainings.scaled(base_values(args.size, args.smoke), steps)
     overrides = trainings.override_words(words)
@@ -284,6 +284,8 @@ def benchmark(args: argparse.Namespace, words: list[str]) -> int:
             count, width = trainings.count_parameters(model), sizes.mlp_width(model)
             print(f"{LABELS[name]}: {count:,} parameters, MLP width {width}", file=sys.stderr)
     for name in only:
+        usual = (GPT2_RATES if name == "gpt2" else RATES)[args.size]
+        rates = args.rates or (usual[1:2] if args.smoke else usual)
         trainings.complete(results, cases[name], rates, seeds, data, EVALUATIONS, not args.json)
     finished = {name: found for name, case in cases.items() if (found := results.at_best_rate(case, seeds))}
     batches = check_pairing(finished)
