@@ -54,10 +54,8 @@ def _cpu(config: ConfigDict) -> ConfigDict:
     config.model.positional_width = 64
     config.model.loss_chunk = 128  # all logits of a batch at once: 200 MB
 
-    config.model.norm = "rmsnorm"
-
     # Optimizer, as in the quickstart.
-    config.optimizer.update(kind="muon", learning_rate=1.5e-2, muon_iterations=3, warmup_steps=60, ema_decay=0.98)
+    config.optimizer.update(kind="muon", learning_rate=1e-2, warmup_steps=60, ema_decay=0.98)
 
     # Orders.
     config.order.ar_steps = 250
