@@ -147,6 +147,7 @@ class OptimizerConfig:
     warmup_steps: int = _field(2500, at_least=0)
     decay_fraction: float = _field(0.2, fraction="closed")  # wsd: the last part of training, in which the rate falls
     final_fraction: float = _field(0.0, fraction="closed")  # cosine, wsd: last learning rate divided by the peak
+    embedding_rate: float = _field(1.0, above=0)  # learning rate of the vectors of tokens, as a multiple of the others'
     muon_momentum: float = _field(0.95, fraction="open")  # muon: of the matrices it updates; Adam's betas for the rest
     muon_iterations: int = _field(4, at_least=1)  # muon: Newton-Schulz iterations that orthogonalise an update
     beta1: float = _field(0.9, fraction="open")

@@ -12,6 +12,8 @@ from armd_jax.core.parameters import Params
 
 # Weight decay applies to matrices that multiply activations, by the last part of the parameter's name.
 DECAYED = {"query", "key_value", "attention_out", "mlp_in", "mlp_gate", "mlp_out", "left", "right", "head"}
+# The vectors of tokens, whose learning rate is `optimizer.embedding_rate` times that of all others.
+TOKEN_VECTORS = {"embedding", "start", "unseen_left", "unseen_right"}
 # The matrices of the layers, which Muon orthogonalises: which axes are summed over and which are the result, counted
 # from the last. All others (stacked layers, keys beside values) are matrices of their own.
 MUON_AXES = {
@@ -57,6 +59,9 @@ def make(config: OptimizerConfig, num_steps: int) -> optax.GradientTransformatio
     def orthogonalised(params: Params) -> Params:
         return jax.tree_util.tree_map_with_path(lambda path, _: MUON_AXES.get(path[-1].key), params)
 
+    def of_tokens(params: Params) -> Params:
+        return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key in TOKEN_VECTORS, params)
+
     def labels(params: Params) -> Params:
         return jax.tree_util.tree_map_with_path(
             lambda path, _: "matrix" if path[-1].key in MUON_AXES else "other", params
@@ -92,6 +97,8 @@ def make(config: OptimizerConfig, num_steps: int) -> optax.GradientTransformatio
             update = optax.partition({"matrix": matrices, "other": adamw}, labels)
         case _:
             assert_never(config.kind)
+    if config.embedding_rate != 1:
+        update = optax.chain(update, optax.masked(optax.scale(config.embedding_rate), of_tokens))
     return optax.chain(optax.clip_by_global_norm(config.clip_norm), update) if config.clip_norm else update
 
 

@@ -153,6 +153,7 @@ def gpt2_facts(config: Config) -> dict[str, Any]:
         "model": ("num_layers", "width", "num_heads", "max_length", "vocab_size", "dtype"),
         "optimizer": (
             "schedule",
+            "embedding_rate",
             "warmup_steps",
             "decay_fraction",
             "final_fraction",

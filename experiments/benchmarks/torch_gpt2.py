@@ -40,10 +40,15 @@ class Gpt2Learner:
         settings = config.optimizer
         # The same rule as for the models of this package: matrices inside the layers decay, nothing else does.
         inside = [p for name, p in self._model.named_parameters() if ".h." in name and p.ndim == 2]
-        chosen = set(map(id, inside))
+        tables = [self._model.transformer.wte.weight, self._model.transformer.wpe.weight]
+        chosen = set(map(id, [*inside, *tables]))
         others = [p for p in self._parameters if id(p) not in chosen]
         self._optimizer = torch.optim.AdamW(
-            [{"params": inside, "weight_decay": settings.weight_decay}, {"params": others, "weight_decay": 0.0}],
+            [
+                {"params": inside, "weight_decay": settings.weight_decay, "factor": 1.0},
+                {"params": tables, "weight_decay": 0.0, "factor": settings.embedding_rate},
+                {"params": others, "weight_decay": 0.0, "factor": 1.0},
+            ],
             lr=settings.learning_rate,
             betas=(settings.beta1, settings.beta2),
             eps=settings.epsilon,
@@ -56,7 +61,7 @@ class Gpt2Learner:
         """Makes one update and returns when it is finished."""
         settings, count = self._config.optimizer, self._config.training.microbatches
         for group in self._optimizer.param_groups:
-            group["lr"] = self._rates[self._step]
+            group["lr"] = self._rates[self._step] * group["factor"]
         self._optimizer.zero_grad(set_to_none=True)
         for part in torch.from_numpy(np.asarray(tokens_BN, np.int64)).to(self._device).chunk(count):
             (self._nats(self._model, part).mean() / count).backward()

@@ -1,4 +1,4 @@
-"""Muon: what it does to each matrix, what it leaves to Adam, and what it costs in memory."""
+"""The optimizers: what Muon does to each matrix and what it leaves to Adam, rates of token vectors, memory, counts."""
 
 import dataclasses
 
@@ -9,6 +9,7 @@ import optax
 import pytest
 
 from armd_jax import config as configs
+from armd_jax import names, typed
 from armd_jax.config import Config, OptimizerConfig
 from armd_jax.core import axes, parameters
 from armd_jax.training import optimizer, sharding, state
@@ -95,6 +96,24 @@ def test_muon_keeps_one_moment_of_the_matrices():
     )
     coefficients = 3
     assert sizes["adamw"] - sizes["muon"] == matrices - coefficients
+
+
+def test_vectors_of_tokens_have_a_rate_of_their_own():
+    """With `embedding_rate` 4 they move four times as far, and nothing else moves otherwise; of either kind."""
+    grads = _gradients()
+    params = jax.tree.map(jnp.ones_like, grads)
+    for kind in typed.choices(names.OptimizerKind):
+        config = dataclasses.replace(MUON, kind=kind, weight_decay=0.1, clip_norm=1.0)
+        usual = _update(config, params, grads)
+        faster = _update(dataclasses.replace(config, embedding_rate=4.0), params, grads)
+        seen = set()
+        for (path, found), before in zip(
+            jax.tree_util.tree_leaves_with_path(faster), jax.tree.leaves(usual), strict=True
+        ):
+            of_tokens = path[-1].key in optimizer.TOKEN_VECTORS
+            seen |= {path[-1].key} if of_tokens else set()
+            np.testing.assert_allclose(found, 4 * before if of_tokens else before, rtol=1e-6)
+        assert seen == optimizer.TOKEN_VECTORS
 
 
 def test_updates_are_counted():
