@@ -29,7 +29,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.model.positional_width = 64  # half the default: 256 positions need no finer code
 
     # Optimizer. The paper's protocol is made for hundreds of thousands of steps; this run has 800.
-    config.optimizer.update(kind="muon", learning_rate=1e-2)
+    config.optimizer.update(learning_rate=4.5e-3, embedding_rate=4.0)
     config.optimizer.update(schedule="cosine", warmup_steps=60, final_fraction=0.05)
     config.optimizer.beta2 = 0.98  # remembers about 50 steps; with the paper's 0.999 it would be 1,000
     config.optimizer.weight_decay = 0.1

@@ -55,7 +55,7 @@ def _cpu(config: ConfigDict) -> ConfigDict:
     config.model.loss_chunk = 128  # all logits of a batch at once: 200 MB
 
     # Optimizer, as in the quickstart.
-    config.optimizer.update(kind="muon", learning_rate=1e-2, warmup_steps=60, ema_decay=0.98)
+    config.optimizer.update(learning_rate=4.5e-3, embedding_rate=4.0, warmup_steps=60, ema_decay=0.98)
 
     # Orders.
     config.order.ar_steps = 250

@@ -70,6 +70,8 @@ class Table:
     equal_time: bool = False
 
 
+RATES = (2.5e-3, 5e-3, 1e-2)
+
 AR = Variant("AR", (*trainings.ADAMW, *trainings.AUTOREGRESSIVE))
 IDENTITY = Variant("ARMD, identity order", (*trainings.ADAMW, *trainings.IDENTITY_ORDER))
 CURRICULUM = Variant("ARMD, curriculum and SBP", (*trainings.ADAMW, *trainings.CURRICULUM))
@@ -84,11 +86,13 @@ TABLES: dict[TableName, Table] = {
             Variant("both as before", ("model.embedding_scale=one", "model.residual_init=depth_scaled")),
             Variant("queries and keys normed", ("model.qk_norm=true",)),
             Variant("logits capped at 30", ("model.logit_cap=30",)),
+            Variant("RMS norm", ("model.norm=rmsnorm",)),
             Variant("head not tied", ("model.tie_embeddings=false",)),
+            Variant("token vectors learn at the rate of the others", ("optimizer.embedding_rate=1",)),
         ),
         arms=(AR, IDENTITY),
-        rates=(1.5e-3, 3e-3, 6e-3),
-        steps=400,
+        rates=RATES,
+        steps=240,
     ),
     "aggregator": Table(
         variants=(
@@ -112,8 +116,8 @@ TABLES: dict[TableName, Table] = {
             ),
         ),
         arms=(IDENTITY, CURRICULUM),
-        rates=(3e-3,),
-        steps=800,
+        rates=RATES[1:2],
+        steps=400,
         under_orders=True,
     ),
     "optimizer": Table(
@@ -122,8 +126,8 @@ TABLES: dict[TableName, Table] = {
             Variant("Muon", ("optimizer.kind=muon",)),
         ),
         arms=(AR, IDENTITY),
-        rates=(1.5e-3, 3e-3, 6e-3),
-        steps=400,
+        rates=RATES,
+        steps=240,
         equal_time=True,
     ),
     "width": Table(
@@ -132,8 +136,8 @@ TABLES: dict[TableName, Table] = {
             for width in (128, 256, 512)
         ),
         arms=(AR, IDENTITY),
-        rates=(1e-3, 2e-3, 4e-3, 8e-3),
-        steps=200,
+        rates=(1.25e-3, 2.5e-3, 5e-3, 1e-2),
+        steps=120,
     ),
 }
 
