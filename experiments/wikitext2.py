@@ -53,9 +53,10 @@ def _cpu(config: ConfigDict) -> ConfigDict:
     config.model.dropout = 0.0  # no text is read twice
     config.model.positional_width = 64
     config.model.loss_chunk = 128  # all logits of a batch at once: 200 MB
+    config.model.qk_norm = True  # as in the quickstart
 
     # Optimizer, as in the quickstart.
-    config.optimizer.update(learning_rate=4.5e-3, embedding_rate=4.0, warmup_steps=60, ema_decay=0.98)
+    config.optimizer.update(learning_rate=4.5e-3, embedding_rate=2.0, warmup_steps=60, ema_decay=0.98)
 
     # Orders.
     config.order.ar_steps = 250
