@@ -281,7 +281,7 @@ def test_average_starts_at_the_parameters(corpus):
 def test_weight_decay_is_for_matrices_only():
     """With zero gradients only the matrices that multiply activations shrink, by rate times weight decay."""
     model = configs.ModelConfig(vocab_size=5, max_length=4, num_layers=3, two_stream_layers=2, width=8, num_heads=2)
-    model = dataclasses.replace(model, mlp="swiglu", tie_embeddings=False, positional_width=4)
+    model = dataclasses.replace(model, mlp="swiglu", tie_embeddings=False, positional_width=4, neighbours="both")
     params = jax.tree.map(
         lambda leaf: jnp.ones(leaf.shape), jax.eval_shape(lambda: parameters.init(jax.random.key(0), model))
     )
@@ -292,7 +292,8 @@ def test_weight_decay_is_for_matrices_only():
         assert np.ptp(update) == 0 and float(update.ravel()[0]) in (0.0, -0.125)
         if update.ravel()[0]:
             shrunk.add(path[-1].key)
-    assert shrunk == {"query", "key_value", "attention_out", "mlp_in", "mlp_gate", "mlp_out", "head"}
+    layers = {"query", "key_value", "attention_out", "mlp_in", "mlp_gate", "mlp_out"}
+    assert shrunk == layers | {"left", "right", "head"}
 
 
 @pytest.mark.slow
