@@ -53,7 +53,7 @@ def _cpu(config: ConfigDict) -> ConfigDict:
     config.model.dropout = 0.0  # no text is read twice
     config.model.positional_width = 64
     config.model.loss_chunk = 128  # all logits of a batch at once: 200 MB
-    config.model.qk_norm = True  # as in the quickstart
+    config.model.qk_norm = True  # keeps attention stable at a high learning rate
 
     # Optimizer, as in the quickstart.
     config.optimizer.update(learning_rate=4.5e-3, embedding_rate=2.0, warmup_steps=60, ema_decay=0.98)
