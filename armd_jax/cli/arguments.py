@@ -6,17 +6,31 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from armd_jax import typed
+from armd_jax import files, typed
 from armd_jax.config import Config, from_config_dict
-from armd_jax.errors import UserError
+from armd_jax.errors import UserError, shown
 from armd_jax.experiment_file import apply_overrides, load_config_file
+
+
+def local(text: str) -> str:
+    """The type of an argument that names files, in whatever form. An address of something elsewhere is refused."""
+    if reason := files.not_local(text):
+        raise argparse.ArgumentTypeError(f"{shown(text)}: {reason}")
+    return text
 
 
 def folder(text: str) -> pathlib.Path:
     """The type of a folder argument. An empty one, as from an unset shell variable, would be the current folder."""
     if not text or "\0" in text:
         raise argparse.ArgumentTypeError("expected the name of a folder")
-    return pathlib.Path(text)
+    return pathlib.Path(local(text))
+
+
+def file(text: str) -> pathlib.Path:
+    """The type of an argument that names a file to write."""
+    if not text or "\0" in text:
+        raise argparse.ArgumentTypeError("expected the name of a file")
+    return pathlib.Path(local(text))
 
 
 def add_run(parser: argparse.ArgumentParser) -> None:
@@ -27,7 +41,7 @@ def add_run(parser: argparse.ArgumentParser) -> None:
 
 def add_config(parser: argparse.ArgumentParser) -> None:
     """`--config`, and `--config.section.field=value` for its fields."""
-    parser.add_argument("--config", required=True, help="experiment file, file.py or file.py:arg")
+    parser.add_argument("--config", required=True, type=local, help="experiment file, file.py or file.py:arg")
     parser.set_defaults(takes_overrides=True)
     parser.epilog = "Fields of the config are set with --config.section.field=value."
 

@@ -1,11 +1,10 @@
 """`armd compile`: compile a training step or the sampler for a TPU slice, on a machine without one."""
 
 import argparse
-import pathlib
 from collections.abc import Sequence
 
 from armd_jax import typed
-from armd_jax.cli.arguments import add_config, failed, read_config, show
+from armd_jax.cli.arguments import add_config, failed, file, read_config, show
 from armd_jax.errors import UserError
 from armd_jax.names import CompiledProgram
 
@@ -22,9 +21,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--batch", type=int, default=0, help="sample: rows; default: one per device of data x fsdp")
     parser.add_argument("--streams", type=int, default=1, help="sample: parallel streams")
-    parser.add_argument(
-        "--dump-hlo", type=pathlib.Path, default=None, metavar="FILE", help="write the compiled program"
-    )
+    parser.add_argument("--dump-hlo", type=file, default=None, metavar="FILE", help="write the compiled program")
     parser.epilog = "The exit code is 0 if it fits into the chip's memory, 1 if not. " + (parser.epilog or "")
 
 

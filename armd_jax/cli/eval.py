@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from armd_jax import config as configs
 from armd_jax import files, typed
-from armd_jax.cli.arguments import add_run, check_seed, show, whole_numbers
+from armd_jax.cli.arguments import add_run, check_seed, local, show, whole_numbers
 from armd_jax.errors import UserError
 from armd_jax.names import Split
 
@@ -19,7 +19,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     """Declares the arguments."""
     add_run(parser)
     parser.add_argument("--split", default="test", choices=typed.choices(Split))
-    parser.add_argument("--data", default=None, help="other text: file, folder, glob or tfds:NAME")
+    parser.add_argument("--data", default=None, type=local, help="other text: file, folder, glob or tfds:NAME")
     parser.add_argument(
         "--streams", default=None, help="numbers of streams of the strided orders; default: of 2,4,8 those that fit"
     )

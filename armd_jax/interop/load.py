@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from armd_jax import config as configs
+from armd_jax import files
 from armd_jax.config import Config
 from armd_jax.core.parameters import Params
 from armd_jax.data import tokenizers
@@ -24,6 +25,7 @@ def load(path: str | os.PathLike[str], ema: bool = True, mesh: Mesh | None = Non
     mesh: spread the weights over it as in training; None puts them on one device.
     Raises UserError if `path` is neither a run nor an export.
     """
+    files.check_local(path, "path")
     folder = pathlib.Path(path)
     config = configs.read(folder)
     tokenizer = tokenizers.load(folder / "tokenizer")
