@@ -7,6 +7,7 @@ import pathlib
 import re
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -35,6 +36,20 @@ def check_local(path: str | os.PathLike[str], where: str) -> None:
     """Raises UserError if a path is none on this machine. where: the field or the argument that has it."""
     if reason := not_local(path):
         raise UserError(f"{where}={shown(os.fspath(path))}: {reason}")
+
+
+def unwritable(folder: pathlib.Path) -> str:
+    """Why no files can be written into a folder, which need not exist yet; empty if they can. Leaves nothing behind."""
+    if folder.exists() and not folder.is_dir():
+        return "is a file, not a folder"
+    existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    probe = existing / f".armd-probe-{time.time_ns()}"
+    try:
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        return f"cannot be written ({error.strerror})"
+    return ""
 
 
 def write(path: pathlib.Path, content: str | bytes) -> None:

@@ -53,6 +53,17 @@ def read_config(args: argparse.Namespace, overrides: Sequence[str]) -> Config:
     return from_config_dict(values)
 
 
+def add_out(parser: argparse.ArgumentParser, what: str) -> None:
+    """`--out`, for whoever wants what is kept of the results in another place than the run."""
+    parser.add_argument("--out", default=None, type=folder, help=f"folder to write {what} into; default: the run")
+
+
+def check_out(args: argparse.Namespace) -> None:
+    """Raises UserError if `--out` is given and cannot be written. Called before the work begins."""
+    if args.out is not None and (reason := files.unwritable(args.out)):
+        raise UserError(f"--out={args.out}: {reason}")
+
+
 def whole_numbers(text: str, flag: str) -> list[int]:
     """The numbers of a list such as `1,2,4`. Raises UserError if it is not one."""
     try:
@@ -72,8 +83,29 @@ def check_seed(seed: int) -> None:
 
 def show(args: argparse.Namespace, result: Any, text: str) -> int:
     """Prints the result as text, or with `--json` as one JSON object. Returns exit code 0."""
-    print(typed.to_json(result) if args.json else text)
+    print(typed.to_json(result) if args.json else text, flush=True)
     return 0
+
+
+def show_and_keep(args: argparse.Namespace, result: Any, text: str, keep: pathlib.Path | None, name: str) -> int:
+    """Prints the result, and then writes it as the file `name` into `--out`, by default into the folder `keep`.
+
+    keep: None if there is no such folder. If it cannot be written, as on a read-only file system, a line on stderr says
+        so: the result is printed by then, and only a folder that was asked for is a promise. Returns exit code 0.
+    """
+    try:
+        return show(args, result, text)
+    finally:  # even if the reader of the output went away
+        content = typed.to_json(result, indent=2) + "\n"
+        if args.out is not None:
+            args.out.mkdir(parents=True, exist_ok=True)
+            files.write(args.out / name, content)
+        elif keep is not None:
+            try:
+                files.write(keep / name, content)
+            except OSError as error:
+                reason = error.strerror or error
+                print(f"{keep / name} was not written ({reason}); --out=FOLDER keeps it elsewhere", file=sys.stderr)
 
 
 def failed(reason: str, code: int = 2) -> int:

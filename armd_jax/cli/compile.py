@@ -3,7 +3,7 @@
 import argparse
 from collections.abc import Sequence
 
-from armd_jax import typed
+from armd_jax import files, typed
 from armd_jax.cli.arguments import add_config, failed, file, read_config, show
 from armd_jax.errors import UserError
 from armd_jax.names import CompiledProgram
@@ -30,6 +30,10 @@ def run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
     config = read_config(args, overrides)
     if args.batch < 0 or args.streams < 1:
         raise UserError("--batch must be at least 0 and --streams at least 1")
+    if args.dump_hlo and not args.dump_hlo.exists():  # better said now than after minutes of compiling
+        folder = args.dump_hlo.parent
+        if reason := files.unwritable(folder) if folder.is_dir() else "does not exist":
+            raise UserError(f"--dump-hlo={args.dump_hlo}: the folder {folder} {reason}")
 
     from armd_jax.compilation import topology
 

@@ -23,5 +23,6 @@ def run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
     from armd_jax.interop import safetensors_format
     from armd_jax.interop.load import load
 
+    safetensors_format.check_new(args.out)
     safetensors_format.write(load(args.run, ema=not args.no_ema), config, args.out)
     return show(args, {"out": str(args.out)}, f"{args.out}: {safetensors_format.WEIGHTS}, config.json, tokenizer/")

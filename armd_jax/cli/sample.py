@@ -4,8 +4,8 @@ import argparse
 import re
 from collections.abc import Sequence
 
-from armd_jax import files, typed
-from armd_jax.cli.arguments import add_run, show, whole_numbers
+from armd_jax import typed
+from armd_jax.cli.arguments import add_out, add_run, check_out, show_and_keep, whole_numbers
 from armd_jax.errors import UserError
 from armd_jax.names import DenoisingSampler
 
@@ -37,11 +37,13 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt", default="", help="text to continue")
     parser.add_argument("--suffix", default="", help="text to end with; what lies between is filled in")
     parser.add_argument("--seed", type=int, default=0)
+    add_out(parser, "samples.json")
 
 
 def run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
-    """Draws the samples, prints them, and stores them in the run."""
+    """Draws the samples, prints them, and keeps them in the run if it can be written."""
     del overrides
+    check_out(args)
     streams = None if args.streams is None else whole_numbers(args.streams, "--streams")
     steps = [] if args.steps is None else whole_numbers(args.steps, "--steps")
     for flag, text in (("--prompt", args.prompt), ("--suffix", args.suffix)):
@@ -66,5 +68,4 @@ def run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
         sampler=args.sampler,
         steps=steps,
     )
-    files.write(args.run / results.SAMPLES_FILE, typed.to_json(drawn, indent=2) + "\n")
-    return show(args, drawn, samples.as_text(drawn))
+    return show_and_keep(args, drawn, samples.as_text(drawn), args.run, results.SAMPLES_FILE)
