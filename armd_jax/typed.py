@@ -53,8 +53,15 @@ def build(cls: type[T], values: Any, where: str = "", largest: int | None = None
         has_default = field.default is not dataclasses.MISSING or field.default_factory is not dataclasses.MISSING
         if field.name not in values and not has_default:
             raise UserError(f"{prefix}{field.name} is missing")
+        if field.metadata.get("optional") and field.name in values and _says_none(values[field.name]):
+            values = values | {field.name: ""}
     limits = _Limits(largest, any_text)
     return cls(**{name: _coerce(hints[name], value, prefix + name, limits) for name, value in values.items()})
+
+
+def _says_none(value: Any) -> bool:
+    """Whether a value for an optional text says that there is none, as people write it on a command line or in JSON."""
+    return value is None or (isinstance(value, str) and value.strip().lower() in ("none", "null"))
 
 
 def field(
@@ -70,6 +77,8 @@ def field(
 
     at_least, above: bounds of a number. fraction: a number in [0, 1) ("open") or in [0, 1] ("closed").
     check: called with the value and the field's dotted name; raises UserError if the value is none for this field.
+    properties: `optional`: a text that is empty if there is none; `build` takes None, "none" and "null" for that too.
+        Others belong to whoever reads them.
     """
     properties |= {"at_least": at_least, "above": above, "fraction": fraction, "check": check}
     return dataclasses.field(default=default, metadata=properties)

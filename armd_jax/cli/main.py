@@ -10,6 +10,7 @@ a signal stopped training and everything was saved, so that the same command con
 
 import argparse
 import errno
+import io
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
@@ -39,6 +40,7 @@ class _Parser(argparse.ArgumentParser):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code."""
+    _escape_what_cannot_be_shown()
     try:
         args, rest = _parser().parse_known_args(argv)
         if rest and not (args.takes_overrides and rest[0].startswith("--config.")):
@@ -58,6 +60,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted; run the same command again to continue", file=sys.stderr)
         return 130
+
+
+def _escape_what_cannot_be_shown() -> None:
+    """Lets characters that the terminal's encoding lacks appear as escapes: output is no reason to fail.
+
+    Among them is what stands for bytes in the name of a file that is not text.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # not if it is closed, or replaced by a program that runs this one
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _parser() -> argparse.ArgumentParser:
