@@ -9,6 +9,7 @@ from armd_jax.errors import UserError
 from armd_jax.names import CompiledProgram
 
 HELP = "Compile a training step or the sampler for a TPU slice, on a machine without one."
+IF_MEMORY_RUNS_OUT = "compiling needs more memory than this machine has; use a larger machine or a smaller model"
 
 
 def add(parser: argparse.ArgumentParser) -> None:

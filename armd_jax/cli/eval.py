@@ -16,6 +16,7 @@ HELP = (
     "Exact left-to-right likelihood, expected likelihood over random orders, likelihood under strided orders;"
     " for a model without orders, the bound of its masked diffusion (ELBO)."
 )
+IF_MEMORY_RUNS_OUT = "lower --batch"
 
 
 def add(parser: argparse.ArgumentParser) -> None:

@@ -7,6 +7,7 @@ from armd_jax import config as configs
 from armd_jax.cli.arguments import add_run, folder, show
 
 HELP = "Write safetensors, config.json and tokenizer files."
+IF_MEMORY_RUNS_OUT = "the weights have to fit; use a machine with more memory"
 
 
 def add(parser: argparse.ArgumentParser) -> None:

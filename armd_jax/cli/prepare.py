@@ -8,6 +8,7 @@ from armd_jax.cli.arguments import folder, local, show
 from armd_jax.config import from_config_dict
 
 HELP = "Tokenize a corpus and pack it into rows, ahead of training."
+IF_MEMORY_RUNS_OUT = "cut very long documents into shorter ones, or lower --vocab-size"
 
 
 def add(parser: argparse.ArgumentParser) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from armd_jax.cli.arguments import add_out, check_out, folder, show
 
 HELP = "Write report.html and its pictures into the run."
+IF_MEMORY_RUNS_OUT = "use a machine with more memory"
 
 
 def add(parser: argparse.ArgumentParser) -> None:

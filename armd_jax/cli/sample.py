@@ -10,6 +10,7 @@ from armd_jax.errors import UserError
 from armd_jax.names import DenoisingSampler
 
 HELP = "Draw samples in one or several parallel streams, or from a denoiser, and time it."
+IF_MEMORY_RUNS_OUT = "lower --batch, --length or --streams"
 
 
 def add(parser: argparse.ArgumentParser) -> None:

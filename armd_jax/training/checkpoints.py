@@ -24,7 +24,7 @@ from orbax.checkpoint import checkpoint_managers
 
 from armd_jax import config as configs
 from armd_jax.config import Config
-from armd_jax.errors import UserError
+from armd_jax.errors import UserError, out_of_memory
 from armd_jax.training import sharding
 from armd_jax.training import state as states
 from armd_jax.training.state import TrainState
@@ -120,6 +120,8 @@ class Checkpointer:
             wrong = [name for name, number in _numbers(digests(state)).items() if wanted.get(name) != number]
             reason = f"{wrong[0]} is not what was saved (its digest differs)" if wrong else ""
         except Exception as error:  # Orbax raises anything from KeyError to a bare Exception for damaged files
+            if out_of_memory(error) is not None:
+                raise  # the checkpoint may be whole, and must not be moved aside
             reason = _line(error)
         if jax.process_count() > 1 and multihost_utils.process_allgather(np.asarray(bool(reason))).any():
             reason = reason or "damaged for another process"  # all take the same checkpoint

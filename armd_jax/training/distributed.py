@@ -10,7 +10,7 @@ from typing import NoReturn, assert_never
 
 import jax
 
-from armd_jax.errors import UserError
+from armd_jax.errors import UserError, out_of_memory
 from armd_jax.names import Switch
 
 # With the runtime's own defaults, the others would wait for minutes after one process died without a word.
@@ -109,18 +109,24 @@ def _joins(mode: Switch) -> bool:
             assert_never(mode)
 
 
-def run_together(run: Callable[[], int]) -> int | NoReturn:
+def run_together(run: Callable[[], int], if_memory_runs_out: str) -> int | NoReturn:
     """Runs one process's part of a job. If it fails, the process exits at once, so that the others notice and end too.
 
     An ordinary exit would wait for the others, which wait for this one in a collective operation.
+
+    if_memory_runs_out: what to do then, for the message.
     """
     try:
         return run()
     except UserError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
         os._exit(2)
-    except BaseException:
-        print(f"process {jax.process_index()} of {jax.process_count()} failed:", file=sys.stderr)
-        traceback.print_exc()
+    except BaseException as error:
+        this, asked = f"process {jax.process_index()} of {jax.process_count()}", out_of_memory(error)
+        if asked is None:
+            print(f"{this} failed:", file=sys.stderr)
+            traceback.print_exc()
+        else:
+            print(f"error: {this} is out of memory{asked}; {if_memory_runs_out}", file=sys.stderr)
         sys.stderr.flush()
         os._exit(1)

@@ -115,6 +115,21 @@ def test_a_checkpoint_of_another_model_is_foreign(run, config, tmp_path):
         checkpointer.restore(40, target)
 
 
+def test_memory_that_runs_out_is_no_damage(run, config, monkeypatch):
+    """A checkpoint that could not be read because memory ran out is neither called damaged nor moved aside."""
+    with checkpoints.Checkpointer(run, config) as checkpointer:
+        message = "RESOURCE_EXHAUSTED: Out of memory allocating 27606876160 bytes."
+
+        def exhausted(*_, **__):
+            raise jax.errors.JaxRuntimeError(message)
+
+        monkeypatch.setattr(checkpointer._manager, "restore", exhausted)
+        target = state.abstract(config, sharding.make_mesh(config.mesh))
+        with pytest.raises(jax.errors.JaxRuntimeError, match=message):
+            checkpointer.restore_newest(target, lambda *_: None)
+    assert _steps(run) == [30, 40] and not (run / "damaged").exists()
+
+
 def test_digest_sees_every_element():
     """One changed bit of any element changes the digest, and so does exchanging two elements."""
     array = jnp.asarray(np.random.default_rng(0).normal(size=(3, 5)), jnp.float32)
