@@ -2,12 +2,13 @@
 
 import argparse
 import pathlib
+import re
 import sys
 from collections.abc import Sequence
 from typing import Any
 
 from armd_jax import files, typed
-from armd_jax.config import Config, from_config_dict
+from armd_jax.config import Config, MeshConfig, from_config_dict
 from armd_jax.errors import UserError, shown
 from armd_jax.experiment_file import apply_overrides, load_config_file
 
@@ -33,10 +34,33 @@ def file(text: str) -> pathlib.Path:
     return pathlib.Path(local(text))
 
 
+def mesh_axes(text: str) -> MeshConfig:
+    """The type of `--mesh`: sizes of axes such as `data=2,fsdp=4`. An axis that is not named has size 1."""
+    sizes = {"data": 1, "fsdp": 1, "tensor": 1}
+    for word in text.split(","):
+        axis, _, size = word.partition("=")
+        if axis not in sizes or not re.fullmatch("-1|[1-9][0-9]{0,5}", size):
+            raise argparse.ArgumentTypeError(
+                f"{shown(text)}: expected sizes of {', '.join(sizes)}, such as fsdp=8 or data=2,fsdp=-1"
+            )
+        sizes[axis] = int(size)
+    if list(sizes.values()).count(-1) > 1:
+        raise argparse.ArgumentTypeError(f"{shown(text)}: only one axis may be -1 (all devices that are left)")
+    return MeshConfig(**sizes)
+
+
 def add_run(parser: argparse.ArgumentParser) -> None:
     """`--run` and which of its weights to take."""
     parser.add_argument("--run", required=True, type=folder, help="a training run or an export")
     parser.add_argument("--no-ema", action="store_true", help="take the raw weights instead of their moving average")
+    parser.add_argument(
+        "--mesh",
+        default=None,
+        type=mesh_axes,
+        metavar="AXIS=DEVICES",
+        help="spread the weights over all devices, as in training: sizes of data, fsdp and tensor, such as fsdp=8 or"
+        " data=2,fsdp=-1 (-1: all devices that are left); default: one device",
+    )
 
 
 def add_config(parser: argparse.ArgumentParser) -> None:

@@ -65,13 +65,19 @@ def run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
 
     from armd_jax.evaluation import held_out, perplexity, results
     from armd_jax.interop.load import load
+    from armd_jax.training import sharding
 
-    lm = load(args.run, ema=not args.no_ema)
+    mesh = args.mesh and sharding.make_mesh(args.mesh)
+    if mesh is not None and args.batch % (parts := mesh.shape["data"] * mesh.shape["fsdp"]):
+        raise UserError(f"--batch={args.batch}: is not divisible by the {parts} devices of the axes data and fsdp")
+    lm = load(args.run, not args.no_ema, mesh)
     with contextlib.ExitStack() as stack:
         rows = args.out or args.run
         if files.unwritable(rows):  # a run on a read-only file system: rows that nobody prepared live for this call
             rows = pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="armd-eval-")))
         data = held_out.find(args.run, config, args.split, args.data, rows)
-        found = perplexity.evaluate(lm, data, args.split, streams, draws, config.order, args.batch, args.seed)
+        found = perplexity.evaluate(
+            lm, data, args.split, streams, draws, config.order, args.batch, args.seed, mesh=mesh
+        )
     keep = args.run if args.data is None else None
     return show_and_keep(args, found.as_dict(), perplexity.as_text(found), keep, results.EVALUATION_FILE)

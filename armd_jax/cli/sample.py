@@ -53,8 +53,9 @@ def run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
 
     from armd_jax.evaluation import results, samples
     from armd_jax.interop.load import load
+    from armd_jax.training import sharding
 
-    lm = load(args.run, ema=not args.no_ema)
+    lm = load(args.run, not args.no_ema, args.mesh and sharding.make_mesh(args.mesh))
     drawn = samples.draw(
         lm,
         ([1] if lm.config.has_orders else []) if streams is None else streams,
