@@ -34,8 +34,10 @@ class Generation:
 
     tokens_BN: int32.
     log_prob_BN: float32, the model's log-probability of each token given all earlier blocks, at evidence positions too.
-        It is the model's own, before temperature and truncation. None for a denoiser, which gives no probability to a
-        text.
+        It is the model's own, before temperature and truncation, and equal to `lm.log_prob(tokens_BN, order)` up to
+        rounding, because a cache adds up the same numbers in another order: measured differences are up to 3e-6 nats in
+        float32 and up to 0.022 nats if activations are bfloat16 (the default on accelerators). None for a denoiser,
+        which gives no probability to a text.
     order: the order that was used; None for a denoiser, whose calls `call_BN` tells.
     num_calls: the number of function evaluations (NFE), that is of network calls.
     call_BN: int32, the number (from 1) of the call that made each token; 0 at evidence.
