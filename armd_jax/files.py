@@ -4,12 +4,52 @@ import contextlib
 import json
 import os
 import pathlib
+import re
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from typing import Any
 
-from armd_jax.errors import UserError
+from armd_jax.errors import UserError, shown
+
+# How addresses begin: gs://bucket/run, s3a://x; also gs:/bucket/run, which pathlib makes of it, and dbfs:/mnt.
+# `tfds:/folder` is no address: `tfds:` is this package's own word in front of a path.
+_ADDRESS = re.compile(r"(?:tfds:)?(?!tfds:)([A-Za-z][A-Za-z0-9+-]+:/)")
+
+
+def not_local(path: str | os.PathLike[str]) -> str:
+    """Why what was given as a path is none on this machine; empty if it may be one.
+
+    An address such as `gs://bucket/run` is none: the file system would take it for a folder named `gs:`.
+    """
+    address = _ADDRESS.match(os.fspath(path))
+    if address is None:
+        return ""
+    return (
+        f"{address[1]} begins the address of something that is not on this machine, and only paths on this machine can"
+        " be used: mount it or copy it, and give that path"
+    )
+
+
+def check_local(path: str | os.PathLike[str], where: str) -> None:
+    """Raises UserError if a path is none on this machine. where: the field or the argument that has it."""
+    if reason := not_local(path):
+        raise UserError(f"{where}={shown(os.fspath(path))}: {reason}")
+
+
+def unwritable(folder: pathlib.Path) -> str:
+    """Why no files can be written into a folder, which need not exist yet; empty if they can. Leaves nothing behind."""
+    if folder.exists() and not folder.is_dir():
+        return "is a file, not a folder"
+    existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    probe = existing / f".armd-probe-{time.time_ns()}"
+    try:
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        return f"cannot be written ({error.strerror})"
+    return ""
 
 
 def write(path: pathlib.Path, content: str | bytes) -> None:

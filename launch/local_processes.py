@@ -7,6 +7,7 @@
 import argparse
 import collections
 import contextlib
+import io
 import os
 import queue
 import shlex
@@ -189,6 +190,11 @@ def say(text: str) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the group; returns the exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(
+            stream, io.TextIOWrapper
+        ):  # a character that the terminal lacks must not end the copying of lines
+            stream.reconfigure(errors="backslashreplace")
     args = parse(argv)
     coordinator = f"127.0.0.1:{args.port or free_port()}"
     environment = extra_environment(args.devices_per_process)

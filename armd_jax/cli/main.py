@@ -1,8 +1,8 @@
 """`armd <verb>`: finds the verb, and turns what goes wrong into one line and an exit code.
 
-Every verb is a module of this folder with `HELP` (one sentence), `add(parser)`, which declares its arguments, and
-`run(args, overrides)`, which does the work and returns the exit code. Verbs print progress on stderr and results on
-stdout, with `--json` as one JSON object.
+Every verb is a module of this folder with `HELP` (one sentence), `IF_MEMORY_RUNS_OUT` (what to do then, for a message),
+`add(parser)`, which declares its arguments, and `run(args, overrides)`, which does the work and returns the exit code.
+Verbs print progress on stderr and results on stdout, with `--json` as one JSON object.
 
 Exit codes: 0 if the verb did its job; 2, with one line `error: …` on stderr, for a mistake in what the user gave; 75 if
 a signal stopped training and everything was saved, so that the same command continues; 1 if something else failed.
@@ -10,6 +10,7 @@ a signal stopped training and everything was saved, so that the same command con
 
 import argparse
 import errno
+import io
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
@@ -18,7 +19,7 @@ from armd_jax.cli import checkpoints, export, prepare, report, sample, train
 from armd_jax.cli import compile as compile_verb
 from armd_jax.cli import eval as eval_verb
 from armd_jax.cli.arguments import failed
-from armd_jax.errors import UserError
+from armd_jax.errors import UserError, out_of_memory
 
 VERBS = {
     "prepare": prepare,
@@ -39,11 +40,12 @@ class _Parser(argparse.ArgumentParser):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code."""
+    _escape_what_cannot_be_shown()
     try:
         args, rest = _parser().parse_known_args(argv)
         if rest and not (args.takes_overrides and rest[0].startswith("--config.")):
             raise UserError(f"unknown argument {rest[0]!r} (see armd {args.verb} --help)")
-        return VERBS[args.verb].run(args, rest)
+        return _run(args, rest)
     except UserError as error:
         return failed(str(error))
     except BrokenPipeError:  # the reader of our output went away, as `| head` does
@@ -53,11 +55,31 @@ def main(argv: Sequence[str] | None = None) -> int:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         reason = f"{error.filename}: {error.strerror}" if error.filename else str(error)
         return failed(f"{reason}; free some space and run it again", 1) if full else failed(reason)
-    except MemoryError as error:
-        return failed(f"not enough memory: {error}; use a smaller batch, length or model")
     except KeyboardInterrupt:
         print("interrupted; run the same command again to continue", file=sys.stderr)
         return 130
+
+
+def _run(args: argparse.Namespace, rest: Sequence[str]) -> int:
+    """Runs the verb. If memory runs out, says how many bytes were asked for and what to lower."""
+    verb = VERBS[args.verb]
+    try:
+        return verb.run(args, rest)
+    except Exception as error:
+        asked = out_of_memory(error)
+        if asked is None:
+            raise
+        return failed(f"out of memory{asked}; {verb.IF_MEMORY_RUNS_OUT}", 1)
+
+
+def _escape_what_cannot_be_shown() -> None:
+    """Lets characters that the terminal's encoding lacks appear as escapes: output is no reason to fail.
+
+    Among them is what stands for bytes in the name of a file that is not text.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # not if it is closed, or replaced by a program that runs this one
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _parser() -> argparse.ArgumentParser:

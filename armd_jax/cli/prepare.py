@@ -4,17 +4,22 @@ import argparse
 import dataclasses
 from collections.abc import Sequence
 
-from armd_jax.cli.arguments import folder, show
+from armd_jax.cli.arguments import folder, local, show
 from armd_jax.config import from_config_dict
 
 HELP = "Tokenize a corpus and pack it into rows, ahead of training."
+IF_MEMORY_RUNS_OUT = "cut very long documents into shorter ones, or lower --vocab-size"
 
 
 def add(parser: argparse.ArgumentParser) -> None:
     """Declares the arguments."""
-    parser.add_argument("--source", default="", help="file, folder, glob or tfds:NAME; empty: the embedded corpus")
+    parser.add_argument(
+        "--source", default="", type=local, help="file, folder, glob or tfds:NAME; empty: the embedded corpus"
+    )
     parser.add_argument("--out", required=True, type=folder, help="folder to write")
-    parser.add_argument("--tokenizer", default="sentencepiece", help="sentencepiece, bytes or a vocabulary folder")
+    parser.add_argument(
+        "--tokenizer", default="sentencepiece", type=local, help="sentencepiece, bytes or a vocabulary folder"
+    )
     parser.add_argument("--vocab-size", type=int, default=2048, help="vocabulary size of a tokenizer that is trained")
     parser.add_argument("--length", type=int, default=1024, help="tokens per row")
     parser.add_argument("--text-field", default="text", help="field of .jsonl objects and TFDS examples with the text")

@@ -9,6 +9,9 @@ from armd_jax.config import Config
 from armd_jax.names import Switch
 
 HELP = "Train a model, or continue the run that is in the workdir."
+IF_MEMORY_RUNS_OUT = (
+    "lower training.batch_size or model.max_length, or raise training.microbatches, which cuts a batch into parts"
+)
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -45,7 +48,9 @@ def run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
     from armd_jax.training import distributed
 
     several = distributed.initialize(args.distributed, args.coordinator, args.num_processes, args.process_id)
-    return distributed.run_together(lambda: _train(args, config)) if several else _train(args, config)
+    if several:
+        return distributed.run_together(lambda: _train(args, config), IF_MEMORY_RUNS_OUT)
+    return _train(args, config)
 
 
 def _train(args: argparse.Namespace, config: Config) -> int:

@@ -1,6 +1,7 @@
 """Shards: ArrayRecord files that hold the rows of a split, one record per row of little-endian unsigned integers."""
 
 import functools
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -59,17 +60,10 @@ class PackedRows:
         self._folder, self._shards, self._num_rows = folder, split.shards, split.rows
         self._length, self._dtype = manifest.row_length, np.dtype(manifest.dtype)
         self._shard_rows = manifest.shard_rows
-        self._hashed = set(range(len(self._shards))) if hashed else set()
-        self._reader = functools.lru_cache(maxsize=OPEN_SHARDS)(self._open)
-
-    def _open(self, number: int) -> ArrayRecordReader:
-        shard = self._shards[number]
-        file = self._folder / shard.file
-        if number not in self._hashed:
-            if hash_file(file) != shard.sha256:
-                raise _damaged(file)
-            self._hashed.add(number)
-        return _open_reader(file)
+        known = set(range(len(self._shards))) if hashed else set()
+        # Not a method: a cached one would be a circle, and its files would stay open until Python looks for such.
+        opened = functools.partial(_open_verified, folder, self._shards, known)
+        self._reader = functools.lru_cache(maxsize=OPEN_SHARDS)(opened)
 
     def __len__(self) -> int:
         return self._num_rows
@@ -90,6 +84,16 @@ class PackedRows:
         if len(tokens) != self._length:
             raise _damaged(file)
         return tokens.astype(np.int32)
+
+
+def _open_verified(folder: Path, shards: Sequence[Shard], known: set[int], number: int) -> ArrayRecordReader:
+    """A reader of one shard, whose sha256 is compared first if the shard is not among the `known` ones."""
+    file = folder / shards[number].file
+    if number not in known:
+        if hash_file(file) != shards[number].sha256:
+            raise _damaged(file)
+        known.add(number)
+    return _open_reader(file)
 
 
 def check_shard(folder: Path, shard: Shard, hashed: bool) -> None:

@@ -10,23 +10,27 @@ from armd_jax.data.packing import PreparedData
 from armd_jax.names import Split
 
 
-def find(run: pathlib.Path, config: Config, split: Split, source: str | None = None) -> PreparedData:
+def find(
+    run: pathlib.Path, config: Config, split: Split, source: str | None = None, rows: pathlib.Path | None = None
+) -> PreparedData:
     """The text of a run's data, or other text, as rows of the run's tokens.
 
-    It is looked for in the run's folder and in the `data.cache_dir` of the run's config, and if it is in neither, it is
-    prepared in the run's folder. Nothing is ever written to `data.cache_dir`, because a run that came from elsewhere
-    must not choose where to write.
+    It is looked for in the run's folder, in the `data.cache_dir` of the run's config and in `rows`, and if it is in
+    none of them, it is prepared in `rows`. Nothing is ever written to `data.cache_dir`, because a run that came from
+    elsewhere must not choose where to write.
 
     run: the folder of a training run or an export, with the files of its tokenizer in `tokenizer/`.
     config: the run's config, as `config.read(run)` reads it.
     split: "train", "valid" or "test"; the text must have it.
     source: other text, which the run's tokenizer is used for: a file, a folder, a glob or "tfds:NAME".
         None: the text that the run was trained on.
+    rows: the folder in whose `data` rows are prepared if there are none yet. None: the run's folder.
     Raises UserError if there is no such text or split, if the tokenizer cannot be read, or if the folder cannot be
     written.
     """
     length, cache = config.model.max_length, config.data.cache_dir
-    roots = [run / "data", *([pathlib.Path(cache)] if cache else [])]
+    fresh = (run if rows is None else rows) / "data"
+    roots = [run / "data", *([pathlib.Path(cache)] if cache else []), fresh]
     # The config names the tokenizer that training asked for; the files of the tokenizer itself are in the run.
     data = dataclasses.replace(config.data, tokenizer=str(run / "tokenizer"))
     candidates = [data]
@@ -41,4 +45,4 @@ def find(run: pathlib.Path, config: Config, split: Split, source: str | None = N
         for root in roots:
             if packing.folder_for(candidate, corpus, length, root).is_dir():
                 return packing.prepare(candidate, length, root, corpus=corpus)
-    return packing.prepare(data, length, roots[0], corpus=corpus)
+    return packing.prepare(data, length, fresh, corpus=corpus)

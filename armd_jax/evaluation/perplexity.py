@@ -16,11 +16,13 @@ from typing import assert_never
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from tqdm import tqdm
 
 from armd_jax.config import ModelConfig, OrderConfig
 from armd_jax.core import corruption, curriculum, objective
 from armd_jax.core import order as orders
+from armd_jax.core.context import PLAIN, Context
 from armd_jax.core.objective import Task
 from armd_jax.core.order import Order
 from armd_jax.core.parameters import Params
@@ -31,6 +33,7 @@ from armd_jax.errors import UserError
 from armd_jax.evaluation import results
 from armd_jax.evaluation.results import Elbo, Evaluation, RandomOrders, Score
 from armd_jax.inference.language_model import LanguageModel
+from armd_jax.training import sharding
 
 _XZ_LIMIT = 64 * 2**20  # bytes; beyond this xz -9e takes minutes and its dictionary no longer holds the training text
 
@@ -40,7 +43,7 @@ MakeTask = Callable[[jax.Array, jax.Array], Task]
 MakeOrder = Callable[[jax.Array, int, int], Order]  # (key, batch, length) -> order
 
 
-@functools.partial(jax.jit, static_argnames=("config", "make_task"))
+@functools.partial(jax.jit, static_argnames=("config", "make_task", "context"))
 def _nll(
     params: Params,
     config: ModelConfig,
@@ -48,8 +51,10 @@ def _nll(
     valid_BN: jax.Array,
     key: jax.Array,
     make_task: MakeTask,
+    context: Context,
 ) -> jax.Array:
-    return objective.loss_sums(params, config, tokens_BN, make_task(key, valid_BN)).nll
+    tokens_BN, valid_BN = (context.constrain(a, ("batch", "length")) for a in (tokens_BN, valid_BN))
+    return objective.loss_sums(params, config, tokens_BN, make_task(key, valid_BN), context).nll
 
 
 @functools.cache
@@ -71,10 +76,12 @@ def total_nats(
     batch_size: int = 16,
     seed: int = 0,
     progress: str | None = None,
+    context: Context = PLAIN,
 ) -> float:
     """Nats of all tokens of the split under `make_task(key, valid_BN)`, in float64.
 
-    progress: the label of the progress bar; None: no bar.
+    progress: the label of the progress bar; None: no bar. context: how network calls are carried out; a static argument
+    of compiled functions.
     """
     key = jax.random.key(seed)
     steps = -(-data.num_rows(split) // batch_size)
@@ -82,9 +89,8 @@ def total_nats(
     batches = loader.eval_batches(data, split, batch_size)
     for number, (tokens, valid) in enumerate(tqdm(batches, progress, steps, disable=progress is None, leave=False)):
         batch_key = jax.random.fold_in(key, number)
-        total += float(
-            _nll(lm.params, lm.config, jnp.asarray(tokens), jnp.asarray(valid), batch_key, make_task=make_task)
-        )
+        arrays = jnp.asarray(tokens), jnp.asarray(valid), batch_key
+        total += float(_nll(lm.params, lm.config, *arrays, make_task=make_task, context=context))
     return total
 
 
@@ -158,6 +164,7 @@ def evaluate(
     batch_size: int = 16,
     seed: int = 0,
     progress: bool = True,
+    mesh: Mesh | None = None,
 ) -> Evaluation:
     """All figures of a split.
 
@@ -167,14 +174,18 @@ def evaluate(
     trained_on: the orders that the model was trained with. Only those of a masked diffusion matter: they bound the
         likelihood (ELBO).
     progress: whether progress bars are shown on stderr.
+    mesh: the devices that the model's parameters are spread over; None: a single one. Batches are divided over its axes
+        data and fsdp, whose size has to divide them.
     Raises UserError if the model's vocabulary is not the data's, or if the rows are longer than the model's.
     """
     check_data(lm, data)
     counts, lossless = data.counts(split), data.tokenizer.lossless
+    context = PLAIN if mesh is None else Context(sharding.constrain(mesh))
 
     def nats(make_task: MakeTask, label: str, repeat: int = 1) -> list[float]:
+        shared = lm, data, split, make_task, batch_size
         name = label if progress else None
-        return [total_nats(lm, data, split, make_task, batch_size, seed + i, name) for i in range(repeat)]
+        return [total_nats(*shared, seed + i, name, context) for i in range(repeat)]
 
     def under(make_order: MakeOrder, label: str, repeat: int = 1) -> Score:
         return score(float(np.mean(nats(under_order(make_order), label, repeat))), counts, lossless)

@@ -12,7 +12,7 @@ import pathlib
 import shutil
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -24,12 +24,15 @@ from orbax.checkpoint import checkpoint_managers
 
 from armd_jax import config as configs
 from armd_jax.config import Config
-from armd_jax.errors import UserError
+from armd_jax.core.parameters import Params
+from armd_jax.errors import UserError, out_of_memory
 from armd_jax.training import sharding
 from armd_jax.training import state as states
 from armd_jax.training.state import TrainState
 
 OnFault = Callable[[int, str], None]  # (step, reason)
+# What is restored of a checkpoint: the whole state, or some of its fields by their names.
+Wanted = TypeVar("Wanted", bound=TrainState | dict[str, Params])
 
 
 class Checkpointer:
@@ -109,17 +112,20 @@ class Checkpointer:
         """The saved steps, oldest first, whole or not."""
         return sorted(self._manager.all_steps())
 
-    def restore(self, step: int, target: TrainState) -> TrainState:
-        """The state of one step, in the shapes and shardings of `target`. Raises UserError if it is not whole."""
+    def restore(self, step: int, target: Wanted) -> Wanted:
+        """The state of one step, or the fields of it that `target` has, in the shapes and shardings of `target`.
+
+        Of fields, no other array is read. Raises UserError if what is asked for is not whole.
+        """
         reason, state = "", target
         try:
             self._check_shapes(step, target)
-            items = ocp.args.Composite(state=ocp.args.StandardRestore(target), meta=ocp.args.JsonRestore())
-            restored = self._manager.restore(step, args=items)
-            state, wanted = restored.state, restored.meta["digests"]
+            state, wanted = self._read(step, target)
             wrong = [name for name, number in _numbers(digests(state)).items() if wanted.get(name) != number]
             reason = f"{wrong[0]} is not what was saved (its digest differs)" if wrong else ""
         except Exception as error:  # Orbax raises anything from KeyError to a bare Exception for damaged files
+            if out_of_memory(error) is not None:
+                raise  # the checkpoint may be whole, and must not be moved aside
             reason = _line(error)
         if jax.process_count() > 1 and multihost_utils.process_allgather(np.asarray(bool(reason))).any():
             reason = reason or "damaged for another process"  # all take the same checkpoint
@@ -127,21 +133,39 @@ class Checkpointer:
             raise UserError(f"{self._manager.directory / str(step)}: {reason}")
         return state
 
-    def _check_shapes(self, step: int, target: TrainState) -> None:
+    def _read(self, step: int, target: Wanted) -> tuple[Wanted, dict[str, int]]:
+        """The arrays of `target`, and the digests of all arrays that were saved."""
+        meta = ocp.args.JsonRestore()
+        if isinstance(target, TrainState):
+            whole = ocp.args.Composite(state=ocp.args.StandardRestore(target), meta=meta)
+            restored = self._manager.restore(step, args=whole)
+            return restored.state, restored.meta["digests"]
+        digests_of_all = self._manager.restore(step, args=ocp.args.Composite(meta=meta)).meta["digests"]
+        # The handler that saved the state restores all of it; the one inside it also restores parts.
+        arguments = ocp.checkpoint_utils.construct_restore_args(target)
+        part = ocp.args.PyTreeRestore(target, restore_args=arguments, partial_restore=True)
+        handler = ocp.PyTreeCheckpointHandler()
+        try:
+            return handler.restore(self._manager.directory / str(step) / "state", args=part), digests_of_all
+        finally:
+            handler.close()
+
+    def _check_shapes(self, step: int, target: Wanted) -> None:
         """Raises ValueError if the stored arrays are not those of `target`. Orbax's own errors would fill screens."""
         metadata = self._manager.item_metadata(step)
         if metadata.state is None:
             raise ValueError("holds no training state")
         stored = {name: leaf.shape for name, leaf in _named(metadata.state.tree)}
         wanted = {name: leaf.shape for name, leaf in _named(target)}
-        for name in sorted(stored.keys() | wanted.keys()):
+        compared = stored.keys() | wanted.keys() if isinstance(target, TrainState) else wanted.keys()
+        for name in sorted(compared):
             if stored.get(name) != wanted.get(name):
                 raise ValueError(f"{name} has shape {stored.get(name)}, the config asks for {wanted.get(name)}")
 
     def restore_newest(
-        self, target: TrainState, on_skip: OnFault, among: Callable[[int], bool] = lambda step: True
-    ) -> TrainState | None:
-        """The newest whole checkpoint among those whose step qualifies; None if none qualifies.
+        self, target: Wanted, on_skip: OnFault, among: Callable[[int], bool] = lambda step: True
+    ) -> Wanted | None:
+        """What `restore` gives of the newest whole checkpoint among those whose step qualifies; None if none qualifies.
 
         A damaged one is reported through on_skip(step, reason) and passed over. Unless this object only reads, it is
         also moved to `damaged/<step>` beside the checkpoints, so that the step can be saved again and only good
@@ -149,7 +173,7 @@ class Checkpointer:
         Raises UserError if there are checkpoints but none of them is whole.
         """
         found = [step for step in self.steps() if among(step)]
-        state: TrainState | None = None
+        state: Wanted | None = None
         damaged: dict[int, str] = {}
         for step in reversed(found):
             try:
@@ -207,7 +231,7 @@ def _named(tree: Any) -> Iterator[tuple[str, Any]]:
 
 
 @jax.jit
-def digests(state: TrainState) -> TrainState:
+def digests(state: Wanted) -> Wanted:
     """A uint32 for every array: the sum of its words, each times an odd number of its own, modulo 2^32.
 
     Integer sums that wrap around do not depend on the order of the terms, so the digest is the same on every mesh. An
@@ -226,7 +250,7 @@ def digests(state: TrainState) -> TrainState:
     return jax.tree.map(digest, state)
 
 
-def _numbers(tree: TrainState) -> dict[str, int]:
+def _numbers(tree: TrainState | dict[str, Params]) -> dict[str, int]:
     return {name: int(number) for name, number in _named(tree)}
 
 
@@ -239,11 +263,26 @@ def _one_device() -> Mesh:
 
 def restore_for_inference(run: pathlib.Path, config: Config, mesh: Mesh | None = None) -> TrainState:
     """The newest whole state of a run, spread over the mesh, or on one device if there is none."""
+    return _restore_newest(run, config, states.abstract(config, mesh or _one_device()))
+
+
+def restore_params(run: pathlib.Path, config: Config, ema: bool = True, mesh: Mesh | None = None) -> Params:
+    """The parameters of the newest checkpoint of a run that has them whole, spread over the mesh or on one device.
+
+    Nothing else is read: neither the moments of the optimizer, nor of raw parameters and average what is not asked for.
+
+    ema: the average, if the run keeps one.
+    """
+    target = states.abstract(config, mesh or _one_device())
+    name = "params" if target.ema is None or not ema else "ema"
+    return _restore_newest(run, config, {name: getattr(target, name)})[name]
+
+
+def _restore_newest(run: pathlib.Path, config: Config, target: Wanted) -> Wanted:
     logging.getLogger("absl").setLevel(logging.ERROR)
     if not (run / "checkpoints").is_dir():
         raise UserError(f"{run}: has no checkpoints yet")
     with Checkpointer(run, config, read_only=True) as checkpointer:
-        target = states.abstract(config, mesh or _one_device())
         state = checkpointer.restore_newest(
             target, lambda _, why: print(f"damaged checkpoint passed over: {why}", file=sys.stderr)
         )

@@ -7,7 +7,6 @@ import os
 import pathlib
 import shutil
 import socket
-import time
 from collections.abc import Generator
 
 from armd_jax import config as configs
@@ -46,15 +45,8 @@ def check_same_data(workdir: pathlib.Path, data: PreparedData) -> None:
 
 def check_writable(workdir: pathlib.Path) -> None:
     """Raises UserError if the workdir cannot be written. Creates nothing."""
-    if workdir.exists() and not workdir.is_dir():
-        raise UserError(f"--workdir={workdir}: is a file, not a folder")
-    existing = next(parent for parent in (workdir, *workdir.parents) if parent.exists())
-    probe = existing / f".armd-probe-{time.time_ns()}"
-    try:
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise UserError(f"--workdir={workdir}: cannot be written ({error.strerror})") from error
+    if reason := files.unwritable(workdir):
+        raise UserError(f"--workdir={workdir}: {reason}")
 
 
 @contextlib.contextmanager

@@ -61,6 +61,16 @@ def test_each_line_names_its_process():
     assert sorted(result.stderr.splitlines()) == [f"[{i}] no end" for i in range(3)]
 
 
+def test_lines_that_the_terminal_cannot_show_are_passed_on():
+    """Far more of them than a pipe holds: in a terminal of ASCII alone, a process that writes them does not block."""
+    code = 'import sys; sys.stdout.buffer.write(b"caf\\xc3\\xa9\\n" * 40_000)'
+    ascii_only = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    command = [sys.executable, LAUNCHER, "--processes=1", *python(code)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=50, env=ascii_only)
+    assert done.returncode == 0 and done.stderr == ""
+    assert done.stdout == "[0] caf\\ufffd\\ufffd\n" * 40_000
+
+
 def test_environment_of_the_processes(monkeypatch):
     """Each process has its number of virtual CPU devices. The platform is the CPU unless JAX_PLATFORMS is set."""
     code = 'import os; print(os.environ["JAX_NUM_CPU_DEVICES"], os.environ["JAX_PLATFORMS"])'

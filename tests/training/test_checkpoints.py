@@ -115,6 +115,21 @@ def test_a_checkpoint_of_another_model_is_foreign(run, config, tmp_path):
         checkpointer.restore(40, target)
 
 
+def test_memory_that_runs_out_is_no_damage(run, config, monkeypatch):
+    """A checkpoint that could not be read because memory ran out is neither called damaged nor moved aside."""
+    with checkpoints.Checkpointer(run, config) as checkpointer:
+        message = "RESOURCE_EXHAUSTED: Out of memory allocating 27606876160 bytes."
+
+        def exhausted(*_, **__):
+            raise jax.errors.JaxRuntimeError(message)
+
+        monkeypatch.setattr(checkpointer._manager, "restore", exhausted)
+        target = state.abstract(config, sharding.make_mesh(config.mesh))
+        with pytest.raises(jax.errors.JaxRuntimeError, match=message):
+            checkpointer.restore_newest(target, lambda *_: None)
+    assert _steps(run) == [30, 40] and not (run / "damaged").exists()
+
+
 def test_digest_sees_every_element():
     """One changed bit of any element changes the digest, and so does exchanging two elements."""
     array = jnp.asarray(np.random.default_rng(0).normal(size=(3, 5)), jnp.float32)
@@ -164,6 +179,49 @@ def test_a_full_disk_is_told_in_one_line(tmp_path, capsys, corpus, smoke_config,
     assert cli.main(command) == 1
     last = capsys.readouterr().err.splitlines()[-1]
     assert last == "error: metrics.jsonl: No space left on device; free some space and run it again"
+
+
+def _bytes(tree: object) -> int:
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
+
+
+def test_only_the_parameters_that_are_used_are_restored(run, config, monkeypatch):
+    """A quarter of the bytes: the average or the raw parameters, and neither the other one nor any moment."""
+    whole, restored = checkpoints.restore_for_inference(run, config), []
+    real = checkpoints.digests
+    monkeypatch.setattr(checkpoints, "digests", lambda tree: (restored.append(_bytes(tree)), real(tree))[1])
+    for ema, expected in ((True, whole.ema), (False, whole.params)):
+        found = checkpoints.restore_params(run, config, ema)
+        assert jax.tree.structure(found) == jax.tree.structure(expected)
+        assert all(jax.tree.leaves(jax.tree.map(np.array_equal, found, expected)))
+    assert restored == [_bytes(whole.params)] * 2 and restored[0] < 0.26 * _bytes(whole)
+    assert not np.array_equal(whole.ema["embedding"], whole.params["embedding"])
+
+
+def test_parameters_do_not_depend_on_what_is_not_restored(run, config, capsys):
+    """Moments that are damaged, or another optimizer's, do no harm; damage of the parameters is named, as ever."""
+    file = next(path for path in (run / "checkpoints" / "40" / "meta").iterdir())
+    meta = json.loads(file.read_text())
+    newest = checkpoints.restore_params(run, config)["embedding"]
+
+    def spoil(part: str) -> None:
+        changed = {name: number ^ name.startswith(part) for name, number in meta["digests"].items()}
+        assert changed != meta["digests"]
+        file.write_text(json.dumps(meta | {"digests": changed}))
+
+    spoil("opt_state.")
+    assert np.array_equal(checkpoints.restore_params(run, config)["embedding"], newest)
+    assert int(checkpoints.restore_for_inference(run, config).step) == 30
+    spoil("ema.embedding")
+    capsys.readouterr()
+    assert not np.array_equal(checkpoints.restore_params(run, config)["embedding"], newest)
+    assert "40: ema.embedding is not what was saved" in capsys.readouterr().err
+    file.write_text(json.dumps(meta))
+
+    other = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, kind="muon"))
+    assert np.array_equal(checkpoints.restore_params(run, other)["embedding"], newest)
+    with pytest.raises(UserError, match="none of the checkpoints"):
+        checkpoints.restore_for_inference(run, other)
 
 
 def test_state_restores_onto_other_devices_bit_for_bit(run, config):
