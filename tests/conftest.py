@@ -7,6 +7,7 @@ import os
 import pathlib
 import random
 import shutil
+import signal
 import tempfile
 from collections.abc import Iterator
 
@@ -51,6 +52,15 @@ def quick_compilation() -> Iterator[None]:
     """Compiles without the costly passes: for toy models, where compiling takes longer than running."""
     with _quick():
         yield
+
+
+@pytest.fixture
+def heeded() -> Iterator[None]:
+    """Signals that are sent to processes have their effect, even if the tests were started with `nohup`."""
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGHUP, signal.SIGUSR2)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")
