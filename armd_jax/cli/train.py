@@ -14,6 +14,7 @@ HELP = "Train a model, or continue the run that is in the workdir."
 def add(parser: argparse.ArgumentParser) -> None:
     """Declares the arguments."""
     add_config(parser)
+    parser.set_defaults(result_is_printed=False)  # the result of a training is its folder, whoever reads the last line
     parser.add_argument("--workdir", required=True, type=folder, help="folder of the run")
     parser.add_argument(
         "--debug-nans", action="store_true", help="stop at the operation that first gives NaN, and name it; slow"

@@ -13,7 +13,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from armd_jax import config as configs
-from armd_jax import files
+from armd_jax import files, streams
 from armd_jax.config import Config
 from armd_jax.core.parameters import Params
 from armd_jax.data.packing import PreparedData
@@ -64,6 +64,7 @@ def train(
     workdir = workdir.absolute()
     primary = jax.process_index() == 0
     with contextlib.ExitStack() as stack:
+        stack.enter_context(streams.forgiving())
         # --- config and data -------------------------------------------------------------------------------------
         old = configs.read(workdir) if (workdir / "config.json").exists() else None
         if old is None:
