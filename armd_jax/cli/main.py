@@ -10,12 +10,11 @@ that the same command continues; 1 if something else failed.
 """
 
 import argparse
-import errno
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from armd_jax import streams
+from armd_jax import files, streams
 from armd_jax.cli import checkpoints, export, prepare, report, sample, train
 from armd_jax.cli import compile as compile_verb
 from armd_jax.cli import eval as eval_verb
@@ -63,8 +62,8 @@ def _run(argv: Sequence[str] | None, output: streams.Forgiving) -> int:
     except UserError as error:
         return failed(str(error))
     except OSError as error:  # a name that no file system takes, a folder that may not be written, a full disk
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         reason = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        full = error.errno in files.FULL
         return failed(f"{reason}; free some space and run it again", 1) if full else failed(reason)
     except MemoryError as error:
         return failed(f"not enough memory: {error}; use a smaller batch, length or model")

@@ -31,17 +31,27 @@ from armd_jax.training.state import TrainState
 
 OnFault = Callable[[int, str], None]  # (step, reason)
 
+_UNFINISHED = ".orbax-checkpoint-tmp"  # what Orbax adds to the name of a checkpoint until it is whole
+
 
 class Checkpointer:
     """The checkpoints of one workdir. Use it as a context manager; leaving it waits for a save that is under way."""
 
     def __init__(
-        self, workdir: pathlib.Path, config: Config, read_only: bool = False, on_failed_save: OnFault | None = None
+        self,
+        workdir: pathlib.Path,
+        config: Config,
+        read_only: bool = False,
+        on_saved: Callable[[int], None] = lambda step: None,
+        on_failed_save: OnFault | None = None,
     ) -> None:
+        """on_saved, on_failed_save: called when a save has ended, with its step, at the next call of this object."""
         self._workdir, self._read_only = workdir, read_only
-        self._on_failed_save = on_failed_save
+        self._on_saved, self._on_failed_save = on_saved, on_failed_save
         self._begun: int | None = None  # the step of the save that may still be under way
         self._last_failed = False
+        if not read_only:
+            self._remove_unfinished()
         training = config.training
         # A rollback needs a checkpoint of the interval, so the newest of them stays however many stops come after it.
         every = checkpoint_managers.EveryNSteps(training.checkpoint_every, max_to_keep=1)
@@ -53,7 +63,6 @@ class Checkpointer:
             options=ocp.CheckpointManagerOptions(
                 save_decision_policy=checkpoint_managers.FixedIntervalPolicy(training.checkpoint_every),
                 preservation_policy=checkpoint_managers.AnyPreservationPolicy(keep),
-                cleanup_tmp_directories=not read_only,
                 read_only=read_only,
             ),
             handler_registry=_handlers(),
@@ -71,20 +80,27 @@ class Checkpointer:
     def save(self, state: TrainState, step: int, force: bool = False) -> bool:
         """Begins to save in the background if the config's interval makes `step` due, or in any case with `force`.
 
-        Returns whether a save was begun. If a save fails, on a full disk for example, `on_failed_save` is called at the
-        next call of this object at the latest, and earlier checkpoints stay.
+        Returns whether a save was begun. If it fails, on a full disk for example, earlier checkpoints stay.
         """
         if step in self._manager.all_steps() or not (force or self._manager.should_save(step)):
             return False
-        self.wait()
+        if not self.wait():
+            self._remove_unfinished()  # again, because a part of the save that failed may have ended later
         meta = {"step": step, "digests": _numbers(digests(state))}
         items = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta))
         self._begun = step
         try:
-            return self._manager.save(step, args=items, force=True)
+            if not self._manager.save(step, args=items, force=True):
+                self._begun = None
         except Exception as error:
             self._failed(error)
-            return False
+        return self._begun is not None
+
+    def poll(self) -> None:
+        """Finds out whether the save under way has ended, without waiting. Cheap: call it after every step."""
+        # Several processes wait for one another at the next save, and must not do so at different steps.
+        if self._begun is not None and jax.process_count() == 1 and not self._manager.is_saving_in_progress():
+            self.wait()
 
     def wait(self) -> bool:
         """Waits until the save that is under way is on disk. Returns whether the last save succeeded."""
@@ -94,7 +110,8 @@ class Checkpointer:
             except Exception as error:
                 self._failed(error)
             else:
-                self._begun, self._last_failed = None, False
+                step, self._begun, self._last_failed = self._begun, None, False
+                self._on_saved(step)
         return not self._last_failed
 
     def _failed(self, error: Exception) -> None:
@@ -102,8 +119,15 @@ class Checkpointer:
         alone = jax.process_count() == 1  # one process of several must not go on by itself
         if self._on_failed_save is None or step is None or not alone:
             raise error
+        self._remove_unfinished()
         self._on_failed_save(step, _line(error))
         self._manager.reload()
+
+    def _remove_unfinished(self) -> None:
+        """Removes what saves left that failed or were killed: it could keep a disk full for ever."""
+        if jax.process_index() == 0:
+            for folder in (self._workdir / "checkpoints").glob(f"*{_UNFINISHED}*"):
+                shutil.rmtree(folder, ignore_errors=True)
 
     def steps(self) -> list[int]:
         """The saved steps, oldest first, whole or not."""

@@ -89,7 +89,9 @@ def train(
 
         # --- state: the newest checkpoint, else given weights, else random ones ------------------------------------
         log = RunLog(config, primary and progress)
-        checkpointer = stack.enter_context(checkpoints.Checkpointer(workdir, config, on_failed_save=log.save_failed))
+        checkpointer = stack.enter_context(
+            checkpoints.Checkpointer(workdir, config, on_saved=log.saved, on_failed_save=log.save_failed)
+        )
         target = states.abstract(config, mesh)
         state = checkpointer.restore_newest(target, log.damaged)
         resumed = state is not None
@@ -130,11 +132,14 @@ def train(
                 log.evaluated(done, evaluate(state.eval_params))
             stopped = done < last_step and preemption.requested(done)
             log.save(checkpointer, state, done, force=stopped or done == last_step)
+            checkpointer.poll()
             log.bar.update()
             if stopped or done == last_step:
                 break
         log.flush()
         if not checkpointer.wait():
-            raise RunFailed(f"{workdir}: the checkpoint of step {done} could not be saved; earlier ones are kept")
+            kept = checkpointer.steps()
+            left = f"the run can go on from step {kept[-1]}" if kept else "there is no earlier one to go on from"
+            raise RunFailed(f"{workdir}: the checkpoint of step {done} could not be saved; {left}")
         log.event("stop" if stopped else "end", done, time=time.time())
     return Result(state, config, done - first_step, stopped)

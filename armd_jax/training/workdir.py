@@ -54,6 +54,8 @@ def check_writable(workdir: pathlib.Path) -> None:
         probe.touch()
         probe.unlink()
     except OSError as error:
+        if error.errno in files.FULL:  # no mistake of the user
+            raise
         raise UserError(f"--workdir={workdir}: cannot be written ({error.strerror})") from error
 
 
@@ -79,8 +81,9 @@ def locked(workdir: pathlib.Path) -> Generator[None]:
             break
         os.close(handle)  # its last holder removed this file between our open and our lock
     try:
-        os.ftruncate(handle, 0)
-        os.write(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+        with contextlib.suppress(OSError):  # for people only, and the disk may be full
+            os.ftruncate(handle, 0)
+            os.write(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
         yield
     finally:
         path.unlink(missing_ok=True)

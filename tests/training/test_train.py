@@ -5,6 +5,7 @@ import dataclasses
 import json
 import pathlib
 import shutil
+import time
 import types
 from typing import Any
 
@@ -113,6 +114,43 @@ def test_resumed_run_equals_an_unbroken_one(tmp_path, monkeypatch, corpus, unbro
     saves = [("save", at) for at in (5, 10, 15, 20)]
     assert _events(workdir) == [("start", 0), *saves, ("end", 20)]
     assert _events(tmp_path / "run") == [("start", 0), *saves[:2], ("resume", 10), *saves[2:], ("end", 20)]
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_while_the_disk_is_full(tmp_path, monkeypatch, capsys, corpus, unbroken, full_disk):
+    """From step 8 on nothing can be written, until the save of step 10 has failed; then the run ends as ever.
+
+    No row is missing at the end, and only what is on disk has the event of a save.
+    """
+    failed = []
+    read, tell_failed = loader.TrainBatches.__next__, run_log.RunLog.save_failed
+    with contextlib.ExitStack() as disk:
+
+        def reading(self):
+            number, tokens_BN = read(self)
+            if number == 7:
+                disk.enter_context(full_disk(0))
+            if number > 10 and failed:
+                disk.close()
+            elif number > 10:
+                time.sleep(0.1)  # the save fails in the background
+            return number, tokens_BN
+
+        monkeypatch.setattr(loader.TrainBatches, "__next__", reading)
+        monkeypatch.setattr(
+            run_log.RunLog, "save_failed", lambda self, at, why: (failed.append(at), tell_failed(self, at, why))
+        )
+        result = train.train(_config(corpus), tmp_path / "run", progress=False)
+    workdir, whole = unbroken
+    _assert_same_state(result.state, whole.state)
+    assert _rows(tmp_path / "run") == _rows(workdir)
+    events = _events(tmp_path / "run")
+    assert failed[0] == 10 and [("save_failed", at) for at in failed] == [e for e in events if e[0] == "save_failed"]
+    assert [at for name, at in events if name == "save"] == [at for at in (5, 10, 15, 20) if at not in failed]
+    err = capsys.readouterr().err
+    assert err.count("metrics.jsonl: cannot be written (File too large)") == 1
+    assert "metrics.jsonl: can be written again, and no row is missing" in err
+    assert not list((tmp_path / "run" / "checkpoints").glob("*tmp*"))
 
 
 @pytest.mark.slow
