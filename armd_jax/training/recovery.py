@@ -36,8 +36,8 @@ class Recovery:
         """The parameters of the last good checkpoint, at step `done`: training goes on past the batches that failed.
 
         Only checkpoints of the config's interval count, not those of a stop, so that a run that was stopped on the way
-        goes back to where an unbroken one would. The learning rate depends on the updates that were applied, the order
-        on `done`.
+        goes back to where an unbroken one would. Learning rate, order and average go on from `done`: all of them count
+        batches.
         Raises RunFailed if there is no such checkpoint, if every update since the last rollback was skipped, or if the
         config says stop.
         """

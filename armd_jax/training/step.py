@@ -15,6 +15,7 @@ from armd_jax.core.objective import LossSums, Task
 from armd_jax.core.parameters import Params
 from armd_jax.training import optimizer, sharding
 from armd_jax.training import state as states
+from armd_jax.training.optimizer import Rewarm
 from armd_jax.training.placement import Placement
 from armd_jax.training.state import TrainState
 
@@ -65,17 +66,20 @@ def gradients(
     return jax.lax.scan(accumulate, zeros, inputs)[0]
 
 
-def make_train_step(placement: Placement) -> jax.stages.Wrapped:
-    """The jitted update (state, tokens_BN int32 [batch_size, N]) -> (state, metrics); it reuses the state's buffers."""
+def make_train_step(placement: Placement, rewarm: Rewarm | None = None) -> jax.stages.Wrapped:
+    """The jitted update (state, tokens_BN int32 [batch_size, N]) -> (state, metrics); it reuses the state's buffers.
+
+    rewarm: the second warm-up of a run that was continued.
+    """
     config, mesh = placement.config, placement.mesh
-    tx = optimizer.make(config.optimizer, config.training.num_steps)
-    rate = optimizer.learning_rate(config.optimizer, config.training.num_steps)
+    tx = optimizer.make(config.optimizer, config.training.num_steps, rewarm)
+    rate = optimizer.learning_rate(config.optimizer, config.training.num_steps, rewarm)
 
     def train_step(state: TrainState, tokens_BN: jax.Array) -> tuple[TrainState, Metrics]:
         task = draw_task(config, state.step, tokens_BN.shape[1])
         task = jax.tree.map(lambda a: placement.context.constrain(a, ("batch", "length")), task)
         grads, sums = gradients(state.params, placement, tokens_BN, task, state.step)
-        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        updates, opt_state = tx.update(grads, optimizer.at_step(state.opt_state, state.step), state.params)
         params = optax.apply_updates(state.params, updates)
         ema = None if state.ema is None else optimizer.update_ema(config.optimizer, state.ema, params, state.step)
         loss, grad_norm = sums.weighted_nll / sums.weight, optax.global_norm(grads)
@@ -91,7 +95,7 @@ def make_train_step(placement: Placement) -> jax.stages.Wrapped:
             "train/loss": loss,
             "train/nll": sums.nll / sums.tokens,
             "train/grad_norm": grad_norm,
-            "train/learning_rate": jnp.asarray(rate(optimizer.updates_done(state.opt_state)), jnp.float32),
+            "train/learning_rate": jnp.asarray(rate(state.step), jnp.float32),
             "train/skipped": skipped.astype(jnp.float32),
         }
         new = TrainState(

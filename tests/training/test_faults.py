@@ -14,7 +14,7 @@ from armd_jax import config as configs
 from armd_jax.cli import main as cli
 from armd_jax.config import Config
 from armd_jax.data import loader
-from armd_jax.training import checkpoints, faults, placement, run_data, sharding, state, step, train
+from armd_jax.training import checkpoints, faults, optimizer, placement, run_data, sharding, state, step, train
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_compilation")]
 
@@ -116,8 +116,12 @@ def test_the_run_goes_on_after_a_skipped_update(tmp_path, capsys, corpus, poison
 def test_rollback_to_the_last_good_checkpoint(tmp_path, corpus, poisoned):
     """More than `max_skipped` in a row: the last checkpoint from before, the batches after; the report names all."""
     config = _config(corpus)
+    config = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, schedule="cosine"))
     poisoned.update(range(6, 10))  # updates 7 to 10; the run finds out while update 11 is under way
     result = train.train(config, tmp_path / "run", progress=False)
+    rate = optimizer.learning_rate(config.optimizer, 16)
+    for at, row in _rows(tmp_path / "run").items():  # as if nothing had been skipped: the cosine reaches its end
+        assert row["train/learning_rate"] == pytest.approx(float(rate(at - 1)), rel=1e-5)
     assert ("rollback", 11) in _events(tmp_path / "run")
     report = json.loads((tmp_path / "run" / "faults" / "step-7.json").read_text())
     assert (report["first_step"], report["last_step"]) == (7, 10)
