@@ -137,11 +137,15 @@ class Checkpointer:
         """The state of one step, in the shapes and shardings of `target`. Raises UserError if it is not whole."""
         reason, state = "", target
         try:
-            self._check_shapes(step, target)
-            items = ocp.args.Composite(state=ocp.args.StandardRestore(target), meta=ocp.args.JsonRestore())
+            stored = self._as_stored(step, target)
+            items = ocp.args.Composite(state=ocp.args.StandardRestore(stored), meta=ocp.args.JsonRestore())
             restored = self._manager.restore(step, args=items)
             state, wanted = restored.state, restored.meta["digests"]
             wrong = [name for name, number in _numbers(digests(state)).items() if wanted.get(name) != number]
+            if stored is not target:
+                averages = jnp.full(target.loss_average.shape, jnp.inf, jnp.float32)
+                place = target.loss_average.sharding
+                state = dataclasses.replace(state, loss_average=jax.device_put(averages, place))
             reason = f"{wrong[0]} is not what was saved (its digest differs)" if wrong else ""
         except Exception as error:  # Orbax raises anything from KeyError to a bare Exception for damaged files
             reason = _line(error)
@@ -151,16 +155,23 @@ class Checkpointer:
             raise UserError(f"{self._manager.directory / str(step)}: {reason}")
         return state
 
-    def _check_shapes(self, step: int, target: TrainState) -> None:
-        """Raises ValueError if the stored arrays are not those of `target`. Orbax's own errors would fill screens."""
+    def _as_stored(self, step: int, target: TrainState) -> TrainState:
+        """`target` as it is stored: older runs have one average of all losses.
+
+        Raises ValueError if the stored arrays are not those of `target`. Orbax's own errors would fill screens.
+        """
         metadata = self._manager.item_metadata(step)
         if metadata.state is None:
             raise ValueError("holds no training state")
         stored = {name: leaf.shape for name, leaf in _named(metadata.state.tree)}
+        if target.loss_average.shape and stored.get("loss_average") == ():
+            one = jax.ShapeDtypeStruct((), jnp.float32, sharding=target.loss_average.sharding)
+            target = dataclasses.replace(target, loss_average=one)
         wanted = {name: leaf.shape for name, leaf in _named(target)}
         for name in sorted(stored.keys() | wanted.keys()):
             if stored.get(name) != wanted.get(name):
                 raise ValueError(f"{name} has shape {stored.get(name)}, the config asks for {wanted.get(name)}")
+        return target
 
     def restore_newest(
         self, target: TrainState, on_skip: OnFault, among: Callable[[int], bool] = lambda step: True

@@ -75,8 +75,9 @@ def _stored(workdir: pathlib.Path) -> Rewarm | None:
     file = workdir / REWARM_FILE
     if not file.exists():
         return None
+    values = files.read_json(file)
     try:
-        return typed.build(Rewarm, files.read_json(file))
+        return typed.build(Rewarm, values)
     except UserError as error:
         raise UserError(f"{file}: {error}") from error
 

@@ -86,10 +86,12 @@ def make_train_step(placement: Placement, rewarm: Rewarm | None = None) -> jax.s
 
         # An update that would do harm is not made: parameters, average and moments stay as they are, bit for bit.
         good = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+        kind = tasks.of(config).kind(_key(config, _TASK, state.step), state.step) if state.loss_average.ndim else ...
+        average = state.loss_average[kind]
         if config.training.spike_nats:
-            good &= loss <= state.loss_average + config.training.spike_nats
+            good &= loss <= average + config.training.spike_nats
         keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(good, n, o), new, old)  # noqa: E731
-        average = jnp.where(jnp.isinf(state.loss_average), loss, 0.98 * state.loss_average + 0.02 * loss)
+        average = jnp.where(jnp.isinf(average), loss, 0.98 * average + 0.02 * loss)
         skipped = jnp.where(good, 0, state.skipped + 1)
         metrics = {
             "train/loss": loss,
@@ -104,7 +106,7 @@ def make_train_step(placement: Placement, rewarm: Rewarm | None = None) -> jax.s
             ema=keep(ema, state.ema),
             opt_state=keep(opt_state, state.opt_state),
             skipped=skipped,
-            loss_average=keep(average, state.loss_average),
+            loss_average=keep(state.loss_average.at[kind].set(average), state.loss_average),
         )
         return new, metrics
 

@@ -116,6 +116,16 @@ def test_a_checkpoint_of_another_model_is_foreign(run, config, tmp_path):
         checkpointer.restore(40, target)
 
 
+def test_a_checkpoint_with_one_average_of_the_loss_is_read(run, config):
+    """As runs have it that are older than the averages per kind of step: everything else is the same, bit for bit."""
+    spiky = dataclasses.replace(config, training=dataclasses.replace(config.training, spike_nats=0.5))
+    now, old = (checkpoints.restore_for_inference(run, one) for one in (spiky, config))
+    assert old.loss_average.shape == () and now.loss_average.tolist() == [np.inf] * 7  # 3 phases, 4 numbers of streams
+    same = dataclasses.replace(now, loss_average=old.loss_average)
+    for one, other in zip(jax.tree.leaves(same), jax.tree.leaves(old), strict=True):
+        assert np.array_equal(one, other)
+
+
 def test_digest_sees_every_element():
     """One changed bit of any element changes the digest, and so does exchanging two elements."""
     array = jnp.asarray(np.random.default_rng(0).normal(size=(3, 5)), jnp.float32)
