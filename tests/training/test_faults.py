@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import os
 import pathlib
+import signal
 from typing import Any
 
 import jax
@@ -87,6 +89,21 @@ def test_a_skipped_update_changes_no_bit(corpus):
         assert not _same(after, earlier)
 
 
+def test_a_gradient_that_is_not_finite_is_no_update(corpus):
+    """With a finite loss: here the squares of the gradient overflow, as in a model whose logits have exploded."""
+    config = _config(corpus)
+    config, now, mesh = _device_state(
+        dataclasses.replace(config, model=dataclasses.replace(config.model, tie_embeddings=False))
+    )
+    now = dataclasses.replace(now, params=now.params | {"head": now.params["head"] * 1e25})
+    before = jax.tree.map(np.array, (now.params, now.ema, now.opt_state, now.loss_average))
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, 257, (4, 16)), jnp.int32)
+    after, metrics = step.make_train_step(placement.for_training(config, mesh))(now, tokens)
+    assert np.isfinite(metrics["train/loss"]) and not np.isfinite(metrics["train/grad_norm"])
+    assert (int(metrics["train/skipped"]), int(after.step)) == (1, 1)
+    assert _same((after.params, after.ema, after.opt_state, after.loss_average), before)
+
+
 def test_a_spike_is_skipped_where_the_config_says_so(corpus):
     """A finite loss far above the running average is no update; without `spike_nats` it is."""
     for nats, expected in ((0.0, 0), (0.5, 1)):
@@ -166,6 +183,31 @@ def test_rollback_to_the_last_good_checkpoint(tmp_path, corpus, poisoned):
             if number == 15:
                 break
     assert _same(now, result.state)
+
+
+def test_a_rollback_passes_over_the_checkpoint_of_a_stop(tmp_path, monkeypatch, corpus, poisoned):
+    """A run that a signal stopped on the way goes back to where an unbroken one does, and ends with the same bits."""
+    config, read = _config(corpus), loader.TrainBatches.__next__
+
+    def stopping(self):
+        number, tokens_BN = read(self)
+        if number == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return number, tokens_BN
+
+    with monkeypatch.context() as patched:
+        patched.setattr(loader.TrainBatches, "__next__", stopping)
+        stopped = train.train(config, tmp_path / "stopped", progress=False)
+    assert stopped.stopped and int(stopped.state.step) == 6
+    poisoned.update(range(6, 10))
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "whole" / "faults").write_text("")  # the report cannot be written, which ends no run
+    results = [train.train(config, tmp_path / name, progress=False) for name in ("stopped", "whole")]
+    for name in ("stopped", "whole"):
+        rows = [json.loads(line) for line in (tmp_path / name / "events.jsonl").read_text().splitlines()]
+        assert [(row["step"], row["to"]) for row in rows if row["event"] == "rollback"] == [(11, 4)]
+    assert rows[-1]["event"] == "end" and ("save", 6) in _events(tmp_path / "stopped")
+    assert _same(*(result.state for result in results))
 
 
 def test_the_checkpoint_to_go_back_to_is_kept(tmp_path, corpus, poisoned):

@@ -33,6 +33,7 @@ from armd_jax.training import (
     state,
     step,
     train,
+    validation,
 )
 from armd_jax.training.state import TrainState
 
@@ -197,6 +198,35 @@ def test_validation_scores_what_is_trained(tmp_path, corpus, kind):
     exact = {"eval/perplexity"}
     bound = {"eval/nll_upper_bound", "eval/perplexity_upper_bound"}
     assert row.keys() == {"step", "eval/nll"} | (exact if kind == "progressive" else bound)
+
+
+def test_validation_takes_the_average_of_the_weights(corpus, unbroken):
+    """Not the raw weights, which give another figure."""
+    workdir, whole = unbroken
+    data, config = run_data.prepare(whole.config, workdir, progress=False)
+    evaluate = validation.Validation(placement.for_evaluation(config, sharding.make_mesh(config.mesh)), data)
+    average, raw = (evaluate(params)["eval/nll"] for params in (whole.state.ema, whole.state.params))
+    shown = [row["eval/nll"] for row in _rows(workdir) if "eval/nll" in row]
+    assert shown[-1] == pytest.approx(average, rel=1e-6) and abs(average - raw) > 1e-4
+
+
+@pytest.mark.slow
+def test_every_step_and_microbatch_has_its_own_dropout(corpus):
+    """The same rows lose other activations at another step, and in another part of the batch."""
+    config = _config(corpus, batch_size=4)
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=257, dropout=0.5))
+    params = jax.jit(parameters.init, static_argnums=1)(jax.random.key(0), config.model)
+    mesh = sharding.make_mesh(config.mesh)
+
+    def nll(rows: int, microbatches: int, at: int) -> float:
+        training = dataclasses.replace(config.training, batch_size=rows, microbatches=microbatches)
+        placed = placement.for_training(dataclasses.replace(config, training=training), mesh)
+        tokens, task = jnp.full((rows, 16), 65, jnp.int32), order.left_to_right(rows, 16)
+        return float(jax.jit(lambda p: step.gradients(p, placed, tokens, task, at)[1].nll)(params))
+
+    assert nll(2, 1, 3) == nll(2, 1, 3) != nll(2, 1, 4)
+    # Four equal rows in two parts: the second part is not the first one again.
+    assert abs(nll(4, 2, 3) - 2 * nll(2, 1, 3)) > 1e-3
 
 
 def test_second_run_of_the_same_command_does_nothing(corpus, unbroken):
