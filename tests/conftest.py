@@ -77,7 +77,8 @@ def full_disk() -> Callable[[int], contextlib.AbstractContextManager[None]]:
 @pytest.fixture
 def heeded() -> Iterator[None]:
     """Signals that are sent to processes have their effect, even if the tests were started with `nohup`."""
-    before = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGHUP, signal.SIGUSR2)}
+    numbers = (signal.SIGHUP, signal.SIGUSR2, signal.SIGXCPU)
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in numbers}
     yield
     for number, handler in before.items():
         signal.signal(number, handler)

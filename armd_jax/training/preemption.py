@@ -28,7 +28,8 @@ class Preemption:
 
     A single process has handlers that set a flag. Several processes must stop at the same step, so there JAX's
     preemption service catches SIGTERM in any of them and makes all agree on a step; the other signals are passed on to
-    it. A warning that the process was started to ignore stays ignored, as SIGHUP is under `nohup`.
+    it. A warning that the process was started to ignore stays ignored, as SIGHUP is under `nohup`. After a stop, all of
+    them are ignored.
     """
 
     def __init__(self) -> None:
@@ -48,6 +49,9 @@ class Preemption:
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._old.items():
+            # A warning that comes again while the process ends must not kill it: it may still be saving.
+            if self._noted and number in _WARNING:
+                handler = signal.SIG_IGN
             # None: it was installed by something else than Python, which cannot put it back.
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
