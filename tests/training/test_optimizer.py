@@ -116,6 +116,19 @@ def test_vectors_of_tokens_have_a_rate_of_their_own():
         assert seen == optimizer.TOKEN_VECTORS
 
 
+@pytest.mark.parametrize(("size", "kept"), [(10.0, 0.5), (0.1, 0.1)])
+def test_long_gradients_are_cut(size, kept):
+    """To the norm of `clip_norm`, over all parameters together; shorter ones stay as they are."""
+    grads = _gradients()
+    norm = float(optax.global_norm(grads))
+    grads = jax.tree.map(lambda leaf: size * leaf / norm, grads)
+    tx = optimizer.make(dataclasses.replace(MUON, kind="adamw", clip_norm=0.5), 10)
+    opt_state = jax.jit(lambda g: tx.update(g, tx.init(g), g)[1])(grads)
+    moment = optax.tree_utils.tree_get(opt_state, "mu")  # after the first update (1 - beta1) times the gradient
+    for found, grad in zip(jax.tree.leaves(moment), jax.tree.leaves(grads), strict=True):
+        np.testing.assert_allclose(found, (1 - MUON.beta1) * kept / size * grad, rtol=1e-4, atol=1e-9)
+
+
 def test_schedules_are_at_the_step_that_is_asked_for():
     """However many updates were applied: all schedules, of which Muon has two, and nothing else of the state."""
     grads = _gradients()
