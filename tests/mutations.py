@@ -4,7 +4,7 @@
 
 Each mutation is made in a copy of this tree, where the tests that should fail are run. The exit code is 0 if every one
 is noticed. It takes about a quarter of a minute per mutation on two cores, so it is no part of the test suite, which
-only checks that every mutation still fits the code (test_promises.py). Whoever adds a promise may add its mutation here.
+only checks that every mutation still fits the code (test_promises.py). Add a mutation for a promise that you add.
 """
 
 import argparse

@@ -169,7 +169,8 @@ def kind_of_step(config: OrderConfig, key: jax.Array, step: jax.Array, num_steps
 
     key: as for `draw`.
     """
-    phases = () if config.kind in typed.choices(StridedOrder) else _base(config).phases
+    strided = config.kind in typed.choices(StridedOrder)
+    phases: tuple[tuple[str, int | None], ...] = () if strided else _base(config).phases
     phase = sum((jnp.asarray(step) >= end for _, end in phases if end is not None), jnp.int32(0))
     if phases and not config.sbp_steps:
         return phase

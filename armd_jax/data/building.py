@@ -48,7 +48,7 @@ def large_folder(folder: Path, last_file: str) -> Iterator[Path]:
             if parent.is_dir() and not any(parent.iterdir()):
                 parent.rmdir()
         if isinstance(error, OSError) and error.errno in files.FULL:
-            raise OSError(error.errno, f"{os.strerror(error.errno)}, while data were prepared", str(folder)) from error
+            raise OSError(error.errno, f"{error.strerror}, while data were prepared", str(folder)) from error
         if isinstance(error, OSError):
             raise UserError(f"cannot write prepared data to {folder}: {error.strerror or error}") from error
         raise

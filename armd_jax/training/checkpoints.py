@@ -165,7 +165,7 @@ class Checkpointer:
             raise ValueError("holds no training state")
         stored = {name: leaf.shape for name, leaf in _named(metadata.state.tree)}
         if target.loss_average.shape and stored.get("loss_average") == ():
-            one = jax.ShapeDtypeStruct((), jnp.float32, sharding=target.loss_average.sharding)
+            one: Any = jax.ShapeDtypeStruct((), jnp.float32, sharding=target.loss_average.sharding)
             target = dataclasses.replace(target, loss_average=one)
         wanted = {name: leaf.shape for name, leaf in _named(target)}
         for name in sorted(stored.keys() | wanted.keys()):
