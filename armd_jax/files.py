@@ -30,8 +30,9 @@ def write(path: pathlib.Path, content: str | bytes) -> None:
     space on the disk.
     """
     content = content.encode() if isinstance(content, str) else content
-    if path.is_file() and not path.is_symlink() and path.read_bytes() == content:
-        return
+    with contextlib.suppress(OSError):  # it may be replaced though it may not be read
+        if path.is_file() and not path.is_symlink() and path.read_bytes() == content:
+            return
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as file:

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -109,8 +110,9 @@ def test_no_file_takes_the_place_of_a_closed_stream(tmp_path):
 # --- verbs ----------------------------------------------------------------------------------------------------------
 
 
-def _commands(run: pathlib.Path, smoke_config: str, corpus: pathlib.Path, place: pathlib.Path) -> dict[str, list[str]]:
-    """A command of each verb that prints something, on a run that is complete."""
+def _commands(done: pathlib.Path, smoke_config: str, corpus: pathlib.Path, place: pathlib.Path) -> dict[str, list[str]]:
+    """A command of each verb that prints something, on a copy of a run that is complete."""
+    run = shutil.copytree(done, place / "run")
     return {
         "prepare": [f"--source={corpus}", f"--out={place / 'prepared'}", "--tokenizer=bytes", "--length=64"],
         "train": [f"--config={smoke_config}", f"--workdir={run}", f"--config.data.path={corpus}"],

@@ -130,6 +130,8 @@ def test_a_run_goes_on_while_the_disk_is_full(tmp_path, monkeypatch, capsys, cor
         def reading(self):
             number, tokens_BN = read(self)
             if number == 7:
+                while not (tmp_path / "run" / "checkpoints" / "5").exists():
+                    time.sleep(0.01)
                 disk.enter_context(full_disk(0))
             if number > 10 and failed:
                 disk.close()
