@@ -210,7 +210,7 @@ class TrainingConfig:
     # failed (rollback), or stop.
     max_skipped: int = _free(10, at_least=1)
     after_skipped: names.AfterSkipped = _free("rollback")
-    # An update is also skipped if its loss exceeds the running average by this many nats per token; 0: never.
+    # Likewise if its loss exceeds the average of its phase and number of streams by so many nats per token; 0: never.
     spike_nats: float = _field(0.0, at_least=0)
     init_from: str = _path("", optional=True)  # fine-tuning: a run or an export whose weights training starts from
     tensorboard: bool = _free(True)  # write TensorBoard files if tensorboardX is installed

@@ -1,6 +1,7 @@
 """The one door to files: whole or not at all, and read with errors that name the file."""
 
 import contextlib
+import errno
 import json
 import os
 import pathlib
@@ -8,10 +9,13 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from armd_jax.errors import UserError, shown
+
+# The disk is full, the user's share of it is, or the file would be larger than files may be.
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 # How addresses begin: gs://bucket/run, s3a://x; also gs:/bucket/run, which pathlib makes of it, and dbfs:/mnt.
 # `tfds:/folder` is no address: `tfds:` is this package's own word in front of a path.
@@ -39,7 +43,10 @@ def check_local(path: str | os.PathLike[str], where: str) -> None:
 
 
 def unwritable(folder: pathlib.Path) -> str:
-    """Why no files can be written into a folder, which need not exist yet; empty if they can. Leaves nothing behind."""
+    """Why no files can be written into a folder, which need not exist yet; empty if they can. Leaves nothing behind.
+
+    Raises OSError if only the space for them is lacking, which is no mistake of the user.
+    """
     if folder.exists() and not folder.is_dir():
         return "is a file, not a folder"
     existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
@@ -48,19 +55,33 @@ def unwritable(folder: pathlib.Path) -> str:
         probe.touch()
         probe.unlink()
     except OSError as error:
+        if error.errno in FULL:
+            raise
         return f"cannot be written ({error.strerror})"
     return ""
+
+
+def os_error(error: Exception, path: pathlib.Path) -> OSError:
+    """What the error of a library that was writing `path` means: a full disk is known by its text alone there."""
+    number = next((one for one in (*FULL, errno.EROFS, errno.EACCES) if os.strerror(one) in str(error)), errno.EIO)
+    lines = str(error).splitlines()
+    return OSError(number, os.strerror(number) if number != errno.EIO or not lines else lines[0], str(path))
 
 
 def write(path: pathlib.Path, content: str | bytes) -> None:
     """Writes a file whole or not at all: whoever reads `path` sees the old content or the new, never a part.
 
-    A link at `path` is replaced, not followed.
+    A link at `path` is replaced, not followed. A file that has this content already stays as it is, which needs no
+    space on the disk.
     """
+    content = content.encode() if isinstance(content, str) else content
+    with contextlib.suppress(OSError):  # it may be replaced though it may not be read
+        if path.is_file() and not path.is_symlink() and path.read_bytes() == content:
+            return
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)  # mkstemp makes private files, but these are for everyone who may read the folder
@@ -120,13 +141,53 @@ def read_json_lines(path: pathlib.Path) -> list[dict[str, Any]]:
     return rows
 
 
+def append(path: pathlib.Path, lines: str) -> None:
+    """Appends whole lines to a text file, all of them or none.
+
+    Raises OSError, on a full disk for example, after removing what was written of them.
+    """
+    drop_partial_line(path)
+    content = lines.encode()
+    with open(path, "ab", buffering=0) as file:
+        size = file.tell()
+        try:
+            while content:
+                content = content[file.write(content) or 0 :]
+        except OSError:
+            with contextlib.suppress(OSError):  # whoever appends next tries once more
+                file.truncate(size)
+            raise
+
+
 def append_json_line(path: pathlib.Path, row: dict[str, Any]) -> None:
-    """Appends one object to a .jsonl file."""
-    with open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
+    """Appends one object to a .jsonl file, whole or not at all."""
+    append(path, json.dumps(row) + "\n")
 
 
 def drop_partial_line(path: pathlib.Path) -> None:
-    """Removes a last line that a kill cut short from a .jsonl file."""
-    if path.exists() and (content := path.read_bytes()) and not content.endswith(b"\n"):
-        write(path, content[: content.rfind(b"\n") + 1])
+    """Removes a last line that a kill or a full disk cut short. Cutting needs no space on the disk."""
+    if not path.exists():
+        return
+    with open(path, "rb+") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(size - 1, 0))
+        if file.read(1) not in (b"", b"\n"):
+            file.seek(0)
+            file.truncate(file.read().rfind(b"\n") + 1)
+
+
+def keep_first_rows(path: pathlib.Path, keep: Callable[[dict[str, Any]], bool]) -> None:
+    """Cuts a .jsonl file before its first row that is not to be kept, or that is none. Cutting needs no space.
+
+    Raises UserError if the file cannot be read as text.
+    """
+    count = 0
+    for row in read_json_lines(path):
+        if not keep(row):
+            break
+        count += 1
+    if path.exists():
+        lines = path.read_bytes().splitlines(keepends=True)[:count]
+        end = sum(len(line) for line in lines if line.endswith(b"\n"))  # the last one may have been cut short
+        if end < path.stat().st_size:
+            os.truncate(path, end)

@@ -22,6 +22,7 @@ GROUND = {
     "typed": {"errors"},
     "names": set(),
     "files": {"errors"},
+    "streams": set(),
     "config": {"errors", "typed", "files", "names"},
     "experiment_file": {"errors", "config"},
 }
@@ -31,14 +32,14 @@ READERS = MATHEMATICS | {"files", "data"}
 ALLOWED = {
     "core": MATHEMATICS,
     "data": {"errors", "typed", "files", "names", "config", "data"},
-    "training": READERS | {"training"},
+    "training": READERS | {"streams", "training"},
     "inference": READERS | {"inference"},
     "evaluation": READERS | {"training", "inference", "evaluation"},
     "interop": READERS | {"training", "inference", "interop"},
     "compilation": READERS | {"training", "inference", "compilation"},
     "report": READERS | {"training", "inference", "evaluation", "report"},
     "cli": READERS
-    | {"experiment_file", "training", "inference", "evaluation", "interop", "compilation", "report", "cli"},
+    | {"experiment_file", "streams", "training", "inference", "evaluation", "interop", "compilation", "report", "cli"},
 }
 FILES = sorted(PACKAGE.rglob("*.py"))
 

@@ -15,7 +15,7 @@ import pytest
 
 import armd_jax as armd
 from armd_jax.cli import main as cli
-from armd_jax.data import tokenizers
+from armd_jax.data import packing, tokenizers
 from armd_jax.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -229,6 +229,39 @@ def test_saving_does_not_write_through_links(tmp_path):
     tokenizers.BytesTokenizer().save(tmp_path / "tokenizer")
     assert (tmp_path / "precious").read_text() == "precious"
     assert tokenizers.load(tmp_path / "tokenizer").kind == "bytes"
+
+
+@pytest.fixture
+def prepared(tmp_path: pathlib.Path, smoke_run: pathlib.Path) -> pathlib.Path:
+    """A copy of the data of the smoke run, beside a file of rows that does not belong to it."""
+    (folder,) = (smoke_run / "data").iterdir()
+    copy = pathlib.Path(shutil.copytree(folder, tmp_path / "prepared"))
+    shutil.copy(copy / "test-00000.array_record", tmp_path / "test-00000.array_record")
+    return copy
+
+
+def test_a_link_as_a_shard_is_not_followed(tmp_path, prepared):
+    """Rows that a link would bring from elsewhere are not read, though they are the very same bytes."""
+    shard = prepared / "test-00000.array_record"
+    assert packing.open_prepared(prepared).num_rows("test") > 0
+    for target in (tmp_path / "test-00000.array_record", pathlib.Path("..") / "test-00000.array_record"):
+        shard.unlink()
+        shard.symlink_to(target)
+        assert shard.is_file()
+        with pytest.raises(UserError, match="test-00000.array_record: this shard is a link out of its folder"):
+            packing.open_prepared(prepared)
+
+
+@pytest.mark.parametrize("name", ["../test-00000.array_record", "ABSOLUTE", "tokenizer/../test-00000.array_record"])
+def test_a_path_as_the_name_of_a_shard_is_refused(tmp_path, prepared, name):
+    """A manifest names files of its folder. A name with a folder in it is an error, whatever lies there."""
+    name = name.replace("ABSOLUTE", str(tmp_path / "test-00000.array_record"))
+    assert (prepared / name).is_file()
+    about = json.loads((prepared / "manifest.json").read_text())
+    about["splits"]["test"]["shards"][0]["file"] = name
+    (prepared / "manifest.json").write_text(json.dumps(about))
+    with pytest.raises(UserError, match=r"manifest.json: .*is not the name of a shard"):
+        packing.open_prepared(prepared)
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from armd_jax import typed
 from armd_jax.cli.arguments import add_config, failed, folder, read_config, show
 from armd_jax.config import Config
+from armd_jax.errors import UserError
 from armd_jax.names import Switch
 
 HELP = "Train a model, or continue the run that is in the workdir."
@@ -17,9 +18,18 @@ IF_MEMORY_RUNS_OUT = (
 def add(parser: argparse.ArgumentParser) -> None:
     """Declares the arguments."""
     add_config(parser)
+    parser.set_defaults(result_is_printed=False)  # the result of a training is its folder, whoever reads the last line
     parser.add_argument("--workdir", required=True, type=folder, help="folder of the run")
     parser.add_argument(
         "--debug-nans", action="store_true", help="stop at the operation that first gives NaN, and name it; slow"
+    )
+    parser.add_argument(
+        "--rewarm",
+        type=int,
+        default=None,
+        metavar="STEPS",
+        help="if another training.num_steps would make the learning rate jump: let it rise over that many steps;"
+        " 0: let it jump",
     )
     parser.add_argument(
         "--distributed",
@@ -40,6 +50,8 @@ def add(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
     """Trains, alone or as one process of several."""
     config = read_config(args, overrides)
+    if args.rewarm is not None and args.rewarm < 0:
+        raise UserError(f"--rewarm={args.rewarm}: must be at least 0")
 
     from armd_jax.training import host_memory
 
@@ -65,7 +77,7 @@ def _train(args: argparse.Namespace, config: Config) -> int:
     try:
         if start and not (args.workdir / "config.json").exists():
             fine_tuning.check_source(config)
-        result = train.train(config, args.workdir, start, debug_nans=args.debug_nans)
+        result = train.train(config, args.workdir, start, debug_nans=args.debug_nans, rewarm_steps=args.rewarm)
     except RunFailed as error:
         return failed(str(error), 1)
     at = int(result.state.step)

@@ -1,12 +1,14 @@
 """Shards: ArrayRecord files that hold the rows of a split, one record per row of little-endian unsigned integers."""
 
+import contextlib
 import functools
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from pathlib import Path
 
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
+from armd_jax import files
 from armd_jax.data.manifest import Manifest, PackedSplit, Shard
 from armd_jax.data.reading import hash_file
 from armd_jax.errors import UserError
@@ -28,24 +30,34 @@ class ShardWriter:
         self.written: list[Shard] = []
 
     def write(self, rows: np.ndarray) -> None:
-        """Appends the rows, int[rows, N] of the type in which they are stored."""
-        for row in rows:
-            if self._writer is None:
-                self._file, self._rows = f"{self._split}-{len(self.written):05d}.array_record", 0
-                # One record per group: a reader then decodes no other row than the one it asks for.
-                self._writer = ArrayRecordWriter(str(self._folder / self._file), "group_size:1")
-            self._writer.write(row.tobytes())
-            self._rows += 1
-            if self._rows == self._shard_rows:
-                self.close()
+        """Appends the rows, int[rows, N] of the type in which they are stored. Raises OSError if they do not fit."""
+        with self._as_os_error():
+            for row in rows:
+                if self._writer is None:
+                    self._file, self._rows = f"{self._split}-{len(self.written):05d}.array_record", 0
+                    # One record per group: a reader then decodes no other row than the one it asks for.
+                    self._writer = ArrayRecordWriter(str(self._folder / self._file), "group_size:1")
+                self._writer.write(row.tobytes())
+                self._rows += 1
+                if self._rows == self._shard_rows:
+                    self.close()
 
     def close(self) -> None:
-        """Completes the last file."""
+        """Completes the last file, unless writing it failed. Raises OSError if it does not fit on the disk."""
         if self._writer is not None:
-            self._writer.close()
+            with self._as_os_error():
+                self._writer.close()
             self._writer = None
             file = self._folder / self._file
             self.written.append(Shard(self._file, self._rows, file.stat().st_size, hash_file(file)))
+
+    @contextlib.contextmanager
+    def _as_os_error(self) -> Generator[None]:
+        try:
+            yield
+        except (RuntimeError, ValueError) as error:  # what the library raises, whatever happened
+            self._writer = None
+            raise files.os_error(error, self._folder / self._file) from error
 
 
 class PackedRows:

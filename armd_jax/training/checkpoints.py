@@ -34,17 +34,27 @@ OnFault = Callable[[int, str], None]  # (step, reason)
 # What is restored of a checkpoint: the whole state, or some of its fields by their names.
 Wanted = TypeVar("Wanted", bound=TrainState | dict[str, Params])
 
+_UNFINISHED = ".orbax-checkpoint-tmp"  # what Orbax adds to the name of a checkpoint until it is whole
+
 
 class Checkpointer:
     """The checkpoints of one workdir. Use it as a context manager; leaving it waits for a save that is under way."""
 
     def __init__(
-        self, workdir: pathlib.Path, config: Config, read_only: bool = False, on_failed_save: OnFault | None = None
+        self,
+        workdir: pathlib.Path,
+        config: Config,
+        read_only: bool = False,
+        on_saved: Callable[[int], None] = lambda step: None,
+        on_failed_save: OnFault | None = None,
     ) -> None:
+        """on_saved, on_failed_save: called when a save has ended, with its step, at the next call of this object."""
         self._workdir, self._read_only = workdir, read_only
-        self._on_failed_save = on_failed_save
+        self._on_saved, self._on_failed_save = on_saved, on_failed_save
         self._begun: int | None = None  # the step of the save that may still be under way
         self._last_failed = False
+        if not read_only:
+            self._remove_unfinished()
         training = config.training
         # A rollback needs a checkpoint of the interval, so the newest of them stays however many stops come after it.
         every = checkpoint_managers.EveryNSteps(training.checkpoint_every, max_to_keep=1)
@@ -56,7 +66,6 @@ class Checkpointer:
             options=ocp.CheckpointManagerOptions(
                 save_decision_policy=checkpoint_managers.FixedIntervalPolicy(training.checkpoint_every),
                 preservation_policy=checkpoint_managers.AnyPreservationPolicy(keep),
-                cleanup_tmp_directories=not read_only,
                 read_only=read_only,
             ),
             handler_registry=_handlers(),
@@ -74,20 +83,27 @@ class Checkpointer:
     def save(self, state: TrainState, step: int, force: bool = False) -> bool:
         """Begins to save in the background if the config's interval makes `step` due, or in any case with `force`.
 
-        Returns whether a save was begun. If a save fails, on a full disk for example, `on_failed_save` is called at the
-        next call of this object at the latest, and earlier checkpoints stay.
+        Returns whether a save was begun. If it fails, on a full disk for example, earlier checkpoints stay.
         """
         if step in self._manager.all_steps() or not (force or self._manager.should_save(step)):
             return False
-        self.wait()
+        if not self.wait():
+            self._remove_unfinished()  # again, because a part of the save that failed may have ended later
         meta = {"step": step, "digests": _numbers(digests(state))}
         items = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta))
         self._begun = step
         try:
-            return self._manager.save(step, args=items, force=True)
+            if not self._manager.save(step, args=items, force=True):
+                self._begun = None
         except Exception as error:
             self._failed(error)
-            return False
+        return self._begun is not None
+
+    def poll(self) -> None:
+        """Finds out whether the save under way has ended, without waiting. Cheap: call it after every step."""
+        # Several processes wait for one another at the next save, and must not do so at different steps.
+        if self._begun is not None and jax.process_count() == 1 and not self._manager.is_saving_in_progress():
+            self.wait()
 
     def wait(self) -> bool:
         """Waits until the save that is under way is on disk. Returns whether the last save succeeded."""
@@ -97,7 +113,8 @@ class Checkpointer:
             except Exception as error:
                 self._failed(error)
             else:
-                self._begun, self._last_failed = None, False
+                step, self._begun, self._last_failed = self._begun, None, False
+                self._on_saved(step)
         return not self._last_failed
 
     def _failed(self, error: Exception) -> None:
@@ -105,8 +122,15 @@ class Checkpointer:
         alone = jax.process_count() == 1  # one process of several must not go on by itself
         if self._on_failed_save is None or step is None or not alone:
             raise error
+        self._remove_unfinished()
         self._on_failed_save(step, _line(error))
         self._manager.reload()
+
+    def _remove_unfinished(self) -> None:
+        """Removes what saves left that failed or were killed: it could keep a disk full for ever."""
+        if jax.process_index() == 0:
+            for folder in (self._workdir / "checkpoints").glob(f"*{_UNFINISHED}*"):
+                shutil.rmtree(folder, ignore_errors=True)
 
     def steps(self) -> list[int]:
         """The saved steps, oldest first, whole or not."""
@@ -119,9 +143,11 @@ class Checkpointer:
         """
         reason, state = "", target
         try:
-            self._check_shapes(step, target)
-            state, wanted = self._read(step, target)
+            stored = self._as_stored(step, target)
+            state, wanted = self._read(step, stored)
             wrong = [name for name, number in _numbers(digests(state)).items() if wanted.get(name) != number]
+            if stored is not target:
+                state = _with_new_averages(state, target)
             reason = f"{wrong[0]} is not what was saved (its digest differs)" if wrong else ""
         except Exception as error:  # Orbax raises anything from KeyError to a bare Exception for damaged files
             if out_of_memory(error) is not None:
@@ -150,17 +176,25 @@ class Checkpointer:
         finally:
             handler.close()
 
-    def _check_shapes(self, step: int, target: Wanted) -> None:
-        """Raises ValueError if the stored arrays are not those of `target`. Orbax's own errors would fill screens."""
+    def _as_stored(self, step: int, target: Wanted) -> Wanted:
+        """`target` as it is stored: older runs have one average of all losses.
+
+        Raises ValueError if the stored arrays are not those of `target`. Orbax's own errors would fill screens.
+        """
         metadata = self._manager.item_metadata(step)
         if metadata.state is None:
             raise ValueError("holds no training state")
         stored = {name: leaf.shape for name, leaf in _named(metadata.state.tree)}
-        wanted = {name: leaf.shape for name, leaf in _named(target)}
+        changed: Any = target
+        if isinstance(target, TrainState) and target.loss_average.shape and stored.get("loss_average") == ():
+            one: Any = jax.ShapeDtypeStruct((), jnp.float32, sharding=target.loss_average.sharding)
+            changed = dataclasses.replace(target, loss_average=one)
+        wanted = {name: leaf.shape for name, leaf in _named(changed)}
         compared = stored.keys() | wanted.keys() if isinstance(target, TrainState) else wanted.keys()
         for name in sorted(compared):
             if stored.get(name) != wanted.get(name):
                 raise ValueError(f"{name} has shape {stored.get(name)}, the config asks for {wanted.get(name)}")
+        return changed
 
     def restore_newest(
         self, target: Wanted, on_skip: OnFault, among: Callable[[int], bool] = lambda step: True
@@ -228,6 +262,12 @@ def _named(tree: Any) -> Iterator[tuple[str, Any]]:
     """The leaves with their dotted path. The names are the same for a state and for what Orbax stored of it."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         yield ".".join(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path), leaf
+
+
+def _with_new_averages(state: Any, target: Any) -> Any:
+    """The state with averages of the loss that begin anew, in the shape and sharding of `target`."""
+    averages = jnp.full(target.loss_average.shape, jnp.inf, jnp.float32)
+    return dataclasses.replace(state, loss_average=jax.device_put(averages, target.loss_average.sharding))
 
 
 @jax.jit

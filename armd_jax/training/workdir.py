@@ -71,8 +71,9 @@ def locked(workdir: pathlib.Path) -> Generator[None]:
             break
         os.close(handle)  # its last holder removed this file between our open and our lock
     try:
-        os.ftruncate(handle, 0)
-        os.write(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+        with contextlib.suppress(OSError):  # for people only, and the disk may be full
+            os.ftruncate(handle, 0)
+            os.write(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
         yield
     finally:
         path.unlink(missing_ok=True)

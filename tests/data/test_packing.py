@@ -9,6 +9,7 @@ import sys
 import numpy as np
 import pytest
 
+from armd_jax.cli import main as cli
 from armd_jax.config import DataConfig
 from armd_jax.data import building, packing, tokenizers
 from armd_jax.data.corpora import open_corpus
@@ -249,6 +250,20 @@ def test_bad_corpora_and_places_leave_nothing(config, tmp_path):
             assert not (tmp_path / "new").exists()
     with pytest.raises(UserError, match="cannot write prepared data"):
         packing.prepare(config, LENGTH, tmp_path / "short.txt" / "cache", progress=False)
+
+
+@pytest.mark.parametrize("size", [0, 300, 3000])
+def test_a_full_disk_is_one_line_and_leaves_nothing(config, tmp_path, capsys, full_disk, size):
+    """Wherever it gets full, in the tokenizer's files, in a shard or in the manifest: it is said, with exit code 1."""
+    command = ["prepare", f"--source={config.path}", f"--out={tmp_path / 'new' / 'out'}", "--tokenizer=bytes"]
+    with full_disk(size):
+        assert cli.main([*command, "--length=32"]) == 1
+    assert not (tmp_path / "new").exists()
+    shown = capsys.readouterr().err.replace("\r", "\n").splitlines()
+    errors = [line for line in shown if "error" in line]
+    assert len(errors) == 1 and shown[-1] == errors[0] and errors[0].startswith(f"error: {tmp_path / 'new' / 'out'}: ")
+    assert "File too large" in errors[0] and "free some space" in errors[0]
+    assert cli.main([*command, "--length=32"]) == 0
 
 
 def test_prepare_into_a_folder(config, tmp_path):

@@ -95,6 +95,24 @@ def test_evaluate_reports_all_figures(data, lm):
 
 
 @pytest.mark.slow
+def test_every_draw_has_a_seed_of_its_own(data, lm):
+    """Expected figures are means over draws that differ: of random orders, and of the bound."""
+    uniform = perplexity.under_order(order.uniform)
+    totals = [perplexity.total_nats(lm, data, "test", uniform, 4, seed) for seed in (5, 6)]
+    found = perplexity.evaluate(lm, data, "test", (), draws=2, batch_size=4, seed=5, progress=False)
+    assert abs(totals[0] - totals[1]) > 1e-3
+    assert found.random_orders.nats_per_token == pytest.approx(sum(totals) / 2 / found.tokens, rel=1e-6)
+    masked = OrderConfig(kind="masked_diffusion", diffusion_steps=4)
+    one, other, both = (
+        perplexity.evaluate(lm, data, "test", (), draws, masked, batch_size=4, seed=seed, progress=False).elbo
+        for draws, seed in ((1, 5), (1, 6), (2, 5))
+    )
+    nats = [one.nats_per_token, other.nats_per_token]
+    assert nats[0] != nats[1] and both.nats_per_token == pytest.approx(sum(nats) / 2, rel=1e-6)
+    assert both.standard_error == pytest.approx(abs(nats[0] - nats[1]) / 2, rel=1e-4)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", typed.choices(OrderKind))
 def test_only_a_masked_diffusion_has_a_bound(data, lm, kind):
     """Orders without masking times give no ELBO, and what was not measured has no key in the file."""
