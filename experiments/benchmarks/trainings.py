@@ -117,7 +117,8 @@ class OurLearner:
         made |= {f"S = {count}": _strided_order(count) for count in streams if data.length % count == 0}
         made["random"] = orders.uniform
         counts = data.counts(split)
-        nats = {name: perplexity.total_nats(lm, data, split, order) for name, order in made.items()}
+        tasks = {name: perplexity.under_order(order) for name, order in made.items()}
+        nats = {name: perplexity.total_nats(lm, data, split, task) for name, task in tasks.items()}
         return {name: value / math.log(2) / counts.bytes for name, value in nats.items()}
 
 

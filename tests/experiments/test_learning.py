@@ -235,6 +235,18 @@ def test_settings_differ_if_anything_but_rate_and_seed_does(benchmarks, tiny):
     assert ours("optimizer.beta2=0.5") != ours() and theirs("optimizer.beta2=0.5") != theirs()
 
 
+@pytest.mark.slow
+def test_bits_under_orders_are_those_of_the_evaluation(benchmarks, tiny):
+    """Left to right they are the held-out loss in bits; every order that fits the length has a figure of its own."""
+    config, data = tiny
+    learner = benchmarks["trainings"].OurLearner(config, data)
+    bits = learner.bits_under_orders(data, "valid", (2, 5))
+    counts = data.counts("valid")
+    expected = learner.held_out() * counts.tokens / math.log(2) / counts.bytes
+    assert list(bits) == ["left to right", "S = 2", "random"] and len(set(bits.values())) == 3
+    assert bits["left to right"] == pytest.approx(expected, rel=1e-5)
+
+
 # --- ablations ------------------------------------------------------------------------------------------------------
 
 
