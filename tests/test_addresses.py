@@ -48,6 +48,7 @@ COMMANDS = [
 ]
 # Arguments and fields that take a text which names no file.
 OTHER_TEXTS = {"--text-field", "--coordinator", "--topology", "--streams", "--steps", "--prompt", "--suffix"}
+OTHER_TEXTS |= {"--mesh"}
 OTHER_FIELDS = {"data.text_field", "training.wandb_project"}
 
 

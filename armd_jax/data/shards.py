@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import re
 from collections.abc import Generator, Sequence
 from pathlib import Path
 
@@ -24,6 +25,9 @@ class ShardWriter:
     """
 
     def __init__(self, folder: Path, split: str, shard_rows: int) -> None:
+        """Raises UserError if the library cannot take the name of the folder."""
+        if re.search("[\ud800-\udfff]", str(folder)):  # what stands for bytes that are not UTF-8
+            raise UserError(f"{folder}: rows cannot be written there, because the name is not UTF-8 text")
         self._folder, self._split, self._shard_rows = folder, split, shard_rows
         self._writer: ArrayRecordWriter | None = None
         self._file, self._rows = "", 0
