@@ -42,8 +42,8 @@ def of(workdir: pathlib.Path, old: Config, new: Config, step: int, rewarm_steps:
     was, now = old.training.num_steps, new.training.num_steps
     if was == now or step >= now:
         return Continuation(known)
-    # Both are compared at the same step, because a rate that warms up rises from step to step in any case. If the run is
-    # complete, that is its last one.
+    # Both are compared at the same step, because a rate that warms up rises from step to step in any case. If the run
+    # is complete, that is its last one.
     last = min(step, was - 1)
     before, instead, after = (
         float(optimizer.learning_rate(config.optimizer, config.training.num_steps, known)(at))
