@@ -42,18 +42,20 @@ def of(workdir: pathlib.Path, old: Config, new: Config, step: int, rewarm_steps:
     was, now = old.training.num_steps, new.training.num_steps
     if was == now or step >= now:
         return Continuation(known)
-    last = min(step, was - 1)  # of a complete run the last step, which has no next one
-    before, after = (
+    # Both are compared at the same step, because a rate that warms up rises from step to step in any case. If the run
+    # is complete, that is its last one.
+    last = min(step, was - 1)
+    before, instead, after = (
         float(optimizer.learning_rate(config.optimizer, config.training.num_steps, known)(at))
-        for config, at in ((old, last), (new, step))
+        for config, at in ((old, last), (new, last), (new, step))
     )
     changes = []
-    if f"{before:.3g}" != f"{after:.3g}":
+    if f"{before:.3g}" != f"{instead:.3g}":
         changes.append(f"the learning rate goes from {before:.3g} to {after:.3g}")
-    phases = _phase(old, last), _phase(new, step)
-    if phases[0] != phases[1]:
-        changes.append(f"{tasks.of(new).drawn} go from the phase {phases[0]!r} to {phases[1]!r}")
-    jumps = after > _JUMP * before
+    if _phase(old, last) != _phase(new, last):
+        phases = f"from the phase {_phase(old, last)!r} to {_phase(new, step)!r}"
+        changes.append(f"{tasks.of(new).drawn} go {phases}")
+    jumps = instead > _JUMP * before
     if jumps and rewarm_steps is None:
         raise UserError(
             f"{workdir}: training.num_steps was {was}, now {now}: at step {step} the learning rate would jump from"

@@ -64,7 +64,8 @@ def train(
         it jump. None: that is an error.
     Raises UserError if the input cannot work, and RunFailed if the run cannot go on by itself.
     """
-    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax writes several lines about every save
+    # Orbax writes several lines about every save, and tracebacks about one that failed, which is told in one line here.
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
     workdir = workdir.absolute()
     primary = jax.process_index() == 0
     with contextlib.ExitStack() as stack:

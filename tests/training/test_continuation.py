@@ -34,6 +34,7 @@ COSINE, WSD = {"schedule": "cosine"}, {"schedule": "wsd", "decay_fraction": 0.25
         (COSINE, 20, 40, 20, True),  # complete: from the end of one cosine into the middle of the other
         (COSINE, 20, 40, 10, True),
         (COSINE, 20, 40, 3, False),  # both warm up
+        (COSINE, 3, 40, 3, False),  # complete, and still in its warm-up: the next step has a higher rate in any case
         (COSINE, 20, 20, 10, False),
         (COSINE, 40, 20, 10, False),  # it falls
         (COSINE, 1000, 1010, 500, False),  # by less than a tenth
@@ -51,6 +52,7 @@ def test_what_jumps_is_refused_without_a_flag(tmp_path, fields, was, now, step, 
         going_on = continuation.of(tmp_path, old, new, step, None)
         assert going_on.rewarm is None and not going_on.fresh
         assert continuation.of(tmp_path, old, new, step, 5) == going_on
+        assert bool(going_on.changes) == (now < was and step < now or was == 1000)
         return
     rates = [optimizer.learning_rate(config.optimizer, config.training.num_steps) for config in (old, new)]
     before, after = float(rates[0](min(step, was - 1))), float(rates[1](step))
