@@ -27,6 +27,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.model.update(num_layers=4, two_stream_layers=2)  # M = L / 2, as in the paper
     config.model.update(width=192, num_heads=6)  # heads of 32
     config.model.positional_width = 64  # half the default: 256 positions need no finer code
+    config.model.residual_init = "zero"  # every layer begins as the identity, and the left neighbour decides alone
 
     # Optimizer. The paper's protocol is made for hundreds of thousands of steps; this run has 800.
     config.optimizer.update(learning_rate=4.5e-3, embedding_rate=2.0)

@@ -81,7 +81,8 @@ TABLES: dict[TableName, Table] = {
         variants=(
             Variant("as it is"),
             Variant("embeddings not scaled", ("model.embedding_scale=one",)),
-            Variant("residual projections scaled by depth", ("model.residual_init=depth_scaled",)),
+            Variant("residual projections start unscaled", ("model.residual_init=unscaled",)),
+            Variant("residual projections start scaled by depth", ("model.residual_init=depth_scaled",)),
             Variant("residual projections start at 0", ("model.residual_init=zero",)),
             Variant("both as before", ("model.embedding_scale=one", "model.residual_init=depth_scaled")),
             Variant("queries and keys normed", ("model.qk_norm=true",)),
