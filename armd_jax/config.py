@@ -123,6 +123,8 @@ class DataConfig:
 
     path: str = _path("")  # a file, a folder, a glob, or "tfds:NAME" for a TFDS dataset; empty: the embedded corpus
     text_field: str = "text"  # the field of .jsonl objects and TFDS examples that holds the text
+    # Whether words in the names of files and folders, such as train, valid and test, give the splits.
+    split_by_name: bool = _field(True)
     tfds_data_dir: str = _path("", may_change=True, optional=True)  # where TFDS datasets are; empty: TFDS's own default
     tokenizer: str = _path("sentencepiece")  # that (trained on the text), "bytes", or a folder of vocabulary files
     vocab_size: int = _field(2048, at_least=1)  # of a tokenizer that is trained

@@ -24,18 +24,26 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--length", type=int, default=1024, help="tokens per row")
     parser.add_argument("--text-field", default="text", help="field of .jsonl objects and TFDS examples with the text")
     parser.add_argument("--skip-damaged", action="store_true", help="leave out and count documents that are not text")
+    parser.add_argument(
+        "--no-split-by-name",
+        action="store_true",
+        help="let words such as train and test in the names of files mean nothing: documents are divided by their text",
+    )
 
 
 def run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
     """Prepares the data and prints what they hold."""
     del overrides
     from armd_jax.data import packing
+    from armd_jax.data.corpora import open_corpus
 
     data = {"path": args.source, "tokenizer": args.tokenizer, "vocab_size": args.vocab_size}
     data |= {"text_field": args.text_field, "damaged": "skip" if args.skip_damaged else "error"}
+    data["split_by_name"] = not args.no_split_by_name
     # The other sections only have to be valid with this row length.
     config = from_config_dict({"data": data, "model": {"max_length": args.length}, "order": {"max_permuted": 1}})
-    prepared = packing.prepare_into(config.data, args.length, args.out)
+    corpus = open_corpus(config.data)
+    prepared = packing.prepare_into(config.data, args.length, args.out, corpus=corpus)
     splits = {name: dataclasses.asdict(prepared.counts(name)) for name in prepared.splits}
     left_out = {name: dataclasses.asdict(counts) for name, counts in prepared.left_out.items()}
     lines = [f"{args.out}: rows of {args.length} tokens, vocabulary {prepared.tokenizer.vocab_size}"]
@@ -50,4 +58,6 @@ def run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
                 f"  left out of {name}: {counts['empty']:,} documents without text, {counts['damaged']:,} damaged"
             )
             lines[-1] += f" (the first: {counts['first_damaged']})" if counts["damaged"] else ""
-    return show(args, {"out": str(args.out), "splits": splits, "left_out": left_out}, "\n".join(lines))
+    selection = dataclasses.asdict(corpus.selection)
+    result = {"out": str(args.out), "selection": selection, "splits": splits, "left_out": left_out}
+    return show(args, result, "\n".join(lines))

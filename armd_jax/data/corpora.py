@@ -16,7 +16,7 @@ from typing import Literal, assert_never
 
 from armd_jax.config import DataConfig
 from armd_jax.data import embedded, text_files, tfds
-from armd_jax.data.reading import Documents, LeftOut, Source
+from armd_jax.data.reading import Documents, LeftOut, Selection, Source
 from armd_jax.data.splits import SPLITS, Division
 from armd_jax.errors import UserError
 from armd_jax.names import Damaged, Split
@@ -55,6 +55,7 @@ class Corpus:
       fingerprint: sha256 of everything that decides the documents, such as contents, names and versions.
       split_rule: how the documents are divided among the splits. Corpora with equal fingerprint and rule have the same
         documents in every split.
+      selection: which parts of the source, such as files, are read, and why others are not.
     """
 
     description: str
@@ -62,6 +63,7 @@ class Corpus:
     split_rule: str
     _readers: dict[Split, Callable[[], Iterator[str]]] = dataclasses.field(repr=False)
     _documents: dict[Split, Documents] = dataclasses.field(repr=False)  # by the splits that the source itself has
+    selection: Selection = dataclasses.field(repr=False)
 
     @property
     def splits(self) -> tuple[Split, ...]:
@@ -113,6 +115,7 @@ def open_corpus(config: DataConfig) -> Corpus:
         _split_rule(source, config.damaged, fractions),
         {split: readers[split] for split in SPLITS if split in readers},
         documents,
+        source.selection,
     )
 
 

@@ -128,14 +128,18 @@ def folder_for(config: DataConfig, corpus: Corpus, length: int, cache_root: Path
     return cache_root / hashlib.sha256(identity.encode()).hexdigest()[:16]
 
 
-def prepare_into(config: DataConfig, length: int, out: Path, progress: bool = True) -> PreparedData:
+def prepare_into(
+    config: DataConfig, length: int, out: Path, progress: bool = True, corpus: Corpus | None = None
+) -> PreparedData:
     """Like `prepare`, but in the folder `out`, which must be missing, empty, or hold exactly this preparation."""
-    corpus, request = open_corpus(config), tokenizers.request_of(config)
+    corpus, request = corpus or open_corpus(config), tokenizers.request_of(config)
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file; give a folder to prepare into")
     if out.is_dir() and any(out.iterdir()):
         if not (out / MANIFEST_FILE).is_file():
             raise UserError(f"{out} is not empty and holds no prepared data; give another folder")
+        if progress:
+            _tell_selection(corpus)
     else:
         with large_folder(out, last_file=MANIFEST_FILE) as partial:
             _write(config, corpus, request, length, partial, progress)
@@ -219,6 +223,8 @@ def _write(config: DataConfig, corpus: Corpus, request: str, length: int, folder
             num_damaged = sum(left_out.damaged for left_out in corpus.left_out().values())
             why = f" ({num_damaged} damaged documents left out)" if num_damaged else ""
             raise UserError(f"{corpus.description}: no text for the {split} split{why}")
+    if progress:
+        _tell_selection(corpus)  # before the hours that a large corpus takes, because a part of it may be missing
     tokenizer = tokenizers.load_or_train(config, corpus.documents("train"))
     tokenizer.save(folder / TOKENIZER_FOLDER)
     dtype: RowDtype = "<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4"
@@ -248,6 +254,12 @@ def _write(config: DataConfig, corpus: Corpus, request: str, length: int, folder
     write_manifest(folder, manifest)
     if progress:
         _tell(manifest)
+
+
+def _tell_selection(corpus: Corpus) -> None:
+    """Says on stderr which files are read, and why others are not."""
+    for line in corpus.selection.lines():
+        print(line, file=sys.stderr)
 
 
 def _tell(manifest: Manifest) -> None:
