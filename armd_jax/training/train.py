@@ -9,11 +9,9 @@ import time
 from collections.abc import Callable
 
 import jax
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from armd_jax import config as configs
-from armd_jax import files
 from armd_jax.config import Config
 from armd_jax.core.parameters import Params
 from armd_jax.data.packing import PreparedData
@@ -65,7 +63,7 @@ def train(
     primary = jax.process_index() == 0
     with contextlib.ExitStack() as stack:
         # --- config and data -------------------------------------------------------------------------------------
-        old = configs.read(workdir) if (workdir / "config.json").exists() else None
+        old = workdirs.begun(workdir)
         if old is None:
             configs.check_new_run(config)
         workdirs.check_writable(workdir)
@@ -77,14 +75,8 @@ def train(
         if primary:
             stack.enter_context(workdirs.locked(workdir))
             stack.enter_context(workdirs.left_as_found(workdir))
-            data, config = run_data.prepare(config, workdir, progress)
-            multihost_utils.sync_global_devices("data prepared")
-        else:
-            multihost_utils.sync_global_devices("data prepared")
-            data, config = run_data.prepare(config, workdir, progress=False)
+        data, config = run_data.prepare_together(config, workdir, progress, old)
         divisibility.check(config, mesh)
-        if old is not None:
-            workdirs.check_same_data(workdir, data)
 
         # --- state: the newest checkpoint, else given weights, else random ones ------------------------------------
         log = RunLog(config, primary and progress)
@@ -95,8 +87,7 @@ def train(
         if state is None:
             state = states.create(config, mesh, initial_params(config, data, mesh) if initial_params else None)
         if primary:
-            data.tokenizer.save(workdir / "tokenizer")
-            files.write(workdir / "config.json", configs.to_json(config))
+            workdirs.begin(workdir, config, data, resumed)
         first_step, last_step = int(state.step), config.training.num_steps
         if first_step >= last_step:
             return Result(state, config, 0)
@@ -107,7 +98,8 @@ def train(
             if mesh.size > 1:
                 print(parameter_table(state.params), file=sys.stderr)
         log.open(stack, workdir if primary else None, first_step, int(state.skipped))
-        log.event("resume" if resumed else "start", first_step, time=time.time(), data=data.digest)
+        begun = {"time": time.time(), "data": data.digest, "rows": str(data.folder.absolute())}
+        log.event("resume" if resumed else "start", first_step, **begun)
 
         # --- steps -----------------------------------------------------------------------------------------------
         placed = placement.for_training(config, mesh)
