@@ -19,7 +19,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     """Declares the arguments."""
     add_run(parser)
     parser.add_argument("--split", default="test", choices=typed.choices(Split))
-    parser.add_argument("--data", default=None, help="other text: file, folder, glob or tfds:NAME")
+    parser.add_argument("--data", default=None, help="other text: file, folder, glob, tfds:NAME or prepared folder")
     parser.add_argument(
         "--streams", default=None, help="numbers of streams of the strided orders; default: of 2,4,8 those that fit"
     )
@@ -31,6 +31,11 @@ def add(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--batch", type=int, default=16, help="rows per network call")
     parser.add_argument("--seed", type=int, default=0, help="of the random orders and masks")
+    parser.add_argument(
+        "--no-baselines",
+        action="store_true",
+        help="leave out the unigram model and the compressor, which read all training rows the first time",
+    )
 
 
 def run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
@@ -57,12 +62,26 @@ def run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
 
     host_memory.settle()  # before JAX is imported
 
-    from armd_jax.evaluation import held_out, perplexity, results
+    from armd_jax.evaluation import baselines, held_out, perplexity, results
     from armd_jax.interop.load import load
 
     lm = load(args.run, ema=not args.no_ema)
     data = held_out.find(args.run, config, args.split, args.data)
-    found = perplexity.evaluate(lm, data, args.split, streams, draws, config.order, args.batch, args.seed)
+    # Beside the rows, unless it is only the run that says where they are: that must not choose where to write.
+    beside = data.folder / baselines.FILE
+    chosen = args.data is not None or data.folder.absolute().is_relative_to(args.run.absolute())
+    found = perplexity.evaluate(
+        lm,
+        data,
+        args.split,
+        streams,
+        draws,
+        config.order,
+        args.batch,
+        args.seed,
+        with_baselines=not args.no_baselines,
+        kept_in=[beside] if chosen else [args.run / baselines.FILE, beside],
+    )
     if args.data is None:
         files.write(args.run / results.EVALUATION_FILE, typed.to_json(found.as_dict(), indent=2) + "\n")
     return show(args, found.as_dict(), perplexity.as_text(found))
