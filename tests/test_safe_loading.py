@@ -304,13 +304,20 @@ def test_a_path_as_the_name_of_a_shard_is_refused(tmp_path, prepared, name):
 
 @pytest.mark.slow
 def test_a_run_does_not_choose_where_evaluation_writes(tmp_path, run):
-    """`data.cache_dir` of a run that came from elsewhere is read where it is there, and never made."""
+    """`data.cache_dir` of a run that came from elsewhere is read where it is there, and never made or written to."""
     values = json.loads((run / "config.json").read_text())
     values["data"]["cache_dir"] = str(tmp_path / "elsewhere")
     (run / "config.json").write_text(json.dumps(values))
+    events = (run / "events.jsonl").read_text().splitlines()  # they say where the rows were, on the other machine
+    there = [json.dumps({name: value for name, value in json.loads(row).items() if name != "rows"}) for row in events]
+    (run / "events.jsonl").write_text("".join(row + "\n" for row in there))
     assert cli.main(["eval", f"--run={run}", "--streams=2", "--draws=0"]) == 0
     assert not (tmp_path / "elsewhere").exists() and len(list((run / "data").iterdir())) == 1
     assert (run / "eval.json").exists()
+    (folder,) = (run / "data").iterdir()
+    (folder / "baselines.json").unlink()
     shutil.move(run / "data", tmp_path / "elsewhere")
+    before = sorted((tmp_path / "elsewhere").rglob("*"))
     assert cli.main(["eval", f"--run={run}", "--streams=2", "--draws=0"]) == 0
-    assert not (run / "data").exists()
+    assert not (run / "data").exists() and sorted((tmp_path / "elsewhere").rglob("*")) == before
+    assert (run / "baselines.json").exists()

@@ -23,7 +23,9 @@ def add(parser: argparse.ArgumentParser) -> None:
     """Declares the arguments."""
     add_run(parser)
     parser.add_argument("--split", default="test", choices=typed.choices(Split))
-    parser.add_argument("--data", default=None, type=local, help="other text: file, folder, glob or tfds:NAME")
+    parser.add_argument(
+        "--data", default=None, type=local, help="other text: file, folder, glob, tfds:NAME or prepared folder"
+    )
     parser.add_argument(
         "--streams", default=None, help="numbers of streams of the strided orders; default: of 2,4,8 those that fit"
     )
@@ -35,6 +37,11 @@ def add(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--batch", type=int, default=16, help="rows per network call")
     parser.add_argument("--seed", type=int, default=0, help="of the random orders and masks")
+    parser.add_argument(
+        "--no-baselines",
+        action="store_true",
+        help="leave out the unigram model and the compressor, which read all training rows the first time",
+    )
     add_out(parser, "eval.json, and rows that have to be prepared,")
 
 
@@ -63,7 +70,7 @@ def run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
 
     host_memory.settle()  # before JAX is imported
 
-    from armd_jax.evaluation import held_out, perplexity, results
+    from armd_jax.evaluation import baselines, held_out, perplexity, results
     from armd_jax.interop.load import load
     from armd_jax.training import sharding
 
@@ -76,8 +83,21 @@ def run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
         if files.unwritable(rows):  # a run on a read-only file system: rows that nobody prepared live for this call
             rows = pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="armd-eval-")))
         data = held_out.find(args.run, config, args.split, args.data, rows)
+        # Beside the rows, unless it is only the run that says where they are: that must not choose where to write.
+        beside = data.folder / baselines.FILE
+        chosen = args.data is not None or data.folder.absolute().is_relative_to(args.run.absolute())
         found = perplexity.evaluate(
-            lm, data, args.split, streams, draws, config.order, args.batch, args.seed, mesh=mesh
+            lm,
+            data,
+            args.split,
+            streams,
+            draws,
+            config.order,
+            args.batch,
+            args.seed,
+            mesh=mesh,
+            with_baselines=not args.no_baselines,
+            kept_in=[beside] if chosen else [args.run / baselines.FILE, beside],
         )
     keep = args.run if args.data is None else None
     return show_and_keep(args, found.as_dict(), perplexity.as_text(found), keep, results.EVALUATION_FILE)

@@ -69,13 +69,13 @@ def _train(args: argparse.Namespace, config: Config) -> int:
     import jax
 
     from armd_jax.interop import fine_tuning
-    from armd_jax.training import train
+    from armd_jax.training import train, workdir
     from armd_jax.training.faults import RunFailed
     from armd_jax.training.preemption import STOPPED
 
     start = fine_tuning.initial_params if config.training.init_from else None
     try:
-        if start and not (args.workdir / "config.json").exists():
+        if start and workdir.begun(args.workdir) is None:
             fine_tuning.check_source(config)
         result = train.train(config, args.workdir, start, debug_nans=args.debug_nans, rewarm_steps=args.rewarm)
     except RunFailed as error:

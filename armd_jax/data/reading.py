@@ -8,7 +8,7 @@ without a visible character hold nothing to learn; they are always left out and 
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import assert_never
 
@@ -60,6 +60,27 @@ def _listed(names: Sequence[str]) -> str:
 
 
 @dataclasses.dataclass(frozen=True)
+class SourceFile:
+    """One file of a source, as it was when it was read.
+
+    Attributes:
+      name: its path below the folder that all files of the source are in.
+      bytes, mtime_ns: its size and its modification time, in nanoseconds since 1970.
+      sha256: of its content.
+    """
+
+    name: str
+    bytes: int
+    mtime_ns: int
+    sha256: str
+
+
+# The sha256 of files that were read before, by name, size and modification time. A file whose three are known is not
+# read again.
+KnownFiles = Mapping[tuple[str, int, int], str]
+
+
+@dataclasses.dataclass(frozen=True)
 class Source:
     """What opening `data.path` gives: documents in the splits that the source itself has.
 
@@ -70,6 +91,7 @@ class Source:
       split_rule: a few words on where the splits come from. They become part of `Corpus.split_rule`.
       readers: a reader per split, "train" always among them.
       selection: what of the source is read, and what is not.
+      files: the files that were read for the fingerprint; None if the source knows itself without reading files.
     """
 
     description: str
@@ -77,6 +99,7 @@ class Source:
     split_rule: str
     readers: dict[Split, Reader] = dataclasses.field(repr=False)
     selection: Selection = dataclasses.field(default_factory=Selection, repr=False)
+    files: tuple[SourceFile, ...] | None = dataclasses.field(default=None, repr=False)
 
 
 @dataclasses.dataclass

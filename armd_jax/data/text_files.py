@@ -11,6 +11,7 @@ import gzip
 import hashlib
 import io
 import json
+import os
 import re
 import zlib
 from collections.abc import Callable, Iterator
@@ -18,7 +19,16 @@ from pathlib import Path
 
 from armd_jax.config import DataConfig
 from armd_jax.data import found_files
-from armd_jax.data.reading import Reader, Selection, Source, TextOrError, decode_utf8, hash_file
+from armd_jax.data.reading import (
+    KnownFiles,
+    Reader,
+    Selection,
+    Source,
+    SourceFile,
+    TextOrError,
+    decode_utf8,
+    hash_file,
+)
 from armd_jax.data.splits import SPLITS, splits_named
 from armd_jax.errors import UserError
 from armd_jax.names import Split
@@ -180,16 +190,17 @@ class _TextFile:
     format: Format
 
 
-def open_source(config: DataConfig) -> Source:
+def open_source(config: DataConfig, known: KnownFiles) -> Source:
     """The text files that `config.path` names: a file, a folder with everything below it, or a glob.
 
-    Every file is read once for the fingerprint. Raises UserError if there are no files, if one cannot be read, or if
-    their names contradict one another about the splits.
+    Every file that is not `known` is read once for the fingerprint. Raises UserError if there are no files, if one
+    cannot be read, or if their names contradict one another about the splits.
     """
     files, left_out = _choose_files(config)
+    read = tuple(_identify(name, file.path, known) for name, file in files.items())
     digest = hashlib.sha256(config.text_field.encode())
-    for name, file in files.items():
-        digest.update(f"\0{name}\0{file.path.stat().st_size}\0".encode() + hash_file(file.path).encode())
+    for one in read:
+        digest.update(f"\0{one.name}\0{one.bytes}\0{one.sha256}".encode())
 
     names = _names_by_split(config.path, list(files)) if config.split_by_name and len(files) > 1 else {}
     rule = "splits by file name" if names else "documents of all files"
@@ -202,7 +213,14 @@ def open_source(config: DataConfig) -> Source:
     size = sum(file.path.stat().st_size for file in files.values())
     description = f"{config.path} ({len(files)} file{'s' * (len(files) > 1)}, {size:,} bytes)"
     selection = Selection(config.path, "files", taken, left_out)
-    return Source(description, digest.hexdigest(), rule, readers, selection)
+    return Source(description, digest.hexdigest(), rule, readers, selection, read)
+
+
+def _identify(name: str, path: Path, known: KnownFiles) -> SourceFile:
+    about = path.stat()  # before the content is read, so that a change from now on gives the file another time
+    name = os.fsencode(name).decode(errors="backslashreplace")  # a file may have a name that is not UTF-8
+    sha256 = known.get((name, about.st_size, about.st_mtime_ns)) or hash_file(path)
+    return SourceFile(name, about.st_size, about.st_mtime_ns, sha256)
 
 
 def _read_files(files: list[_TextFile], text_field: str) -> Iterator[TextOrError]:

@@ -297,7 +297,12 @@ class VocabularyTokenizer(Tokenizer):
 
 
 def load(folder: Path) -> Tokenizer:
-    """The tokenizer in `folder`: what `save` wrote, or plain vocabulary files. Raises UserError if there is none."""
+    """The tokenizer in `folder`: what `save` wrote, or plain vocabulary files. Raises UserError if there is none.
+
+    Runs, exports and prepared folders, which have theirs in `tokenizer/`, stand for it.
+    """
+    if (folder / "tokenizer" / CONFIG_FILE).is_file() and not (folder / CONFIG_FILE).exists():
+        folder = folder / "tokenizer"
     if not folder.is_dir():
         kinds = ", ".join(typed.choices(NamedTokenizer))
         raise UserError(f"data.tokenizer={str(folder)!r}: neither a kind ({kinds}) nor a folder")

@@ -8,8 +8,8 @@ Bits per byte = total nats / ln 2 / UTF-8 bytes of the original text, and only a
 
 import dataclasses
 import functools
-import lzma
 import math
+import pathlib
 from collections.abc import Callable, Sequence
 from typing import assert_never
 
@@ -30,13 +30,10 @@ from armd_jax.data import loader
 from armd_jax.data.manifest import Counts
 from armd_jax.data.packing import PreparedData
 from armd_jax.errors import UserError
-from armd_jax.evaluation import results
+from armd_jax.evaluation import baselines, results
 from armd_jax.evaluation.results import Elbo, Evaluation, RandomOrders, Score
 from armd_jax.inference.language_model import LanguageModel
 from armd_jax.training import sharding
-
-_XZ_LIMIT = 64 * 2**20  # bytes; beyond this xz -9e takes minutes and its dictionary no longer holds the training text
-
 
 # (key, valid_BN) -> task. A static argument of compiled functions: the same task must be the same object.
 MakeTask = Callable[[jax.Array, jax.Array], Task]
@@ -127,33 +124,6 @@ def _strided_order(streams: int) -> MakeOrder:
 _bounding_order = functools.cache(curriculum.bounding_order)
 
 
-def unigram_nats(data: PreparedData, split: str) -> float:
-    """Nats of the split under the training split's token frequencies (add-one smoothing)."""
-    size = data.tokenizer.vocab_size
-    train, held_out = (np.zeros(size) for _ in range(2))
-    for name, counts in (("train", train), (split, held_out)):
-        for tokens, valid in loader.eval_batches(data, name, 256):
-            counts += np.bincount(tokens[valid], minlength=size)
-    return float(-(held_out * np.log((train + 1) / (train.sum() + size))).sum())
-
-
-def xz_bits_per_byte(data: PreparedData, split: str) -> float | None:
-    """Bits per byte that `xz -9e` needs for the split's text after the training text.
-
-    None if that cannot be known: the tokenizer is lossy, the text is too long, or the split is the training text, of
-    which nothing would be left to compress after itself.
-    """
-    counts = [data.counts(name) for name in ("train", split)]
-    if split == "train" or not data.tokenizer.lossless or sum(c.bytes for c in counts) > _XZ_LIMIT:
-        return None
-    texts = []
-    for name in ("train", split):
-        ids = np.concatenate([tokens[valid] for tokens, valid in loader.eval_batches(data, name, 256)])
-        texts.append(data.tokenizer.decode(ids.tolist()).encode())
-    size = [len(lzma.compress(text, preset=9 | lzma.PRESET_EXTREME)) for text in (texts[0], texts[0] + texts[1])]
-    return 8 * (size[1] - size[0]) / len(texts[1])
-
-
 def evaluate(
     lm: LanguageModel,
     data: PreparedData,
@@ -165,6 +135,8 @@ def evaluate(
     seed: int = 0,
     progress: bool = True,
     mesh: Mesh | None = None,
+    with_baselines: bool = True,
+    kept_in: Sequence[pathlib.Path] = (),
 ) -> Evaluation:
     """All figures of a split.
 
@@ -176,6 +148,8 @@ def evaluate(
     progress: whether progress bars are shown on stderr.
     mesh: the devices that the model's parameters are spread over; None: a single one. Batches are divided over its axes
         data and fsdp, whose size has to divide them.
+    with_baselines: whether the training text's token frequencies and the compressor are measured as well.
+    kept_in: files that may hold what these two took long to find out; see `baselines.Baselines`.
     Raises UserError if the model's vocabulary is not the data's, or if the rows are longer than the model's.
     """
     check_data(lm, data)
@@ -212,6 +186,11 @@ def evaluate(
             elbo = bound(corruption.by_count, None)
         case _:
             assert_never(lm.config.kind)
+    unigram: Score | None = None
+    xz: float | None = None
+    if with_baselines:
+        known = baselines.Baselines(data, kept_in)
+        unigram, xz = score(known.unigram_nats(split), counts, lossless), known.xz_bits_per_byte(split)
     return Evaluation(
         split=split,
         lossless=lossless,
@@ -224,8 +203,8 @@ def evaluate(
         random_orders=random_orders,
         strided=strided,
         elbo=elbo,
-        unigram=score(unigram_nats(data, split), counts, lossless),
-        xz_bits_per_byte=xz_bits_per_byte(data, split),
+        unigram=unigram,
+        xz_bits_per_byte=xz,
         seed=seed,
     )
 

@@ -9,11 +9,10 @@ import time
 from collections.abc import Callable
 
 import jax
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from armd_jax import config as configs
-from armd_jax import files, streams
+from armd_jax import streams
 from armd_jax.config import Config
 from armd_jax.core.parameters import Params
 from armd_jax.data.packing import PreparedData
@@ -71,7 +70,7 @@ def train(
     with contextlib.ExitStack() as stack:
         stack.enter_context(streams.forgiving())
         # --- config and data -------------------------------------------------------------------------------------
-        old = configs.read(workdir) if (workdir / "config.json").exists() else None
+        old = workdirs.begun(workdir)
         if old is None:
             configs.check_new_run(config)
         workdirs.check_writable(workdir)
@@ -83,14 +82,8 @@ def train(
         if primary:
             stack.enter_context(workdirs.locked(workdir))
             stack.enter_context(workdirs.left_as_found(workdir))
-            data, config = run_data.prepare(config, workdir, progress)
-            multihost_utils.sync_global_devices("data prepared")
-        else:
-            multihost_utils.sync_global_devices("data prepared")
-            data, config = run_data.prepare(config, workdir, progress=False)
+        data, config = run_data.prepare_together(config, workdir, progress, old)
         divisibility.check(config, mesh)
-        if old is not None:
-            workdirs.check_same_data(workdir, data)
 
         # --- state: the newest checkpoint, else given weights, else random ones ------------------------------------
         log = RunLog(config, primary and progress)
@@ -111,8 +104,7 @@ def train(
         if primary:
             if going_on.fresh and going_on.rewarm is not None:
                 continuation.store(workdir, going_on.rewarm)
-            data.tokenizer.save(workdir / "tokenizer")
-            files.write(workdir / "config.json", configs.to_json(config))
+            workdirs.begin(workdir, config, data, resumed)
 
         # --- what the run writes -----------------------------------------------------------------------------------
         if primary and progress:
@@ -121,7 +113,8 @@ def train(
                 print(parameter_table(state.params), file=sys.stderr)
         log.open(stack, workdir if primary else None, first_step, int(state.skipped))
         changes = {"changes": going_on.changes} if going_on.changes else {}
-        log.event("resume" if resumed else "start", first_step, time=time.time(), data=data.digest, **changes)
+        begun = {"time": time.time(), "data": data.digest, "rows": str(data.folder.absolute()), **changes}
+        log.event("resume" if resumed else "start", first_step, **begun)
         if changes:
             log.tell(f"step {first_step}: {going_on.changes}")
 

@@ -179,6 +179,16 @@ def test_load_says_what_is_wrong(tmp_path, bpe_folder):
             tokenizers.load(broken)
 
 
+def test_a_run_or_a_prepared_folder_stands_for_its_tokenizer(kinds, tmp_path):
+    """They have it in `tokenizer/`; a folder that is a tokenizer itself is taken for that."""
+    for name, tokenizer in kinds.items():
+        tokenizer.save(tmp_path / name / "tokenizer")
+        assert tokenizers.load(tmp_path / name).hash == tokenizer.hash
+        assert tokenizers.request_of(DataConfig(tokenizer=str(tmp_path / name))) == f"{name} {tokenizer.hash}"
+    kinds["bytes"].save(tmp_path / "bpe")
+    assert tokenizers.load(tmp_path / "bpe").kind == "bytes"
+
+
 def test_request_tells_tokenizers_apart(bpe_folder):
     asked = [
         DataConfig(),

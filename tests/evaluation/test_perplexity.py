@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-from collections import Counter
 
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +11,7 @@ from armd_jax import order, typed
 from armd_jax.config import OrderConfig
 from armd_jax.data import loader, packing
 from armd_jax.errors import UserError
-from armd_jax.evaluation import perplexity, results
+from armd_jax.evaluation import baselines, perplexity, results
 from armd_jax.names import DrawnBlocksOrder, OrderKind
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -54,14 +53,6 @@ def test_score_of_a_total():
     assert perplexity.score(40.0, counts, lossless=False).bits_per_byte is None
     assert perplexity.score(1e6, counts, lossless=True).perplexity_per_word == math.inf
     assert math.isnan(perplexity.score(math.nan, counts, lossless=True).perplexity_per_word)
-
-
-def test_unigram_against_a_hand_count(data):
-    """The unigram model is the training split's token frequencies, one added to each."""
-    ids = {name: _rows(data, name).ravel()[: data.counts(name).tokens].tolist() for name in ("train", "test")}
-    seen, size = Counter(ids["train"]), data.tokenizer.vocab_size
-    expected = -sum(math.log((seen[token] + 1) / (len(ids["train"]) + size)) for token in ids["test"])
-    assert perplexity.unigram_nats(data, "test") == pytest.approx(expected, rel=1e-9)
 
 
 @pytest.mark.slow
@@ -132,6 +123,17 @@ def test_lossy_tokenizer_has_no_bits_per_byte(monkeypatch, data, lm):
     assert text.count("n/a (lossy)") == len(results.rows(found)) and "xz" not in text
 
 
+def test_baselines_may_be_left_out(monkeypatch, data, lm):
+    """Then no training row is read, and the table has neither of the two."""
+    monkeypatch.setattr(baselines, "Baselines", lambda *_: pytest.fail("they were measured"))
+    found = perplexity.evaluate(
+        lm, data, "test", streams=(), draws=0, batch_size=4, progress=False, with_baselines=False
+    )
+    assert found.unigram is None and found.xz_bits_per_byte is None and found.left_to_right is not None
+    text = perplexity.as_text(found)
+    assert "left to right" in text and "unigram" not in text and "xz" not in text
+
+
 def test_another_vocabulary_is_a_user_error(data, lm):
     """A model made for another vocabulary than the data's is not scored."""
     other = dataclasses.replace(lm, config=dataclasses.replace(lm.config, vocab_size=lm.config.vocab_size - 1))
@@ -144,8 +146,3 @@ def test_rows_longer_than_the_model_are_a_user_error(data, lm):
     shorter = dataclasses.replace(lm, config=dataclasses.replace(lm.config, max_length=data.length - 1))
     with pytest.raises(UserError, match=f"longer than the model's max_length={data.length - 1}"):
         perplexity.evaluate(shorter, data, "test", progress=False)
-
-
-def test_training_text_has_no_number_of_the_compressor(data):
-    """After itself nothing is left of it to compress."""
-    assert perplexity.xz_bits_per_byte(data, "train") is None and perplexity.xz_bits_per_byte(data, "test") > 0

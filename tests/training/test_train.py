@@ -272,6 +272,26 @@ def test_damaged_newest_checkpoint_is_passed_over(tmp_path, capsys, corpus, unbr
     _assert_same_state(checkpoints.restore_for_inference(tmp_path / "run", mended.config), whole.state)
 
 
+@pytest.mark.slow
+def test_a_run_without_a_checkpoint_may_begin_again(tmp_path, monkeypatch, corpus):
+    """Where nothing was saved, another model, another tokenizer and another text may follow, and the run is then theirs
+    alone. From the first checkpoint on, the model is decided."""
+    config, run = _config(corpus, num_steps=5), tmp_path / "run"
+    with monkeypatch.context() as patched, pytest.raises(_PowerCut):
+        patched.setattr(metrics.MetricWriter, "write", _power_cut)
+        data = dataclasses.replace(config.data, tokenizer="sentencepiece", vocab_size=300)
+        train.train(dataclasses.replace(config, data=data), run, progress=False)
+    assert (run / "tokenizer" / "tokenizer.model").exists() and not any((run / "checkpoints").iterdir())
+    (tmp_path / "other.jsonl").write_text(corpus.read_text().replace("river", "brook"))
+    other = dataclasses.replace(config.data, path=str(tmp_path / "other.jsonl"))
+    again = dataclasses.replace(config, model=dataclasses.replace(config.model, width=32), data=other)
+    assert train.train(again, run, progress=False).steps_done == 5
+    assert _events(run) == [("start", 0), ("start", 0), ("save", 5), ("end", 5)]
+    assert load(run).config.width == 32 and load(run).tokenizer.kind == "bytes"
+    with pytest.raises(UserError, match="model.width was 32, now 16"):
+        train.train(dataclasses.replace(again, model=config.model), run, progress=False)
+
+
 def test_no_readable_checkpoint_is_an_error(tmp_path, corpus, unbroken):
     """Where every checkpoint is damaged the run is not begun again silently."""
     shutil.copytree(unbroken[0], tmp_path / "run")
