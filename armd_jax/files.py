@@ -16,6 +16,7 @@ from armd_jax.errors import UserError, shown
 
 # The disk is full, the user's share of it is, or the file would be larger than files may be.
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_PROBE = 1 << 20  # bytes: more than a library may have kept back
 
 # How addresses begin: gs://bucket/run, s3a://x; also gs:/bucket/run, which pathlib makes of it, and dbfs:/mnt.
 # `tfds:/folder` is no address: `tfds:` is this package's own word in front of a path.
@@ -62,10 +63,23 @@ def unwritable(folder: pathlib.Path) -> str:
 
 
 def os_error(error: Exception, path: pathlib.Path) -> OSError:
-    """What the error of a library that was writing `path` means: a full disk is known by its text alone there."""
-    number = next((one for one in (*FULL, errno.EROFS, errno.EACCES) if os.strerror(one) in str(error)), errno.EIO)
+    """What the error of a library means that was writing `path`, which is to be thrown away.
+
+    Such libraries tell a full disk in their text alone, or not even there: then some bytes more are written to see.
+    """
+    number = next((one for one in (*FULL, errno.EROFS, errno.EACCES) if os.strerror(one) in str(error)), None)
+    if number is not None:
+        return OSError(number, os.strerror(number), str(path))
+    if path.is_file():
+        try:
+            with open(path, "ab", buffering=0) as file:
+                missing = _PROBE
+                while missing:
+                    missing -= file.write(bytes(missing)) or 0
+        except OSError as found:
+            return OSError(found.errno, found.strerror, str(path))
     lines = str(error).splitlines()
-    return OSError(number, os.strerror(number) if number != errno.EIO or not lines else lines[0], str(path))
+    return OSError(errno.EIO, lines[0] if lines else os.strerror(errno.EIO), str(path))
 
 
 def write(path: pathlib.Path, content: str | bytes) -> None:

@@ -67,11 +67,15 @@ def test_what_is_there_already_needs_no_space(tmp_path, full_disk):
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS])
-def test_errors_of_libraries_get_their_number(number):
-    """C++ and Rust libraries tell a full disk in words."""
+def test_errors_of_libraries_get_their_number(tmp_path, full_disk, number):
+    """C++ and Rust libraries tell a full disk in words, or not at all: then it is found out."""
     found = files.os_error(
         RuntimeError(f"DATA_LOSS: write() failed: {os.strerror(number)} (os error)"), pathlib.Path("a")
     )
     assert (found.errno, found.strerror, found.filename) == (number, os.strerror(number), "a")
     unknown = files.os_error(RuntimeError("the writer is broken\nmore"), pathlib.Path("a"))
     assert (unknown.errno, unknown.strerror) == (errno.EIO, "the writer is broken")
+    (tmp_path / "part").write_bytes(b"part")
+    assert files.os_error(RuntimeError("broken"), tmp_path / "part").errno == errno.EIO
+    with full_disk(100):
+        assert files.os_error(RuntimeError("broken"), tmp_path / "part").errno == errno.EFBIG
