@@ -124,7 +124,8 @@ def set_field(config: ml_collections.ConfigDict, name: str, text: str) -> None:
             node = node[part]
     old = node[parts[-1]]
     if old is None:  # what an experiment file sets for "none" has no type; the default of the field does
-        old = functools.reduce(lambda section, part: getattr(section, part, None), parts, Config())
+        default: Any = Config()
+        old = functools.reduce(lambda section, part: getattr(section, part, None), parts, default)
     if isinstance(old, ml_collections.ConfigDict):
         raise UserError(f"{name}={shown(text)}: a section; set one of its fields: {', '.join(old.keys())}")
     with node.unlocked(), node.ignore_type():

@@ -19,8 +19,11 @@ _SHUTDOWN_SECONDS = 20
 _JOIN_SECONDS = 300
 _SILENT_SECONDS = 5  # a wait that takes longer is told
 # What the environment says about other processes, for messages.
-_SIGNS = ("SLURM_JOB_ID", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_STEP_NODELIST", "OMPI_COMM_WORLD_SIZE")
-_SIGNS += ("OMPI_COMM_WORLD_RANK", "TPU_WORKER_HOSTNAMES", "JOB_COMPLETION_INDEX", "JAX_COORDINATOR_ADDRESS")
+_SIGNS = (
+    *("SLURM_JOB_ID", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_STEP_NODELIST"),
+    *("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"),
+    *("TPU_WORKER_HOSTNAMES", "JOB_COMPLETION_INDEX", "JAX_COORDINATOR_ADDRESS"),
+)
 _WITHOUT_OTHERS = "if there are no others, give --distributed=off; under SLURM, start every process with srun"
 
 
