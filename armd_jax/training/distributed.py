@@ -79,7 +79,7 @@ def initialize(
                 heartbeat_timeout_seconds=_HEARTBEAT_SECONDS,
                 shutdown_timeout_seconds=_SHUTDOWN_SECONDS,
             )
-    except (ValueError, RuntimeError) as error:  # nothing tells how many there are, or they did not come in time
+    except (ValueError, RuntimeError) as error:  # nothing tells how many there are, or the port is taken
         reason = str(error).splitlines()[0]
         raise UserError(
             f"--distributed={mode}: no other processes were found ({reason}), but there should be {others};"
