@@ -58,13 +58,18 @@ def _dangers(source: str) -> list[str]:
 
 def test_the_package_has_no_way_to_run_what_it_reads():
     """No module unpickles, evaluates or imports by a name that it read. Two places import: experiment files, which are
-    the user's own Python, and the lazy public names, which are constants."""
+    the user's own Python, and the lazy public names, which are constants. One place gives the text of a tokenizer.json
+    to the library that defines that file. Its size and its JSON are checked before, it names components of a closed
+    set, and nothing in it is a path: `test_a_tokenizer_json_is_only_data` tries."""
     found = {
         file.relative_to(PACKAGE).as_posix(): dangers
         for file in PACKAGE.rglob("*.py")
         if (dangers := _dangers(file.read_text(encoding="utf-8")))
     }
-    assert found == {"__init__.py": ["importlib.import_module"] * 2}
+    assert found == {
+        "__init__.py": ["importlib.import_module"] * 2,
+        "data/vocabulary_building.py": ["library.Tokenizer.from_str"],
+    }
     loaders = [file.name for file in PACKAGE.rglob("*.py") if "exec_module" in file.read_text(encoding="utf-8")]
     assert loaders == ["experiment_file.py"]
 
@@ -219,6 +224,39 @@ def test_a_vocabulary_is_only_text(tmp_path):
         assert [tokenizer.token_text(token) for token in range(len(words))] == words
         tokenizer.save(tmp_path / "saved")
     assert {file.name for file in (tmp_path / "saved").iterdir()} == {"vocab.txt", "tokenizer_config.json"}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"model": {"type": "os.mkdir", "vocab": {"a": 0}, "merges": []}},
+        {"model": {"type": "BPE", "vocab": "/etc/passwd", "merges": "/etc/passwd"}},
+        {"pre_tokenizer": {"type": "Custom", "__reduce__": ["os.mkdir", ["ran"]]}},
+        {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "/etc/passwd"}},
+        {"decoder": {"type": "__import__('os').mkdir('ran')"}},
+        {"added_tokens": [{"id": -1, "content": "../../escape"}]},
+        {"added_tokens": "os.mkdir"},
+        {"model": [{"__class__": "os.mkdir"}]},
+    ],
+)
+def test_a_tokenizer_json_is_only_data(tmp_path, monkeypatch, change):
+    """What names something else than a component of the library is an error of one line."""
+    monkeypatch.chdir(tmp_path)
+    pieces = {"<|endoftext|>": 0, "a": 1}
+    plain = {"version": "1.0", "added_tokens": [], "model": {"type": "BPE", "vocab": pieces, "merges": []}}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(plain))
+    assert tokenizers.load(tmp_path).encode("a") == [1]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(plain | change))
+    with _nothing_runs(tmp_path / "ran"), pytest.raises(UserError, match="tokenizer"):
+        tokenizers.load(tmp_path)
+
+
+def test_a_vocabulary_names_no_file(tmp_path):
+    """The library takes a text in place of a vocabulary for the name of a file."""
+    (tmp_path / "vocab.json").write_text('"/etc/passwd"')
+    (tmp_path / "merges.txt").write_text("a b\n")
+    with pytest.raises(UserError, match="vocab.json is not a JSON object"):
+        tokenizers.load(tmp_path)
 
 
 def test_saving_does_not_write_through_links(tmp_path):
