@@ -176,9 +176,9 @@ def _first_line_is_a_document(file: Path, compression: Compression, text_field: 
             if not start.startswith(b"{"):
                 return False
             line = start.partition(b"\n")[0] if b"\n" in start else start + stream.readline()
-    except OSError:
-        return True
     except compression.errors:
+        return True
+    except OSError:
         return True
     return isinstance(_parse_json_line(line, str(file), text_field), str)
 

@@ -236,7 +236,10 @@ class VocabularyTokenizer(Tokenizer):
         self._contents, self._settings = contents, settings
         try:
             built = build(kind, contents, settings)
-        except Exception as error:  # the library raises bare Exceptions on malformed files
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:
+            # The library raises bare Exceptions on malformed files, and its panics are not even that.
             raise UserError(f"{where}: the vocabulary files cannot be read: {error}") from error
         self._library, self._cut, self._pieces_are_text = built.tokenizer, built.cut, built.pieces_are_text
         self.vocab_size = len(built.vocab)
@@ -253,7 +256,9 @@ class VocabularyTokenizer(Tokenizer):
         self._end_spelled = [token for token in letters if token is not None and token != self.end_of_text]
         try:
             self.lossless = self._gives_back_a_probe() if built.lossless is None else built.lossless
-        except Exception as error:  # such as a model that needs a token for unknown characters, and has none
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # such as a model that needs a token for unknown characters, and has none
             raise UserError(f"{where}: its tokenizer cannot encode every text: {error}") from error
         self.hash = self._hash()
 
