@@ -98,7 +98,7 @@ def train(
             if mesh.size > 1:
                 print(parameter_table(state.params), file=sys.stderr)
         log.open(stack, workdir if primary else None, first_step, int(state.skipped))
-        begun = {"time": time.time(), "data": data.digest, "rows": str(data.folder.absolute())}
+        begun = {"time": time.time(), "data": data.digest, "rows": str(data.folder.resolve())}
         log.event("resume" if resumed else "start", first_step, **begun)
 
         # --- steps -----------------------------------------------------------------------------------------------
