@@ -113,7 +113,7 @@ def train(
                 print(parameter_table(state.params), file=sys.stderr)
         log.open(stack, workdir if primary else None, first_step, int(state.skipped))
         changes = {"changes": going_on.changes} if going_on.changes else {}
-        begun = {"time": time.time(), "data": data.digest, "rows": str(data.folder.absolute()), **changes}
+        begun = {"time": time.time(), "data": data.digest, "rows": str(data.folder.resolve()), **changes}
         log.event("resume" if resumed else "start", first_step, **begun)
         if changes:
             log.tell(f"step {first_step}: {going_on.changes}")
