@@ -78,7 +78,13 @@ class Checkpointer:
         if kind is not None and jax.process_count() > 1:
             return  # the other processes may be gone, so waiting for them could hang, and the job is ending anyway
         self.wait()
-        self._manager.close()
+        try:
+            self._manager.close()
+        except Exception:
+            if not self._last_failed:  # Orbax raises the error of a failed save again, which was told already
+                raise
+        if self._last_failed:
+            self._remove_unfinished()
 
     def save(self, state: TrainState, step: int, force: bool = False) -> bool:
         """Begins to save in the background if the config's interval makes `step` due, or in any case with `force`.
@@ -88,7 +94,7 @@ class Checkpointer:
         if step in self._manager.all_steps() or not (force or self._manager.should_save(step)):
             return False
         if not self.wait():
-            self._remove_unfinished()  # again, because a part of the save that failed may have ended later
+            self._remove_unfinished()
         meta = {"step": step, "digests": _numbers(digests(state))}
         items = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta))
         self._begun = step
@@ -101,6 +107,8 @@ class Checkpointer:
 
     def poll(self) -> None:
         """Finds out whether the save under way has ended, without waiting. Cheap: call it after every step."""
+        if self._last_failed and self._begun is None:
+            self._remove_unfinished()  # again, because a part of the save that failed may have gone on
         # Several processes wait for one another at the next save, and must not do so at different steps.
         if self._begun is not None and jax.process_count() == 1 and not self._manager.is_saving_in_progress():
             self.wait()
