@@ -248,8 +248,8 @@ MUTATIONS = (
     Mutation(
         "every draw of eval has a seed of its own",
         "evaluation/perplexity.py",
-        "batch_size, seed + i, name)",
-        "batch_size, seed, name)",
+        "*shared, seed + i, name, context)",
+        "*shared, seed, name, context)",
         "evaluation/test_perplexity.py::test_every_draw_has_a_seed_of_its_own",
     ),
     Mutation(
