@@ -31,7 +31,7 @@ _OUT_OF_MEMORY = re.compile(
     r"out of memory|bad_alloc|(?:cannot|unable to|failed to) allocate|RESOURCE_EXHAUSTED.*(?:alloc|memory|reserve|hbm)",
     re.IGNORECASE | re.DOTALL,
 )
-_ASKED_FOR = re.compile(r"(?:allocat|reserv|used)\D{0,20}?([\d.,]*\d) ?([KMGTP]?)(?:bytes|i?B)?\b", re.IGNORECASE)
+_ASKED_FOR = re.compile(r"(?:allocat|reserv|used)\D{0,20}?(\d[\d,]*\.?\d*) ?([KMGTP]?)(?:bytes|i?B)?\b", re.IGNORECASE)
 _UNITS = ("", "K", "M", "G", "T", "P")
 
 

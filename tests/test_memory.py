@@ -38,6 +38,7 @@ ERRORS = [
         MemoryError("Unable to allocate 22.9 GiB for an array with shape (3000000, 1024) and data type int64"),
         "(22.90 GiB)",
     ),
+    (MemoryError("Unable to allocate 977. MiB for an array with shape (4000000, 64)"), ": 1,024,458,752 bytes"),
     (MemoryError("std::bad_alloc"), ""),
     (RuntimeError("std::bad_alloc"), ""),
     (MemoryError(), ""),
