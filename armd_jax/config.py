@@ -26,6 +26,7 @@ _field = typed.field
 _weights = functools.partial(typed.field, shapes_weights=True)
 # The field may differ when a run is continued. Every other field is part of what the run is.
 _free = functools.partial(typed.field, may_change=True)
+_path = functools.partial(typed.field, check=files.check_local)  # the field names files on this machine
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,15 +121,17 @@ def _is_plain(kind: names.AttentionKind) -> TypeGuard[names.PlainAttention]:
 class DataConfig:
     """Where text comes from and how it becomes rows of tokens."""
 
-    path: str = ""  # a file, a folder, a glob, or "tfds:NAME" for a TFDS dataset; empty: the embedded corpus
+    path: str = _path("")  # a file, a folder, a glob, or "tfds:NAME" for a TFDS dataset; empty: the embedded corpus
     text_field: str = "text"  # the field of .jsonl objects and TFDS examples that holds the text
-    tfds_data_dir: str = _free("")  # where TFDS datasets are kept; empty: TFDS's own default
-    tokenizer: str = "sentencepiece"  # "sentencepiece" (trained on the text), "bytes", or a folder of vocabulary files
+    # Whether words in the names of files and folders, such as train, valid and test, give the splits.
+    split_by_name: bool = _field(True)
+    tfds_data_dir: str = _path("", may_change=True, optional=True)  # where TFDS datasets are; empty: TFDS's own default
+    tokenizer: str = _path("sentencepiece")  # that (trained on the text), "bytes", or a folder of vocabulary files
     vocab_size: int = _field(2048, at_least=1)  # of a tokenizer that is trained
     valid_fraction: float = _field(0.05, fraction="open")  # held out for validation if the source brings no such split
     test_fraction: float = _field(0.05, fraction="open")
     shard_rows: int = _field(8192, at_least=1)  # rows per file
-    cache_dir: str = _free("")  # where prepared data are kept; empty: <workdir>/data
+    cache_dir: str = _path("", may_change=True, optional=True)  # where prepared data are kept; empty: <workdir>/data
     damaged: names.Damaged = "error"  # whether a document that is not text is an error, or is skipped and counted
 
 
@@ -209,11 +212,11 @@ class TrainingConfig:
     # failed (rollback), or stop.
     max_skipped: int = _free(10, at_least=1)
     after_skipped: names.AfterSkipped = _free("rollback")
-    # An update is also skipped if its loss exceeds the running average by this many nats per token; 0: never.
+    # Likewise if its loss exceeds the average of its phase and number of streams by so many nats per token; 0: never.
     spike_nats: float = _field(0.0, at_least=0)
-    init_from: str = ""  # fine-tuning: a run or an export whose weights training starts from
+    init_from: str = _path("", optional=True)  # fine-tuning: a run or an export whose weights training starts from
     tensorboard: bool = _free(True)  # write TensorBoard files if tensorboardX is installed
-    wandb_project: str = _free("")
+    wandb_project: str = _free("", optional=True)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,6 +6,7 @@ its folder, so that one experiment can start from another: `from owt_small impor
 
 import ast
 import contextlib
+import functools
 import importlib.abc
 import importlib.machinery
 import importlib.util
@@ -17,6 +18,7 @@ from typing import Any
 
 import ml_collections
 
+from armd_jax.config import Config
 from armd_jax.errors import UserError, nearest, shown
 
 _LONGEST_VALUE = 1000  # characters of a number or a tuple
@@ -121,6 +123,9 @@ def set_field(config: ml_collections.ConfigDict, name: str, text: str) -> None:
         if depth < len(parts) - 1:
             node = node[part]
     old = node[parts[-1]]
+    if old is None:  # what an experiment file sets for "none" has no type; the default of the field does
+        default: Any = Config()
+        old = functools.reduce(lambda section, part: getattr(section, part, None), parts, default)
     if isinstance(old, ml_collections.ConfigDict):
         raise UserError(f"{name}={shown(text)}: a section; set one of its fields: {', '.join(old.keys())}")
     with node.unlocked(), node.ignore_type():

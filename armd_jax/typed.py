@@ -12,6 +12,7 @@ import math
 import re
 import types
 import typing
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, TypeVar
 
 from armd_jax.errors import UserError, nearest, shown
@@ -52,8 +53,15 @@ def build(cls: type[T], values: Any, where: str = "", largest: int | None = None
         has_default = field.default is not dataclasses.MISSING or field.default_factory is not dataclasses.MISSING
         if field.name not in values and not has_default:
             raise UserError(f"{prefix}{field.name} is missing")
+        if field.metadata.get("optional") and field.name in values and _says_none(values[field.name]):
+            values = values | {field.name: ""}
     limits = _Limits(largest, any_text)
     return cls(**{name: _coerce(hints[name], value, prefix + name, limits) for name, value in values.items()})
+
+
+def _says_none(value: Any) -> bool:
+    """Whether a value for an optional text says that there is none, as people write it on a command line or in JSON."""
+    return value is None or (isinstance(value, str) and value.strip().lower() in ("none", "null"))
 
 
 def field(
@@ -62,19 +70,24 @@ def field(
     at_least: float | None = None,
     above: float | None = None,
     fraction: Literal["open", "closed"] | None = None,
+    check: Callable[[Any, str], None] | None = None,
     **properties: Any,
 ) -> T:
     """A dataclass field with its properties, which `check` and whoever else asks find in the field's metadata.
 
     at_least, above: bounds of a number. fraction: a number in [0, 1) ("open") or in [0, 1] ("closed").
+    check: called with the value and the field's dotted name; raises UserError if the value is none for this field.
+    properties: `optional`: a text that is empty if there is none; `build` takes None, "none" and "null" for that too.
+        Others belong to whoever reads them.
     """
-    properties |= {"at_least": at_least, "above": above, "fraction": fraction}
+    properties |= {"at_least": at_least, "above": above, "fraction": fraction, "check": check}
     return dataclasses.field(default=default, metadata=properties)
 
 
 def check(instance: Any, where: str) -> None:
     """Raises UserError if a value is outside the bounds or the closed set of names that its field declares.
 
+    A field's own `check` is called as well.
     `build` checks names as well; instances that a program constructs itself come here unchecked.
     """
     hints = typing.get_type_hints(type(instance))
@@ -91,6 +104,8 @@ def check(instance: Any, where: str) -> None:
             raise UserError(f"{name}={value}: must be in [0, 1)")
         if one.metadata.get("fraction") == "closed" and not 0 <= value <= 1:
             raise UserError(f"{name}={value}: must be in [0, 1]")
+        if one.metadata.get("check"):
+            one.metadata["check"](value, name)
 
 
 def choices(literal: Any) -> tuple[str, ...]:

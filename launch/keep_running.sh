@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Runs a command until it is done: again after a crash, but not after a mistake of the user (exit code 2) or a signal.
-# SIGTERM, SIGINT and SIGHUP are passed on to the command, which saves and ends. Ends with the command's exit code.
+# SIGTERM, SIGINT, SIGHUP and SIGUSR2 ask the command to save and end. Ends with the command's exit code.
 set -euo pipefail
 usage() {
     sed -n '2,3s/^# //p' "$0"
@@ -35,8 +35,9 @@ if [ -n "$DRY_RUN" ]; then
     exit 0
 fi
 
+# The terminal or the reader of the log may be gone, which must not end the script and leave the command alone.
 note() {
-    echo "keep_running: $*" >&2
+    (trap '' PIPE && exec 3>&2 2>/dev/null && echo "keep_running: $*" >&3) || true
 }
 
 set_status() {
@@ -56,7 +57,16 @@ set_status running $$
 
 child="" stopped=""
 # The child is empty if the signal comes between two starts.
-trap 'stopped=1; if [ -n "$child" ]; then kill -TERM "$child" 2>/dev/null || true; fi' TERM INT HUP
+stop() {
+    stopped=1
+    if [ -n "$child" ]; then
+        kill -TERM "$child" 2>/dev/null || true
+    fi
+}
+trap stop TERM INT
+# If a connection is lost, SIGHUP comes from the shell and once more from the kernel. `armd train` would take a second
+# SIGTERM as the wish to leave at once.
+trap '[ -n "$stopped" ] || stop' HUP USR2
 restarts=0
 while :; do
     # The command has a process group of its own. Ctrl-C then reaches only this script, whose trap passes it on once.

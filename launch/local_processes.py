@@ -7,6 +7,7 @@
 import argparse
 import collections
 import contextlib
+import io
 import os
 import queue
 import shlex
@@ -21,6 +22,9 @@ from collections.abc import Sequence
 from typing import IO, NoReturn
 
 LAST_LINES = 10  # lines of a failed process's standard error that are shown again at the end
+# Passed on to every process. SIGHUP says that the terminal was lost (and is ignored under `nohup`); SIGUSR2 is what a
+# scheduler can be told to send ahead of a time limit.
+STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2)
 SAVED = 75  # exit code of a process that was stopped and saved, which is no failure
 
 
@@ -135,8 +139,9 @@ class Group:
             line = f"[{process}] {line.rstrip()}"
             if target is sys.stderr:
                 self.last_lines[process].append(line)
-            # The reader of our output may be gone. The process's output must still be read, or the process would block.
-            with self.output, contextlib.suppress(BrokenPipeError):
+            # The reader of our output, the terminal or the space for a log may be gone. The process's output must still
+            # be read, or the process would block.
+            with self.output, contextlib.suppress(OSError):
                 print(line, file=target, flush=True)
 
     def signal(self, number: int, grace: float) -> None:
@@ -184,11 +189,17 @@ class Group:
 
 def say(text: str) -> None:
     """Prints one line about the group on standard error."""
-    print(f"local_processes: {text}", file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):
+        print(f"local_processes: {text}", file=sys.stderr, flush=True)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the group; returns the exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(
+            stream, io.TextIOWrapper
+        ):  # a character that the terminal lacks must not end the copying of lines
+            stream.reconfigure(errors="backslashreplace")
     args = parse(argv)
     coordinator = f"127.0.0.1:{args.port or free_port()}"
     environment = extra_environment(args.devices_per_process)
@@ -198,8 +209,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("\n".join(" ".join([*settings, shlex.join(command)]) for command in commands))
         return 0
     group = Group()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda received, _: group.signal(received, args.grace))
+    for number in STOPPING:
+        if number in (signal.SIGTERM, signal.SIGINT) or signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, lambda received, _: group.signal(received, args.grace))
     try:
         for command in commands:
             if group.kill_at is None:  # no signal came yet
@@ -214,7 +226,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     process, code = failed
     if code != SAVED:
         say(f"process {process} failed first, with code {code}; its last lines:")
-        print("\n".join(group.last_lines[process]), file=sys.stderr)
+        with contextlib.suppress(OSError):
+            print("\n".join(group.last_lines[process]), file=sys.stderr)
     return code
 
 

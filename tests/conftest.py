@@ -6,9 +6,11 @@ import json
 import os
 import pathlib
 import random
+import resource
 import shutil
+import signal
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
@@ -51,6 +53,35 @@ def quick_compilation() -> Iterator[None]:
     """Compiles without the costly passes: for toy models, where compiling takes longer than running."""
     with _quick():
         yield
+
+
+@contextlib.contextmanager
+def _file_size_limit(size: int) -> Iterator[None]:
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limit[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+
+
+@pytest.fixture
+def full_disk() -> Callable[[int], contextlib.AbstractContextManager[None]]:
+    """`with full_disk(size):` makes every write beyond `size` bytes of a file fail, as it does on a full disk.
+
+    It is a limit on the size of files, which needs no rights. The error is EFBIG instead of ENOSPC.
+    """
+    return _file_size_limit
+
+
+@pytest.fixture
+def heeded() -> Iterator[None]:
+    """Signals that are sent to processes have their effect, even if the tests were started with `nohup`."""
+    numbers = (signal.SIGHUP, signal.SIGUSR2, signal.SIGXCPU)
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in numbers}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")

@@ -4,6 +4,8 @@ import json
 import os
 import pathlib
 import re
+import shlex
+import shutil
 import subprocess
 import sys
 
@@ -170,6 +172,68 @@ def test_train_eval_sample_export(tmp_path, capsys, smoke_run, smoke_config, cor
     assert drawn[0][0]["num_calls"] == 2 + 6 - 1  # 11 free positions
     assert drawn[0][0]["text"].startswith("the ") and drawn[0][0]["text"].endswith(".")
     assert (smoke_run / "samples.json").exists()
+
+
+SHORT = ["--config.optimizer.schedule=constant", "--config.training.tensorboard=false"]
+SHORT += ["--config.training.num_steps=2", "--config.order.sbp_steps=0"]
+
+
+def _events(run: pathlib.Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.slow
+def test_what_prepare_wrote_is_trained_on(tmp_path, monkeypatch, capsys, smoke_run, smoke_config, corpus):
+    """On a machine without the text, the command that `armd prepare` prints trains on the rows that the text gives, and
+    its run is evaluated there. Each of the verbs that cannot take them says which one can."""
+    shutil.copy(corpus, tmp_path / "docs.jsonl")
+    monkeypatch.chdir(tmp_path)
+    words = ("--source=docs.jsonl", "--out=my rows", "--tokenizer=bytes", "--length=64")
+    printed = shlex.split(_json(capsys, "prepare", *words)["train"])
+    assert printed[:4] == ["armd", "train", "--config=FILE.py", "--workdir=RUN"]
+    (tmp_path / "machine").mkdir()
+    shutil.move("my rows", tmp_path / "machine")
+    monkeypatch.chdir(tmp_path / "machine")
+    (tmp_path / "docs.jsonl").unlink()
+    train = ["train", f"--config={smoke_config}", "--workdir=run", *printed[4:], *SHORT]
+    assert _json(capsys, *train)["steps_done"] == 2
+    assert _events(pathlib.Path("run"))[0]["data"] == _events(smoke_run)[0]["data"]
+    assert not pathlib.Path("run/data").exists()
+    own = _json(capsys, "eval", "--run=run", "--streams=2", "--draws=0")
+    assert own == _json(capsys, "eval", "--run=run", "--streams=2", "--draws=0", "--data=my rows")
+    assert own["xz_bits_per_byte"] == json.loads(pathlib.Path("run/eval.json").read_text())["xz_bits_per_byte"] > 0
+    quick = _json(capsys, "eval", "--run=run", "--streams=2", "--draws=0", "--no-baselines")
+    assert quick["left_to_right"] == own["left_to_right"] and quick["unigram"] is quick["xz_bits_per_byte"] is None
+    _assert_one_error(capsys, ["prepare", "--source=my rows", "--out=new"], "--config.data.path='my rows'")
+    _assert_one_error(capsys, [*train, "--config.model.max_length=32"], "model.max_length was 64, now 32")
+    train[2] = "--workdir=new"
+    _assert_one_error(capsys, [*train, "--config.model.max_length=32"], "set model.max_length=64", "--length=32")
+    assert not pathlib.Path("new").exists()
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_from_another_folder(tmp_path, monkeypatch, capsys, smoke_config, corpus):
+    """However the path to the text is spelled; what changed is said once. Its test split needs no text at all."""
+    shutil.copy(corpus, tmp_path / "docs.jsonl")
+    monkeypatch.chdir(tmp_path)
+    start = ["train", f"--config={smoke_config}", "--workdir=run", "--config.data.path=docs.jsonl", *SHORT]
+    assert cli.main(start) == 0
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    go_on = ["train", f"--config={smoke_config}", "--workdir=../run", "--config.data.path=../docs.jsonl", *SHORT]
+    go_on[-2] = "--config.training.num_steps=3"
+    capsys.readouterr()
+    for times_said in (1, 0):
+        assert cli.main(go_on) == 0
+        said = capsys.readouterr().err
+        assert said.count("data.path was 'docs.jsonl', now '../docs.jsonl'") == times_said
+    assert [row["event"] for row in _events(tmp_path / "run")] == ["start", "save", "end", "resume", "save", "end"]
+    (tmp_path / "docs.jsonl").unlink()
+    assert _json(capsys, "eval", "--run=../run", "--streams=2", "--draws=0")["tokens"] > 0
+    capsys.readouterr()
+    go_on[-2] = "--config.training.num_steps=4"
+    assert cli.main(go_on) == 0
+    assert "'../docs.jsonl': there is no such file or folder; the run goes on with its own" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ import pytest
 
 import armd_jax as armd
 from armd_jax.cli import main as cli
-from armd_jax.data import tokenizers
+from armd_jax.data import packing, tokenizers
 from armd_jax.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -58,13 +58,18 @@ def _dangers(source: str) -> list[str]:
 
 def test_the_package_has_no_way_to_run_what_it_reads():
     """No module unpickles, evaluates or imports by a name that it read. Two places import: experiment files, which are
-    the user's own Python, and the lazy public names, which are constants."""
+    the user's own Python, and the lazy public names, which are constants. One place gives the text of a tokenizer.json
+    to the library that defines that file. Its size and its JSON are checked before, it names components of a closed
+    set, and nothing in it is a path: `test_a_tokenizer_json_is_only_data` tries."""
     found = {
         file.relative_to(PACKAGE).as_posix(): dangers
         for file in PACKAGE.rglob("*.py")
         if (dangers := _dangers(file.read_text(encoding="utf-8")))
     }
-    assert found == {"__init__.py": ["importlib.import_module"] * 2}
+    assert found == {
+        "__init__.py": ["importlib.import_module"] * 2,
+        "data/vocabulary_building.py": ["library.Tokenizer.from_str"],
+    }
     loaders = [file.name for file in PACKAGE.rglob("*.py") if "exec_module" in file.read_text(encoding="utf-8")]
     assert loaders == ["experiment_file.py"]
 
@@ -221,6 +226,39 @@ def test_a_vocabulary_is_only_text(tmp_path):
     assert {file.name for file in (tmp_path / "saved").iterdir()} == {"vocab.txt", "tokenizer_config.json"}
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"model": {"type": "os.mkdir", "vocab": {"a": 0}, "merges": []}},
+        {"model": {"type": "BPE", "vocab": "/etc/passwd", "merges": "/etc/passwd"}},
+        {"pre_tokenizer": {"type": "Custom", "__reduce__": ["os.mkdir", ["ran"]]}},
+        {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "/etc/passwd"}},
+        {"decoder": {"type": "__import__('os').mkdir('ran')"}},
+        {"added_tokens": [{"id": -1, "content": "../../escape"}]},
+        {"added_tokens": "os.mkdir"},
+        {"model": [{"__class__": "os.mkdir"}]},
+    ],
+)
+def test_a_tokenizer_json_is_only_data(tmp_path, monkeypatch, change):
+    """What names something else than a component of the library is an error of one line."""
+    monkeypatch.chdir(tmp_path)
+    pieces = {"<|endoftext|>": 0, "a": 1}
+    plain = {"version": "1.0", "added_tokens": [], "model": {"type": "BPE", "vocab": pieces, "merges": []}}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(plain))
+    assert tokenizers.load(tmp_path).encode("a") == [1]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(plain | change))
+    with _nothing_runs(tmp_path / "ran"), pytest.raises(UserError, match="tokenizer"):
+        tokenizers.load(tmp_path)
+
+
+def test_a_vocabulary_names_no_file(tmp_path):
+    """The library takes a text in place of a vocabulary for the name of a file."""
+    (tmp_path / "vocab.json").write_text('"/etc/passwd"')
+    (tmp_path / "merges.txt").write_text("a b\n")
+    with pytest.raises(UserError, match="vocab.json is not a JSON object"):
+        tokenizers.load(tmp_path)
+
+
 def test_saving_does_not_write_through_links(tmp_path):
     """A workdir from elsewhere may hold links: what they point at stays as it is."""
     (tmp_path / "precious").write_text("precious")
@@ -231,15 +269,55 @@ def test_saving_does_not_write_through_links(tmp_path):
     assert tokenizers.load(tmp_path / "tokenizer").kind == "bytes"
 
 
+@pytest.fixture
+def prepared(tmp_path: pathlib.Path, smoke_run: pathlib.Path) -> pathlib.Path:
+    """A copy of the data of the smoke run, beside a file of rows that does not belong to it."""
+    (folder,) = (smoke_run / "data").iterdir()
+    copy = pathlib.Path(shutil.copytree(folder, tmp_path / "prepared"))
+    shutil.copy(copy / "test-00000.array_record", tmp_path / "test-00000.array_record")
+    return copy
+
+
+def test_a_link_as_a_shard_is_not_followed(tmp_path, prepared):
+    """Rows that a link would bring from elsewhere are not read, though they are the very same bytes."""
+    shard = prepared / "test-00000.array_record"
+    assert packing.open_prepared(prepared).num_rows("test") > 0
+    for target in (tmp_path / "test-00000.array_record", pathlib.Path("..") / "test-00000.array_record"):
+        shard.unlink()
+        shard.symlink_to(target)
+        assert shard.is_file()
+        with pytest.raises(UserError, match="test-00000.array_record: this shard is a link out of its folder"):
+            packing.open_prepared(prepared)
+
+
+@pytest.mark.parametrize("name", ["../test-00000.array_record", "ABSOLUTE", "tokenizer/../test-00000.array_record"])
+def test_a_path_as_the_name_of_a_shard_is_refused(tmp_path, prepared, name):
+    """A manifest names files of its folder. A name with a folder in it is an error, whatever lies there."""
+    name = name.replace("ABSOLUTE", str(tmp_path / "test-00000.array_record"))
+    assert (prepared / name).is_file()
+    about = json.loads((prepared / "manifest.json").read_text())
+    about["splits"]["test"]["shards"][0]["file"] = name
+    (prepared / "manifest.json").write_text(json.dumps(about))
+    with pytest.raises(UserError, match=r"manifest.json: .*is not the name of a shard"):
+        packing.open_prepared(prepared)
+
+
 @pytest.mark.slow
 def test_a_run_does_not_choose_where_evaluation_writes(tmp_path, run):
-    """`data.cache_dir` of a run that came from elsewhere is read where it is there, and never made."""
+    """`data.cache_dir` of a run that came from elsewhere is read where it is there, and never made or written to."""
     values = json.loads((run / "config.json").read_text())
     values["data"]["cache_dir"] = str(tmp_path / "elsewhere")
     (run / "config.json").write_text(json.dumps(values))
+    events = (run / "events.jsonl").read_text().splitlines()  # they say where the rows were, on the other machine
+    there = [json.dumps({name: value for name, value in json.loads(row).items() if name != "rows"}) for row in events]
+    (run / "events.jsonl").write_text("".join(row + "\n" for row in there))
     assert cli.main(["eval", f"--run={run}", "--streams=2", "--draws=0"]) == 0
     assert not (tmp_path / "elsewhere").exists() and len(list((run / "data").iterdir())) == 1
     assert (run / "eval.json").exists()
+    (folder,) = (run / "data").iterdir()
+    (folder / "baselines.json").unlink()
     shutil.move(run / "data", tmp_path / "elsewhere")
+    before = sorted((tmp_path / "elsewhere").rglob("*"))
     assert cli.main(["eval", f"--run={run}", "--streams=2", "--draws=0"]) == 0
-    assert not (run / "data").exists()
+    assert not (run / "data").exists() and sorted((tmp_path / "elsewhere").rglob("*")) == before
+    assert (run / "baselines.json").exists()

@@ -2,32 +2,70 @@
 
 import argparse
 import pathlib
+import re
 import sys
 from collections.abc import Sequence
 from typing import Any
 
-from armd_jax import typed
-from armd_jax.config import Config, from_config_dict
-from armd_jax.errors import UserError
+from armd_jax import files, typed
+from armd_jax.config import Config, MeshConfig, from_config_dict
+from armd_jax.errors import UserError, shown
 from armd_jax.experiment_file import apply_overrides, load_config_file
+
+
+def local(text: str) -> str:
+    """The type of an argument that names files, in whatever form. An address of something elsewhere is refused."""
+    if reason := files.not_local(text):
+        raise argparse.ArgumentTypeError(f"{shown(text)}: {reason}")
+    return text
 
 
 def folder(text: str) -> pathlib.Path:
     """The type of a folder argument. An empty one, as from an unset shell variable, would be the current folder."""
     if not text or "\0" in text:
         raise argparse.ArgumentTypeError("expected the name of a folder")
-    return pathlib.Path(text)
+    return pathlib.Path(local(text))
+
+
+def file(text: str) -> pathlib.Path:
+    """The type of an argument that names a file to write."""
+    if not text or "\0" in text:
+        raise argparse.ArgumentTypeError("expected the name of a file")
+    return pathlib.Path(local(text))
+
+
+def mesh_axes(text: str) -> MeshConfig:
+    """The type of `--mesh`: sizes of axes such as `data=2,fsdp=4`. An axis that is not named has size 1."""
+    sizes = {"data": 1, "fsdp": 1, "tensor": 1}
+    for word in text.split(","):
+        axis, _, size = word.partition("=")
+        if axis not in sizes or not re.fullmatch("-1|[1-9][0-9]{0,5}", size):
+            raise argparse.ArgumentTypeError(
+                f"{shown(text)}: expected sizes of {', '.join(sizes)}, such as fsdp=8 or data=2,fsdp=-1"
+            )
+        sizes[axis] = int(size)
+    if list(sizes.values()).count(-1) > 1:
+        raise argparse.ArgumentTypeError(f"{shown(text)}: only one axis may be -1 (all devices that are left)")
+    return MeshConfig(**sizes)
 
 
 def add_run(parser: argparse.ArgumentParser) -> None:
     """`--run` and which of its weights to take."""
     parser.add_argument("--run", required=True, type=folder, help="a training run or an export")
     parser.add_argument("--no-ema", action="store_true", help="take the raw weights instead of their moving average")
+    parser.add_argument(
+        "--mesh",
+        default=None,
+        type=mesh_axes,
+        metavar="AXIS=DEVICES",
+        help="spread the weights over all devices, as in training: sizes of data, fsdp and tensor, such as fsdp=8 or"
+        " data=2,fsdp=-1 (-1: all devices that are left); default: one device",
+    )
 
 
 def add_config(parser: argparse.ArgumentParser) -> None:
     """`--config`, and `--config.section.field=value` for its fields."""
-    parser.add_argument("--config", required=True, help="experiment file, file.py or file.py:arg")
+    parser.add_argument("--config", required=True, type=local, help="experiment file, file.py or file.py:arg")
     parser.set_defaults(takes_overrides=True)
     parser.epilog = "Fields of the config are set with --config.section.field=value."
 
@@ -37,6 +75,17 @@ def read_config(args: argparse.Namespace, overrides: Sequence[str]) -> Config:
     values = load_config_file(args.config)
     apply_overrides(values, overrides)
     return from_config_dict(values)
+
+
+def add_out(parser: argparse.ArgumentParser, what: str) -> None:
+    """`--out`, for whoever wants what is kept of the results in another place than the run."""
+    parser.add_argument("--out", default=None, type=folder, help=f"folder to write {what} into; default: the run")
+
+
+def check_out(args: argparse.Namespace) -> None:
+    """Raises UserError if `--out` is given and cannot be written. Called before the work begins."""
+    if args.out is not None and (reason := files.unwritable(args.out)):
+        raise UserError(f"--out={args.out}: {reason}")
 
 
 def whole_numbers(text: str, flag: str) -> list[int]:
@@ -58,8 +107,29 @@ def check_seed(seed: int) -> None:
 
 def show(args: argparse.Namespace, result: Any, text: str) -> int:
     """Prints the result as text, or with `--json` as one JSON object. Returns exit code 0."""
-    print(typed.to_json(result) if args.json else text)
+    print(typed.to_json(result) if args.json else text, flush=True)
     return 0
+
+
+def show_and_keep(args: argparse.Namespace, result: Any, text: str, keep: pathlib.Path | None, name: str) -> int:
+    """Prints the result, and then writes it as the file `name` into `--out`, by default into the folder `keep`.
+
+    keep: None if there is no such folder. If it cannot be written, as on a read-only file system, a line on stderr says
+        so: the result is printed by then, and only a folder that was asked for is a promise. Returns exit code 0.
+    """
+    try:
+        return show(args, result, text)
+    finally:  # even if the reader of the output went away
+        content = typed.to_json(result, indent=2) + "\n"
+        if args.out is not None:
+            args.out.mkdir(parents=True, exist_ok=True)
+            files.write(args.out / name, content)
+        elif keep is not None:
+            try:
+                files.write(keep / name, content)
+            except OSError as error:
+                reason = error.strerror or error
+                print(f"{keep / name} was not written ({reason}); --out=FOLDER keeps it elsewhere", file=sys.stderr)
 
 
 def failed(reason: str, code: int = 2) -> int:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from armd_jax.cli.arguments import folder, show
 
 HELP = "List a run's checkpoints, each read whole and verified."
+IF_MEMORY_RUNS_OUT = "a whole checkpoint has to fit; use a machine with more memory"
 
 
 def add(parser: argparse.ArgumentParser) -> None:

@@ -1,15 +1,15 @@
 """`armd compile`: compile a training step or the sampler for a TPU slice, on a machine without one."""
 
 import argparse
-import pathlib
 from collections.abc import Sequence
 
-from armd_jax import typed
-from armd_jax.cli.arguments import add_config, failed, read_config, show
+from armd_jax import files, typed
+from armd_jax.cli.arguments import add_config, failed, file, read_config, show
 from armd_jax.errors import UserError
 from armd_jax.names import CompiledProgram
 
 HELP = "Compile a training step or the sampler for a TPU slice, on a machine without one."
+IF_MEMORY_RUNS_OUT = "compiling needs more memory than this machine has; use a larger machine or a smaller model"
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -22,9 +22,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--batch", type=int, default=0, help="sample: rows; default: one per device of data x fsdp")
     parser.add_argument("--streams", type=int, default=1, help="sample: parallel streams")
-    parser.add_argument(
-        "--dump-hlo", type=pathlib.Path, default=None, metavar="FILE", help="write the compiled program"
-    )
+    parser.add_argument("--dump-hlo", type=file, default=None, metavar="FILE", help="write the compiled program")
     parser.epilog = "The exit code is 0 if it fits into the chip's memory, 1 if not. " + (parser.epilog or "")
 
 
@@ -33,6 +31,10 @@ def run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
     config = read_config(args, overrides)
     if args.batch < 0 or args.streams < 1:
         raise UserError("--batch must be at least 0 and --streams at least 1")
+    if args.dump_hlo and not args.dump_hlo.exists():  # better said now than after minutes of compiling
+        folder = args.dump_hlo.parent
+        if reason := files.unwritable(folder) if folder.is_dir() else "does not exist":
+            raise UserError(f"--dump-hlo={args.dump_hlo}: the folder {folder} {reason}")
 
     from armd_jax.compilation import topology
 

@@ -1,11 +1,14 @@
 """`armd eval`: likelihoods of held-out text under several generation orders, or their bound."""
 
 import argparse
+import contextlib
+import pathlib
+import tempfile
 from collections.abc import Sequence
 
 from armd_jax import config as configs
 from armd_jax import files, typed
-from armd_jax.cli.arguments import add_run, check_seed, show, whole_numbers
+from armd_jax.cli.arguments import add_out, add_run, check_out, check_seed, local, show_and_keep, whole_numbers
 from armd_jax.errors import UserError
 from armd_jax.names import Split
 
@@ -13,13 +16,16 @@ HELP = (
     "Exact left-to-right likelihood, expected likelihood over random orders, likelihood under strided orders;"
     " for a model without orders, the bound of its masked diffusion (ELBO)."
 )
+IF_MEMORY_RUNS_OUT = "lower --batch"
 
 
 def add(parser: argparse.ArgumentParser) -> None:
     """Declares the arguments."""
     add_run(parser)
     parser.add_argument("--split", default="test", choices=typed.choices(Split))
-    parser.add_argument("--data", default=None, help="other text: file, folder, glob or tfds:NAME")
+    parser.add_argument(
+        "--data", default=None, type=local, help="other text: file, folder, glob, tfds:NAME or prepared folder"
+    )
     parser.add_argument(
         "--streams", default=None, help="numbers of streams of the strided orders; default: of 2,4,8 those that fit"
     )
@@ -31,11 +37,18 @@ def add(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--batch", type=int, default=16, help="rows per network call")
     parser.add_argument("--seed", type=int, default=0, help="of the random orders and masks")
+    parser.add_argument(
+        "--no-baselines",
+        action="store_true",
+        help="leave out the unigram model and the compressor, which read all training rows the first time",
+    )
+    add_out(parser, "eval.json, and rows that have to be prepared,")
 
 
 def run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
-    """Scores the text, prints the figures, and stores them in the run if the text is the run's own."""
+    """Scores the text, prints the figures, and keeps them in the run if the text is the run's own."""
     del overrides
+    check_out(args)
     streams = whole_numbers(args.streams or "2,4,8", "--streams")
     if (args.draws is not None and args.draws < 0) or args.batch < 1:
         raise UserError("--draws must be at least 0, --batch at least 1")
@@ -57,12 +70,34 @@ def run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
 
     host_memory.settle()  # before JAX is imported
 
-    from armd_jax.evaluation import held_out, perplexity, results
+    from armd_jax.evaluation import baselines, held_out, perplexity, results
     from armd_jax.interop.load import load
+    from armd_jax.training import sharding
 
-    lm = load(args.run, ema=not args.no_ema)
-    data = held_out.find(args.run, config, args.split, args.data)
-    found = perplexity.evaluate(lm, data, args.split, streams, draws, config.order, args.batch, args.seed)
-    if args.data is None:
-        files.write(args.run / results.EVALUATION_FILE, typed.to_json(found.as_dict(), indent=2) + "\n")
-    return show(args, found.as_dict(), perplexity.as_text(found))
+    mesh = args.mesh and sharding.make_mesh(args.mesh)
+    if mesh is not None and args.batch % (parts := mesh.shape["data"] * mesh.shape["fsdp"]):
+        raise UserError(f"--batch={args.batch}: is not divisible by the {parts} devices of the axes data and fsdp")
+    lm = load(args.run, not args.no_ema, mesh)
+    with contextlib.ExitStack() as stack:
+        rows = args.out or args.run
+        if files.unwritable(rows):  # a run on a read-only file system: rows that nobody prepared live for this call
+            rows = pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="armd-eval-")))
+        data = held_out.find(args.run, config, args.split, args.data, rows)
+        # Beside the rows, unless it is only the run that says where they are: that must not choose where to write.
+        beside = data.folder / baselines.FILE
+        chosen = args.data is not None or data.folder.absolute().is_relative_to(args.run.absolute())
+        found = perplexity.evaluate(
+            lm,
+            data,
+            args.split,
+            streams,
+            draws,
+            config.order,
+            args.batch,
+            args.seed,
+            mesh=mesh,
+            with_baselines=not args.no_baselines,
+            kept_in=[beside] if chosen else [args.run / baselines.FILE, beside],
+        )
+    keep = args.run if args.data is None else None
+    return show_and_keep(args, found.as_dict(), perplexity.as_text(found), keep, results.EVALUATION_FILE)

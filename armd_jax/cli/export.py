@@ -7,6 +7,7 @@ from armd_jax import config as configs
 from armd_jax.cli.arguments import add_run, folder, show
 
 HELP = "Write safetensors, config.json and tokenizer files."
+IF_MEMORY_RUNS_OUT = "the weights have to fit; use a machine with more memory"
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -22,6 +23,9 @@ def run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
 
     from armd_jax.interop import safetensors_format
     from armd_jax.interop.load import load
+    from armd_jax.training import sharding
 
-    safetensors_format.write(load(args.run, ema=not args.no_ema), config, args.out)
+    safetensors_format.check_new(args.out)
+    lm = load(args.run, not args.no_ema, args.mesh and sharding.make_mesh(args.mesh))
+    safetensors_format.write(lm, config, args.out)
     return show(args, {"out": str(args.out)}, f"{args.out}: {safetensors_format.WEIGHTS}, config.json, tokenizer/")

@@ -3,20 +3,23 @@
 import argparse
 from collections.abc import Sequence
 
-from armd_jax.cli.arguments import folder, show
+from armd_jax.cli.arguments import add_out, check_out, folder, show
 
 HELP = "Write report.html and its pictures into the run."
+IF_MEMORY_RUNS_OUT = "use a machine with more memory"
 
 
 def add(parser: argparse.ArgumentParser) -> None:
     """Declares the arguments."""
     parser.add_argument("--run", required=True, type=folder, help="a training run or an export")
+    add_out(parser, "the page and its pictures")
 
 
 def run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
     """Writes the page and prints its path."""
     del overrides
+    check_out(args)
     from armd_jax.report import page
 
-    path = page.write(args.run)
+    path = page.write(args.run, args.out)
     return show(args, {"report": str(path)}, f"{path}")

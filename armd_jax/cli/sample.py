@@ -4,12 +4,13 @@ import argparse
 import re
 from collections.abc import Sequence
 
-from armd_jax import files, typed
-from armd_jax.cli.arguments import add_run, show, whole_numbers
+from armd_jax import typed
+from armd_jax.cli.arguments import add_out, add_run, check_out, show_and_keep, whole_numbers
 from armd_jax.errors import UserError
 from armd_jax.names import DenoisingSampler
 
 HELP = "Draw samples in one or several parallel streams, or from a denoiser, and time it."
+IF_MEMORY_RUNS_OUT = "lower --batch, --length or --streams"
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -37,11 +38,13 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt", default="", help="text to continue")
     parser.add_argument("--suffix", default="", help="text to end with; what lies between is filled in")
     parser.add_argument("--seed", type=int, default=0)
+    add_out(parser, "samples.json")
 
 
 def run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
-    """Draws the samples, prints them, and stores them in the run."""
+    """Draws the samples, prints them, and keeps them in the run if it can be written."""
     del overrides
+    check_out(args)
     streams = None if args.streams is None else whole_numbers(args.streams, "--streams")
     steps = [] if args.steps is None else whole_numbers(args.steps, "--steps")
     for flag, text in (("--prompt", args.prompt), ("--suffix", args.suffix)):
@@ -50,8 +53,9 @@ def run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
 
     from armd_jax.evaluation import results, samples
     from armd_jax.interop.load import load
+    from armd_jax.training import sharding
 
-    lm = load(args.run, ema=not args.no_ema)
+    lm = load(args.run, not args.no_ema, args.mesh and sharding.make_mesh(args.mesh))
     drawn = samples.draw(
         lm,
         ([1] if lm.config.has_orders else []) if streams is None else streams,
@@ -66,5 +70,4 @@ def run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
         sampler=args.sampler,
         steps=steps,
     )
-    files.write(args.run / results.SAMPLES_FILE, typed.to_json(drawn, indent=2) + "\n")
-    return show(args, drawn, samples.as_text(drawn))
+    return show_and_keep(args, drawn, samples.as_text(drawn), args.run, results.SAMPLES_FILE)

@@ -6,17 +6,30 @@ from collections.abc import Sequence
 from armd_jax import typed
 from armd_jax.cli.arguments import add_config, failed, folder, read_config, show
 from armd_jax.config import Config
+from armd_jax.errors import UserError
 from armd_jax.names import Switch
 
 HELP = "Train a model, or continue the run that is in the workdir."
+IF_MEMORY_RUNS_OUT = (
+    "lower training.batch_size or model.max_length, or raise training.microbatches, which cuts a batch into parts"
+)
 
 
 def add(parser: argparse.ArgumentParser) -> None:
     """Declares the arguments."""
     add_config(parser)
+    parser.set_defaults(result_is_printed=False)  # the result of a training is its folder, whoever reads the last line
     parser.add_argument("--workdir", required=True, type=folder, help="folder of the run")
     parser.add_argument(
         "--debug-nans", action="store_true", help="stop at the operation that first gives NaN, and name it; slow"
+    )
+    parser.add_argument(
+        "--rewarm",
+        type=int,
+        default=None,
+        metavar="STEPS",
+        help="if another training.num_steps would make the learning rate jump: let it rise over that many steps;"
+        " 0: let it jump",
     )
     parser.add_argument(
         "--distributed",
@@ -37,6 +50,8 @@ def add(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
     """Trains, alone or as one process of several."""
     config = read_config(args, overrides)
+    if args.rewarm is not None and args.rewarm < 0:
+        raise UserError(f"--rewarm={args.rewarm}: must be at least 0")
 
     from armd_jax.training import host_memory
 
@@ -45,22 +60,24 @@ def run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
     from armd_jax.training import distributed
 
     several = distributed.initialize(args.distributed, args.coordinator, args.num_processes, args.process_id)
-    return distributed.run_together(lambda: _train(args, config)) if several else _train(args, config)
+    if several:
+        return distributed.run_together(lambda: _train(args, config), IF_MEMORY_RUNS_OUT)
+    return _train(args, config)
 
 
 def _train(args: argparse.Namespace, config: Config) -> int:
     import jax
 
     from armd_jax.interop import fine_tuning
-    from armd_jax.training import train
+    from armd_jax.training import train, workdir
     from armd_jax.training.faults import RunFailed
     from armd_jax.training.preemption import STOPPED
 
     start = fine_tuning.initial_params if config.training.init_from else None
     try:
-        if start and not (args.workdir / "config.json").exists():
+        if start and workdir.begun(args.workdir) is None:
             fine_tuning.check_source(config)
-        result = train.train(config, args.workdir, start, debug_nans=args.debug_nans)
+        result = train.train(config, args.workdir, start, debug_nans=args.debug_nans, rewarm_steps=args.rewarm)
     except RunFailed as error:
         return failed(str(error), 1)
     at = int(result.state.step)

@@ -102,7 +102,7 @@ def run(
         compile_seconds = time.perf_counter() - began
         text = _text(compiled)
         if hlo_file is not None:
-            hlo_file.write_text(text)
+            hlo_file.write_text(text, encoding="utf-8")
         memory, work = _memory(compiled), _work(Program(text), where, job)
     return CompileResult(
         config=name,

@@ -102,7 +102,11 @@ def _streams(config: OrderConfig) -> str:
 
 
 def _strided(config: OrderConfig, keys: _Keys, batch: int, length: int) -> Order:
-    return orders.strided(batch, length, jax.random.choice(keys.streams, jnp.asarray(config.streams, jnp.int32)))
+    return orders.strided(batch, length, _num_streams(config, keys))
+
+
+def _num_streams(config: OrderConfig, keys: _Keys) -> jax.Array:
+    return jax.random.choice(keys.streams, jnp.asarray(config.streams, jnp.int32))
 
 
 def describe(config: OrderConfig) -> str:
@@ -149,6 +153,30 @@ def draw(config: OrderConfig, key: jax.Array, step: jax.Array, num_steps: int, b
         return base()
     sbp_begins = num_steps - config.sbp_steps
     return jax.lax.cond(step >= sbp_begins, lambda: _strided(config, keys, batch, length), base)
+
+
+def num_kinds(config: OrderConfig) -> int:
+    """How many kinds of steps there are, see `kind_of_step`. It does not depend on the number of steps."""
+    strided = config.kind in typed.choices(StridedOrder)
+    base = 0 if strided else len(_base(config).phases)
+    return base + (len(config.streams) if strided or config.sbp_steps else 0)
+
+
+def kind_of_step(config: OrderConfig, key: jax.Array, step: jax.Array, num_steps: int) -> jax.Array:
+    """int32 below `num_kinds`: the phase of a step and, if its order is strided, the number of streams that is drawn.
+
+    Losses of one kind can be compared: with eight streams a loss is naturally higher than with one.
+
+    key: as for `draw`.
+    """
+    strided = config.kind in typed.choices(StridedOrder)
+    phases: tuple[tuple[str, int | None], ...] = () if strided else _base(config).phases
+    phase = sum((jnp.asarray(step) >= end for _, end in phases if end is not None), jnp.int32(0))
+    if phases and not config.sbp_steps:
+        return phase
+    drawn = _num_streams(config, _Keys(*jax.random.split(key)))
+    streams = len(phases) + jnp.argmax(jnp.asarray(config.streams, jnp.int32) == drawn).astype(jnp.int32)
+    return jnp.where(step >= num_steps - config.sbp_steps, streams, phase) if phases else streams
 
 
 def shuffled_tokens(config: OrderConfig, step: jax.Array | int) -> jax.Array | None:

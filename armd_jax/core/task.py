@@ -24,6 +24,8 @@ class Tasks:
 
     drawn: what is drawn at every step, in one word. describe: a few words for people. phases: of training.
     draw: (key, step, batch, length) -> the task that is trained on at a step; the key already belongs to this step.
+    num_kinds: how many kinds of steps there are, whose losses differ by nature.
+    kind: (key, step) -> int32, the kind of the task that `draw` draws with this key.
     held_out: (key, valid_BN) -> the task that held-out text is scored with during training.
     bounds: whether the expected loss of `held_out` only bounds the negative log-likelihood (negative ELBO). If not, it
         is the exact one, left to right.
@@ -33,6 +35,8 @@ class Tasks:
     describe: str
     phases: tuple[Phase, ...]
     draw: Callable[[jax.Array, jax.Array, int, int], Task]
+    num_kinds: int
+    kind: Callable[[jax.Array, jax.Array], jax.Array]
     held_out: Callable[[jax.Array, jax.Array], Task]
     bounds: bool
 
@@ -54,6 +58,8 @@ def of(config: Config) -> Tasks:
                 describe=f"orders: {curriculum.describe(order)}",
                 phases=curriculum.phases(order, num_steps),
                 draw=lambda key, step, batch, length: curriculum.draw(order, key, step, num_steps, batch, length),
+                num_kinds=curriculum.num_kinds(order),
+                kind=lambda key, step: curriculum.kind_of_step(order, key, step, num_steps),
                 held_out=score,
                 bounds=bounding is not None,
             )
@@ -63,6 +69,8 @@ def of(config: Config) -> Tasks:
                 describe="masks: masked diffusion in continuous time",
                 phases=(Phase("masked diffusion", 0, num_steps),),
                 draw=lambda key, step, batch, length: corruption.by_time(key, jnp.ones((batch, length), bool)),
+                num_kinds=1,
+                kind=lambda key, step: jnp.int32(0),
                 held_out=corruption.by_count,
                 bounds=True,
             )

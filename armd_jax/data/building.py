@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from armd_jax import files
 from armd_jax.errors import UserError
 
 JUST_MADE = 60  # seconds in which another process may have made a folder but not locked it yet
@@ -26,7 +27,7 @@ def large_folder(folder: Path, last_file: str) -> Iterator[Path]:
     `folder` first, its result stands. If the block raises, parent folders that were made here are removed as well.
 
     last_file: the file that the block writes last. A folder that has it is complete.
-    Raises UserError if the folder cannot be written.
+    Raises UserError if the folder cannot be written, and OSError with its name if the disk is full.
     """
     made = [parent for parent in folder.parents if not os.path.exists(parent)]
     partial = folder.with_name(f".{folder.name}.partial-{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}")
@@ -46,6 +47,8 @@ def large_folder(folder: Path, last_file: str) -> Iterator[Path]:
         for parent in made:
             if parent.is_dir() and not any(parent.iterdir()):
                 parent.rmdir()
+        if isinstance(error, OSError) and error.errno in files.FULL:
+            raise OSError(error.errno, f"{error.strerror}, while data were prepared", str(folder)) from error
         if isinstance(error, OSError):
             raise UserError(f"cannot write prepared data to {folder}: {error.strerror or error}") from error
         raise

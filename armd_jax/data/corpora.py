@@ -16,7 +16,7 @@ from typing import Literal, assert_never
 
 from armd_jax.config import DataConfig
 from armd_jax.data import embedded, text_files, tfds
-from armd_jax.data.reading import Documents, LeftOut, Source
+from armd_jax.data.reading import Documents, KnownFiles, LeftOut, Selection, Source, SourceFile
 from armd_jax.data.splits import SPLITS, Division
 from armd_jax.errors import UserError
 from armd_jax.names import Damaged, Split
@@ -33,7 +33,7 @@ def source_kind(path: str) -> SourceKind:
     return "files"
 
 
-def _open_source(config: DataConfig) -> Source:
+def _open_source(config: DataConfig, known: KnownFiles) -> Source:
     kind = source_kind(config.path)
     match kind:
         case "embedded":
@@ -41,7 +41,7 @@ def _open_source(config: DataConfig) -> Source:
         case "tfds":
             return tfds.open_source(config)
         case "files":
-            return text_files.open_source(config)
+            return text_files.open_source(config, known)
         case _:
             assert_never(kind)
 
@@ -55,13 +55,17 @@ class Corpus:
       fingerprint: sha256 of everything that decides the documents, such as contents, names and versions.
       split_rule: how the documents are divided among the splits. Corpora with equal fingerprint and rule have the same
         documents in every split.
+      files: see `Source`.
+      selection: which parts of the source, such as files, are read, and why others are not.
     """
 
     description: str
     fingerprint: str
     split_rule: str
+    files: tuple[SourceFile, ...] | None = dataclasses.field(repr=False)
     _readers: dict[Split, Callable[[], Iterator[str]]] = dataclasses.field(repr=False)
     _documents: dict[Split, Documents] = dataclasses.field(repr=False)  # by the splits that the source itself has
+    selection: Selection = dataclasses.field(repr=False)
 
     @property
     def splits(self) -> tuple[Split, ...]:
@@ -86,17 +90,17 @@ class Corpus:
         return {split: documents.left_out for split, documents in self._documents.items()}
 
 
-def open_corpus(config: DataConfig) -> Corpus:
+def open_corpus(config: DataConfig, known: KnownFiles | None = None) -> Corpus:
     """The corpus that `config.path` names. Raises UserError if there is none.
 
     An empty path is the embedded corpus. "tfds:NAME" or "tfds:/folder/of/a/dataset/version" is a prepared TFDS dataset.
     Anything else is a file, a folder or a glob of the kinds of file in `text_files.FORMATS`, which are read once for
-    the fingerprint.
+    the fingerprint, unless they are `known` from an earlier time.
 
     The splits of the source are taken as they are. If it has no validation split, one is taken from its training
     documents, and if training documents are all it has, a test split as well, unless their fractions are 0.
     """
-    source = _open_source(config)
+    source = _open_source(config, known or {})
     documents = {split: Documents(reader, config.damaged) for split, reader in source.readers.items()}
     fractions: dict[Split, float] = {}
     if "valid" not in documents and config.valid_fraction:
@@ -111,8 +115,10 @@ def open_corpus(config: DataConfig) -> Corpus:
         source.description,
         source.fingerprint,
         _split_rule(source, config.damaged, fractions),
+        source.files,
         {split: readers[split] for split in SPLITS if split in readers},
         documents,
+        source.selection,
     )
 
 

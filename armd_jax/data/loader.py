@@ -12,6 +12,9 @@ from armd_jax.data.shards import PackedRows
 
 PREFETCH_THREADS = 2
 PREFETCH_BATCHES = 4
+# `index_shuffle` permutes at least 2^16 places and walks on until it is back among those that exist. Up to here, that
+# takes so long (1 ms an index over 20 rows) that a whole epoch is permuted instead.
+FEW_ROWS = 1024
 
 
 def batch_indices(step: int, batch_size: int, seed: int, num_rows: int) -> np.ndarray:
@@ -22,6 +25,10 @@ def batch_indices(step: int, batch_size: int, seed: int, num_rows: int) -> np.nd
     """
     places = step * batch_size + np.arange(batch_size)
     epochs, places = np.divmod(places, num_rows)
+    if num_rows <= FEW_ROWS:
+        first = int(epochs[0])  # the epochs of a batch follow one another
+        permutations = np.stack([_permutation(seed, epoch, num_rows) for epoch in range(first, int(epochs[-1]) + 1)])
+        return permutations[epochs - first, places]
     seeds = {epoch: int(np.random.SeedSequence([seed, epoch]).generate_state(1)[0]) for epoch in map(int, set(epochs))}
     return np.array(
         [
@@ -30,6 +37,11 @@ def batch_indices(step: int, batch_size: int, seed: int, num_rows: int) -> np.nd
         ],
         np.int64,
     )
+
+
+def _permutation(seed: int, epoch: int, num_rows: int) -> np.ndarray:
+    """int64[num_rows]: the rows of an epoch, sorted by a random number each. The same in every version of NumPy."""
+    return np.argsort(np.random.SeedSequence([seed, epoch]).generate_state(num_rows, np.uint64), kind="stable")
 
 
 class _BatchSource:

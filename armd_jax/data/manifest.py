@@ -1,16 +1,19 @@
 """The manifest of a prepared folder: what its rows were made from, and which files hold them.
 
 A prepared folder may come from anywhere, so every value is checked before it is used. The dataclasses below are the
-keys of manifest.json, in its order. A change to them changes the format: raise FORMAT with it.
+keys of manifest.json, in its order. A change to them changes the format: raise FORMAT with it, unless it is a new key
+that folders of earlier versions may lack.
 """
 
 import dataclasses
+import hashlib
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
 from armd_jax import files, typed
-from armd_jax.data.reading import LeftOut
+from armd_jax.data.reading import KnownFiles, LeftOut, SourceFile
 from armd_jax.errors import UserError, shown
 from armd_jax.names import Split, TokenizerKind
 
@@ -72,10 +75,11 @@ class TokenizerIdentity:
 
 @dataclasses.dataclass(frozen=True)
 class SourceIdentity:
-    """Which documents were read: `description` and `fingerprint` of the corpus."""
+    """Which documents were read: `description`, `fingerprint` and `files` of the corpus."""
 
     description: str
     fingerprint: str
+    files: tuple[SourceFile, ...] | None = typed.field(None, absent_if_none=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,6 +103,12 @@ class Manifest:
     split_rule: str
     left_out: dict[Split, LeftOut]
     splits: dict[Split, PackedSplit]
+
+    @property
+    def digest(self) -> str:
+        """sha256 of what decides the training batches besides seed and step: the training rows and the tokenizer."""
+        shards = [shard.sha256 for shard in self.splits["train"].shards]
+        return hashlib.sha256("\0".join([self.tokenizer.hash, *shards]).encode()).hexdigest()
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
@@ -125,6 +135,30 @@ def read_manifest(folder: Path) -> Manifest:
     raise UserError(f"{file}: format {shown(values['format'])} is not the {FORMAT} of this version; prepare again")
 
 
+def prepared_below(root: Path) -> Iterator[tuple[Path, Manifest | UserError]]:
+    """The prepared folders in `root`: the root itself if it is one, and those right below it, sorted by name.
+
+    Each comes with its manifest, or with what is wrong with that. There are none in a folder that may not be read.
+    """
+    try:
+        itself = [root] if (root / MANIFEST_FILE).is_file() else []
+        below = sorted(file.parent for file in root.glob(f"*/{MANIFEST_FILE}"))
+    except OSError:
+        return
+    for folder in [*itself, *(folder for folder in below if not folder.name.startswith("."))]:
+        try:
+            yield folder, read_manifest(folder)
+        except UserError as error:
+            yield folder, error
+
+
+def known_files(root: Path) -> KnownFiles:
+    """The source files that the prepared folders in `root` were made from."""
+    manifests = [manifest for _, manifest in prepared_below(root) if isinstance(manifest, Manifest)]
+    found = [file for manifest in manifests for file in manifest.source.files or ()]
+    return {(file.name, file.bytes, file.mtime_ns): file.sha256 for file in found}
+
+
 def _check(manifest: Manifest) -> None:
     """Raises UserError if the values have the right types, but packing can never have written them together."""
     for name in (*manifest.splits, *manifest.left_out):
@@ -134,6 +168,7 @@ def _check(manifest: Manifest) -> None:
     if min(manifest.row_length, manifest.shard_rows) < 1:
         raise UserError("its rows or shards are empty")
     numbers = [manifest.tokenizer.vocab_size, manifest.tokenizer.end_of_text]
+    numbers += [file.bytes for file in manifest.source.files or ()]
     for left_out in manifest.left_out.values():
         numbers += [left_out.empty, left_out.damaged]
     for split in manifest.splits.values():

@@ -32,6 +32,7 @@ from armd_jax.data.manifest import (
     RowDtype,
     SourceIdentity,
     TokenizerIdentity,
+    known_files,
     read_manifest,
     write_manifest,
 )
@@ -74,9 +75,8 @@ class PreparedData:
 
     @property
     def digest(self) -> str:
-        """sha256 of what decides the training batches besides seed and step: the training rows and the tokenizer."""
-        shards = [shard.sha256 for shard in self.manifest.splits["train"].shards]
-        return hashlib.sha256("\0".join([self.tokenizer.hash, *shards]).encode()).hexdigest()
+        """What decides the training batches besides seed and step, see `Manifest.digest`."""
+        return self.manifest.digest
 
     @property
     def left_out(self) -> dict[Split, LeftOut]:
@@ -110,11 +110,16 @@ def prepare(
 ) -> PreparedData:
     """The data that `config` names as rows of `length` tokens, prepared under `cache_root` if they are not there yet.
 
+    Source files are hashed unless those that a prepared folder in `cache_root` was made from have the same names, sizes
+    and modification times.
+
     corpus: that of `config`, if it is open already.
     Raises UserError if the corpus, the tokenizer or the folder cannot be used, and then leaves nothing behind.
     """
-    corpus = corpus or open_corpus(config)
+    corpus = corpus or open_corpus(config, known_files(cache_root))
     request, folder = tokenizers.request_of(config), folder_for(config, corpus, length, cache_root)
+    if not os.path.exists(folder) and (cache_root / MANIFEST_FILE).is_file():
+        folder = cache_root  # made by `armd prepare --out`: if it does not fit, the error says why
     if not os.path.exists(folder):
         with large_folder(folder, last_file=MANIFEST_FILE) as partial:
             _write(config, corpus, request, length, partial, progress)
@@ -128,14 +133,18 @@ def folder_for(config: DataConfig, corpus: Corpus, length: int, cache_root: Path
     return cache_root / hashlib.sha256(identity.encode()).hexdigest()[:16]
 
 
-def prepare_into(config: DataConfig, length: int, out: Path, progress: bool = True) -> PreparedData:
+def prepare_into(
+    config: DataConfig, length: int, out: Path, progress: bool = True, corpus: Corpus | None = None
+) -> PreparedData:
     """Like `prepare`, but in the folder `out`, which must be missing, empty, or hold exactly this preparation."""
-    corpus, request = open_corpus(config), tokenizers.request_of(config)
+    corpus, request = corpus or open_corpus(config, known_files(out)), tokenizers.request_of(config)
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file; give a folder to prepare into")
     if out.is_dir() and any(out.iterdir()):
         if not (out / MANIFEST_FILE).is_file():
             raise UserError(f"{out} is not empty and holds no prepared data; give another folder")
+        if progress:
+            _tell_selection(corpus)
     else:
         with large_folder(out, last_file=MANIFEST_FILE) as partial:
             _write(config, corpus, request, length, partial, progress)
@@ -219,6 +228,8 @@ def _write(config: DataConfig, corpus: Corpus, request: str, length: int, folder
             num_damaged = sum(left_out.damaged for left_out in corpus.left_out().values())
             why = f" ({num_damaged} damaged documents left out)" if num_damaged else ""
             raise UserError(f"{corpus.description}: no text for the {split} split{why}")
+    if progress:
+        _tell_selection(corpus)  # before the hours that a large corpus takes, because a part of it may be missing
     tokenizer = tokenizers.load_or_train(config, corpus.documents("train"))
     tokenizer.save(folder / TOKENIZER_FOLDER)
     dtype: RowDtype = "<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4"
@@ -240,7 +251,7 @@ def _write(config: DataConfig, corpus: Corpus, request: str, length: int, folder
         dtype=dtype,
         shard_rows=config.shard_rows,
         tokenizer=_identity(tokenizer, request),
-        source=SourceIdentity(corpus.description, corpus.fingerprint),
+        source=SourceIdentity(corpus.description, corpus.fingerprint, corpus.files),
         split_rule=corpus.split_rule,
         left_out=left_out,
         splits=splits,
@@ -248,6 +259,12 @@ def _write(config: DataConfig, corpus: Corpus, request: str, length: int, folder
     write_manifest(folder, manifest)
     if progress:
         _tell(manifest)
+
+
+def _tell_selection(corpus: Corpus) -> None:
+    """Says on stderr which files are read, and why others are not."""
+    for line in corpus.selection.lines():
+        print(line, file=sys.stderr)
 
 
 def _tell(manifest: Manifest) -> None:

@@ -8,11 +8,11 @@ without a visible character hold nothing to learn; they are always left out and 
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import assert_never
 
-from armd_jax.errors import UserError
+from armd_jax.errors import UserError, shown
 from armd_jax.names import Damaged, Split
 
 # A document, or what is wrong with it. The error names the place and is yielded, not raised: one damaged document does
@@ -20,6 +20,64 @@ from armd_jax.names import Damaged, Split
 TextOrError = str | UserError
 # Every call is a new pass over all documents of one split. UserError is raised only if the rest cannot be read either.
 Reader = Callable[[], Iterable[TextOrError]]
+
+_NAMED_AT_MOST = 3  # names in one line of a list
+
+
+@dataclasses.dataclass(frozen=True)
+class Selection:
+    """Which parts of a source, such as its files, are read, and why the others are not.
+
+    Attributes:
+      path: `data.path`.
+      parts: what they are, in the plural.
+      taken: the names of the parts that are read, by what they are read as.
+      left_out: the reason, by the name of the part.
+    """
+
+    path: str = ""
+    parts: str = "files"
+    taken: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    left_out: dict[str, str] = dataclasses.field(default_factory=dict)
+
+    def lines(self) -> list[str]:
+        """The selection for people. None if there was nothing to select, as with a single file."""
+        count = sum(map(len, self.taken.values()))
+        if count <= 1 and not self.left_out:
+            return []
+        reasons: dict[str, list[str]] = {}
+        for name, reason in self.left_out.items():
+            reasons.setdefault(reason, []).append(name)
+        head = f"data.path={self.path!r}: {count:,} {self.parts} taken, {len(self.left_out):,} left out"
+        taken = [f"  taken as {role}: {_listed(names)}" for role, names in self.taken.items()]
+        return [head, *taken, *(f"  left out: {_listed(names)} ({reason})" for reason, names in reasons.items())]
+
+
+def _listed(names: Sequence[str]) -> str:
+    """The first names of a list, and how many more there are."""
+    more = len(names) - _NAMED_AT_MOST
+    return ", ".join(map(shown, names[:_NAMED_AT_MOST])) + (f" and {more:,} more" if more > 0 else "")
+
+
+@dataclasses.dataclass(frozen=True)
+class SourceFile:
+    """One file of a source, as it was when it was read.
+
+    Attributes:
+      name: its path below the folder that all files of the source are in.
+      bytes, mtime_ns: its size and its modification time, in nanoseconds since 1970.
+      sha256: of its content.
+    """
+
+    name: str
+    bytes: int
+    mtime_ns: int
+    sha256: str
+
+
+# The sha256 of files that were read before, by name, size and modification time. A file whose three are known is not
+# read again.
+KnownFiles = Mapping[tuple[str, int, int], str]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,12 +90,16 @@ class Source:
         are used again only if it is the same.
       split_rule: a few words on where the splits come from. They become part of `Corpus.split_rule`.
       readers: a reader per split, "train" always among them.
+      selection: what of the source is read, and what is not.
+      files: the files that were read for the fingerprint; None if the source knows itself without reading files.
     """
 
     description: str
     fingerprint: str
     split_rule: str
     readers: dict[Split, Reader] = dataclasses.field(repr=False)
+    selection: Selection = dataclasses.field(default_factory=Selection, repr=False)
+    files: tuple[SourceFile, ...] | None = dataclasses.field(default=None, repr=False)
 
 
 @dataclasses.dataclass

@@ -1,11 +1,15 @@
 """Shards: ArrayRecord files that hold the rows of a split, one record per row of little-endian unsigned integers."""
 
+import contextlib
 import functools
+import re
+from collections.abc import Generator, Sequence
 from pathlib import Path
 
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
+from armd_jax import files
 from armd_jax.data.manifest import Manifest, PackedSplit, Shard
 from armd_jax.data.reading import hash_file
 from armd_jax.errors import UserError
@@ -21,30 +25,43 @@ class ShardWriter:
     """
 
     def __init__(self, folder: Path, split: str, shard_rows: int) -> None:
+        """Raises UserError if the library cannot take the name of the folder."""
+        if re.search("[\ud800-\udfff]", str(folder)):  # what stands for bytes that are not UTF-8
+            raise UserError(f"{folder}: rows cannot be written there, because the name is not UTF-8 text")
         self._folder, self._split, self._shard_rows = folder, split, shard_rows
         self._writer: ArrayRecordWriter | None = None
         self._file, self._rows = "", 0
         self.written: list[Shard] = []
 
     def write(self, rows: np.ndarray) -> None:
-        """Appends the rows, int[rows, N] of the type in which they are stored."""
-        for row in rows:
-            if self._writer is None:
-                self._file, self._rows = f"{self._split}-{len(self.written):05d}.array_record", 0
-                # One record per group: a reader then decodes no other row than the one it asks for.
-                self._writer = ArrayRecordWriter(str(self._folder / self._file), "group_size:1")
-            self._writer.write(row.tobytes())
-            self._rows += 1
-            if self._rows == self._shard_rows:
-                self.close()
+        """Appends the rows, int[rows, N] of the type in which they are stored. Raises OSError if they do not fit."""
+        with self._as_os_error():
+            for row in rows:
+                if self._writer is None:
+                    self._file, self._rows = f"{self._split}-{len(self.written):05d}.array_record", 0
+                    # One record per group: a reader then decodes no other row than the one it asks for.
+                    self._writer = ArrayRecordWriter(str(self._folder / self._file), "group_size:1")
+                self._writer.write(row.tobytes())
+                self._rows += 1
+                if self._rows == self._shard_rows:
+                    self.close()
 
     def close(self) -> None:
-        """Completes the last file."""
+        """Completes the last file, unless writing it failed. Raises OSError if it does not fit on the disk."""
         if self._writer is not None:
-            self._writer.close()
+            with self._as_os_error():
+                self._writer.close()
             self._writer = None
             file = self._folder / self._file
             self.written.append(Shard(self._file, self._rows, file.stat().st_size, hash_file(file)))
+
+    @contextlib.contextmanager
+    def _as_os_error(self) -> Generator[None]:
+        try:
+            yield
+        except (RuntimeError, ValueError) as error:  # what the library raises, whatever happened
+            self._writer = None
+            raise files.os_error(error, self._folder / self._file) from error
 
 
 class PackedRows:
@@ -59,17 +76,10 @@ class PackedRows:
         self._folder, self._shards, self._num_rows = folder, split.shards, split.rows
         self._length, self._dtype = manifest.row_length, np.dtype(manifest.dtype)
         self._shard_rows = manifest.shard_rows
-        self._hashed = set(range(len(self._shards))) if hashed else set()
-        self._reader = functools.lru_cache(maxsize=OPEN_SHARDS)(self._open)
-
-    def _open(self, number: int) -> ArrayRecordReader:
-        shard = self._shards[number]
-        file = self._folder / shard.file
-        if number not in self._hashed:
-            if hash_file(file) != shard.sha256:
-                raise _damaged(file)
-            self._hashed.add(number)
-        return _open_reader(file)
+        known = set(range(len(self._shards))) if hashed else set()
+        # Not a method: a cached one would be a circle, and its files would stay open until Python looks for such.
+        opened = functools.partial(_open_verified, folder, self._shards, known)
+        self._reader = functools.lru_cache(maxsize=OPEN_SHARDS)(opened)
 
     def __len__(self) -> int:
         return self._num_rows
@@ -90,6 +100,16 @@ class PackedRows:
         if len(tokens) != self._length:
             raise _damaged(file)
         return tokens.astype(np.int32)
+
+
+def _open_verified(folder: Path, shards: Sequence[Shard], known: set[int], number: int) -> ArrayRecordReader:
+    """A reader of one shard, whose sha256 is compared first if the shard is not among the `known` ones."""
+    file = folder / shards[number].file
+    if number not in known:
+        if hash_file(file) != shards[number].sha256:
+            raise _damaged(file)
+        known.add(number)
+    return _open_reader(file)
 
 
 def check_shard(folder: Path, shard: Shard, hashed: bool) -> None:

@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import re
 import typing
 from collections.abc import Iterator
 
@@ -15,6 +16,24 @@ SPLITS: tuple[Split, ...] = typing.get_args(Split)
 # The words that sources use for a split.
 SPLIT_NAMES: dict[str, Split] = {split: split for split in SPLITS}
 SPLIT_NAMES |= {"training": "train", "validation": "valid", "val": "valid", "dev": "valid"}
+# Words that occur in the names of files as well. Text that is held out, for whatever purpose, is never trained on.
+FILE_WORDS: dict[str, Split] = SPLIT_NAMES | {"testing": "test", "devtest": "test"}
+FILE_WORDS |= {word: "valid" for word in ("devel", "development", "eval", "evaluation", "heldout", "holdout")}
+
+
+def splits_named(name: str) -> dict[Split, str]:
+    """The splits that the name of a file or its folders gives, each with the word that says so.
+
+    Words are runs of letters and may be anywhere: `c4-validation.00000-of-00008`, `en_train_0`, `wikiTest`, `dev/0`.
+    """
+    together = re.sub(r"(held|hold)[-_. ]?out", "heldout", name, flags=re.IGNORECASE)
+    found: dict[Split, str] = {}
+    for run in re.findall(r"[^\W\d_]+", together):
+        for word in re.split(r"(?<=[a-z])(?=[A-Z])", run):
+            split = FILE_WORDS.get(word.lower()) or FILE_WORDS.get(word.lower().removesuffix("set"))
+            if split is not None:
+                found.setdefault(split, word)
+    return found
 
 
 class Division:

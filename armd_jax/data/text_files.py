@@ -1,24 +1,35 @@
-"""Text files as a source of documents: which files, in which formats, and the splits that their names give.
+"""Text files as a source of documents: in which formats they are, and the splits that their names give.
 
 To add a format or a compression, add a row to `FORMATS`, and a function that reads it if none of those here does. The
 file names that are looked for and the messages follow from the table.
 """
 
+import codecs
 import dataclasses
 import functools
-import glob
 import gzip
 import hashlib
 import io
 import json
+import os
 import re
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from armd_jax.config import DataConfig
-from armd_jax.data.reading import Reader, Source, TextOrError, decode_utf8, hash_file
-from armd_jax.data.splits import SPLIT_NAMES, SPLITS
+from armd_jax.data import found_files
+from armd_jax.data.reading import (
+    KnownFiles,
+    Reader,
+    Selection,
+    Source,
+    SourceFile,
+    TextOrError,
+    decode_utf8,
+    hash_file,
+)
+from armd_jax.data.splits import SPLITS, splits_named
 from armd_jax.errors import UserError
 from armd_jax.names import Split
 
@@ -56,15 +67,18 @@ class Format:
     """A kind of file.
 
     Attributes:
-      suffix: how the names of such files end. No suffix ends in another one.
+      suffix: how the names of such files end, in lower case. No suffix ends in another one.
       read: yields the documents of an open file, given the stream, the position (which it keeps up to date if it reads
         line by line) and the name of the field that holds the text (`data.text_field`).
       compression: how such files are compressed.
+      first_line_decides: whether files of other kinds end in the same suffix. A file is then taken if its first line is
+        a document.
     """
 
     suffix: str
     read: Callable[[io.BufferedIOBase, Position, str], Iterator[TextOrError]]
     compression: Compression
+    first_line_decides: bool = False
 
 
 def _read_whole(stream: io.BufferedIOBase, position: Position, text_field: str) -> Iterator[TextOrError]:
@@ -112,15 +126,61 @@ FORMATS = (
     Format(".txt.gz", _read_whole, _GZIP),
     Format(".jsonl", _read_json_lines, _PLAIN),
     Format(".jsonl.gz", _read_json_lines, _GZIP),
+    # C4 and others call their JSON lines so, and settings and vocabularies end in it as well.
+    Format(".json", _read_json_lines, _PLAIN, first_line_decides=True),
+    Format(".json.gz", _read_json_lines, _GZIP, first_line_decides=True),
 )
 SUFFIXES = tuple(row.suffix for row in FORMATS)
 
+# Which files are left out, and why
+
+_NOT_READ = {
+    **dict.fromkeys((".zst", ".zstd"), "compressed with Zstandard"),
+    **dict.fromkeys((".xz", ".lzma"), "compressed with xz"),
+    **{".bz2": "compressed with bzip2", ".lz4": "compressed with LZ4", ".br": "compressed with Brotli"},
+    **dict.fromkeys((".tar", ".tar.gz", ".tgz", ".zip", ".7z", ".rar"), "an archive"),
+    **dict.fromkeys((".parquet", ".arrow", ".csv", ".tsv", ".tfrecord", ".array_record"), "a table or records"),
+}
+_DESCRIBES_DATA = re.compile(
+    r"(readme|licen[cs]e)([-_. ].*)?|copying|copyright|notice|citation|authors|contributors|contributing|changelog"
+    r"|(data|dataset|model)[-_ ]?(card|sheet)"
+)
+
 
 def _format_of(file_name: str) -> Format | None:
-    """The format of a file, by its name. None if it is not known, or if the file is hidden."""
-    if file_name.startswith("."):
-        return None
-    return next((row for row in FORMATS if file_name.endswith(row.suffix)), None)
+    """The format of a file, by its name. None if it is not known."""
+    return next((row for row in FORMATS if file_name.lower().endswith(row.suffix)), None)
+
+
+def _why_left_out(file: Path, by_name: bool, text_field: str) -> str:
+    """Why a file is not read; empty if it is. by_name: whether the user has chosen the file by its name or ending."""
+    name, row = file.name.lower(), _format_of(file.name)
+    if row is None:
+        for suffix, what in _NOT_READ.items():
+            if name.endswith(suffix):
+                return f"{what}, which is not read; make it .jsonl, or .jsonl.gz"
+        return "not a kind of file that is read"
+    if not by_name and _DESCRIBES_DATA.fullmatch(name.removesuffix(row.suffix)):
+        return f"describes the data; a glob with its ending, such as **/*{row.suffix}, takes it"
+    if row.first_line_decides and not _first_line_is_a_document(file, row.compression, text_field):
+        return f"its first line is no JSON object with a text in field {text_field!r} (data.text_field)"
+    return ""
+
+
+def _first_line_is_a_document(file: Path, compression: Compression, text_field: str) -> bool:
+    """Whether a file holds JSON lines. A file that cannot be read is taken for one: reading it tells what is wrong."""
+    try:
+        with compression.open(file) as stream:
+            # A document of another kind may be one line of many gigabytes, which the first character tells apart.
+            start = stream.read(1 << 16).removeprefix(codecs.BOM_UTF8).lstrip()
+            if not start.startswith(b"{"):
+                return False
+            line = start.partition(b"\n")[0] if b"\n" in start else start + stream.readline()
+    except compression.errors:
+        return True
+    except OSError:
+        return True
+    return isinstance(_parse_json_line(line, str(file), text_field), str)
 
 
 # Files and their splits
@@ -130,40 +190,39 @@ def _format_of(file_name: str) -> Format | None:
 class _TextFile:
     path: Path
     format: Format
-    split: Split | None  # that its name or a folder's name gives
 
 
-def open_source(config: DataConfig) -> Source:
+def open_source(config: DataConfig, known: KnownFiles) -> Source:
     """The text files that `config.path` names: a file, a folder with everything below it, or a glob.
 
-    Every file is read once for the fingerprint. Raises UserError if there are no files, if one cannot be read, or if
-    only some of them name a split.
+    Every file that is not `known` is read once for the fingerprint. Raises UserError if there are no files, if one
+    cannot be read, or if their names contradict one another about the splits.
     """
-    files = _find_files(config.path)
+    files, left_out = _choose_files(config)
+    read = tuple(_identify(name, file.path, known) for name, file in files.items())
     digest = hashlib.sha256(config.text_field.encode())
-    for name, file in files.items():
-        digest.update(f"\0{name}\0{file.path.stat().st_size}\0".encode() + hash_file(file.path).encode())
+    for one in read:
+        digest.update(f"\0{one.name}\0{one.bytes}\0{one.sha256}".encode())
 
-    # Names count only if they give train and at least one more split: a lone "test.txt" is text like any other.
-    if {"train"} < {file.split for file in files.values() if file.split}:
-        strays = [name for name, file in files.items() if file.split is None]
-        if strays:
-            raise UserError(
-                f"data.path={config.path!r}: {strays[0]!r} names no split, but other files do ({', '.join(SPLITS)});"
-                " rename it or give a glob that leaves it out"
-            )
-        rule = "splits by file name"
-        chosen = {split: [file for file in files.values() if file.split == split] for split in SPLITS}
-    else:
-        rule = "documents of all files"
-        chosen = {"train": list(files.values())}
-
+    names = _names_by_split(config.path, list(files)) if config.split_by_name and len(files) > 1 else {}
+    rule = "splits by file name" if names else "documents of all files"
+    taken: dict[str, tuple[str, ...]] = {split: part for split, part in names.items()} or {rule: tuple(files)}
+    names = names or {"train": tuple(files)}
     readers: dict[Split, Reader] = {
-        split: functools.partial(_read_files, part, config.text_field) for split, part in chosen.items() if part
+        split: functools.partial(_read_files, [files[name] for name in part], config.text_field)
+        for split, part in names.items()
     }
     size = sum(file.path.stat().st_size for file in files.values())
     description = f"{config.path} ({len(files)} file{'s' * (len(files) > 1)}, {size:,} bytes)"
-    return Source(description, digest.hexdigest(), rule, readers)
+    selection = Selection(config.path, "files", taken, left_out)
+    return Source(description, digest.hexdigest(), rule, readers, selection, read)
+
+
+def _identify(name: str, path: Path, known: KnownFiles) -> SourceFile:
+    about = path.stat()  # before the content is read, so that a change from now on gives the file another time
+    name = os.fsencode(name).decode(errors="backslashreplace")  # a file may have a name that is not UTF-8
+    sha256 = known.get((name, about.st_size, about.st_mtime_ns)) or hash_file(path)
+    return SourceFile(name, about.st_size, about.st_mtime_ns, sha256)
 
 
 def _read_files(files: list[_TextFile], text_field: str) -> Iterator[TextOrError]:
@@ -180,38 +239,60 @@ def _read_files(files: list[_TextFile], text_field: str) -> Iterator[TextOrError
             raise UserError(f"{file.path}: cannot be read: {error.strerror}") from error
 
 
-def _find_files(path: str) -> dict[str, _TextFile]:
-    """The text files that `path` names, sorted by name. Names are relative to the folder that all of them are in."""
-    root = Path(path)
-    if root.is_file():
-        candidates, base = [root], root.parent
-        if _format_of(root.name) is None:
-            raise UserError(f"data.path={path!r}: cannot read this kind of file; known: {', '.join(SUFFIXES)}")
-    elif root.is_dir():
-        candidates, base = list(root.rglob("*")), root
-    elif glob.has_magic(path):
-        candidates = [Path(match) for match in glob.glob(path, recursive=True)]
-        parts = path.split("/")
-        first_pattern = next(index for index, part in enumerate(parts) if glob.has_magic(part))
-        base = Path("/".join(parts[:first_pattern]) or ("/" if path.startswith("/") else "."))
-    else:
-        raise UserError(f"data.path={path!r}: there is no such file or folder")
-    found = {}
-    for file in candidates:
-        file_format = _format_of(file.name)
-        if file_format is not None and file.is_file():
-            name = file.relative_to(base).as_posix()
-            found[name] = _TextFile(file, file_format, _split_of(name.lower().removesuffix(file_format.suffix)))
-    if not found:
-        raise UserError(f"data.path={path!r}: no file there ends in {', '.join(SUFFIXES)}")
-    return dict(sorted(found.items()))
+def _choose_files(config: DataConfig) -> tuple[dict[str, _TextFile], dict[str, str]]:
+    """The text files that `config.path` names, sorted by name, and why others there are left out.
 
-
-def _split_of(name: str) -> Split | None:
-    """The split that a name without its suffix gives: by a folder (`test/0`), or by the file's first or last word.
-
-    Words are runs of letters: `wiki-test`, `train-00000-of-00001` and `test_0` name their splits, `my-test-notes` none.
+    Raises UserError if there are none.
     """
-    *folders, file = name.split("/")
-    words = re.findall("[a-z]+", file)
-    return next((SPLIT_NAMES[word] for word in (*folders, *words[:1], *words[-1:]) if word in SPLIT_NAMES), None)
+    found = found_files.find(config.path)
+    files: dict[str, _TextFile] = {}
+    left_out = dict(found.left_out)
+    for name, file in found.files.items():
+        reason, row = _why_left_out(file, found.by_name, config.text_field), _format_of(file.name)
+        if row is None or reason:
+            left_out[name] = reason
+        else:
+            files[name] = _TextFile(file, row)
+    for name in [name for name in files if name.endswith(".gz") and name.removesuffix(".gz") in files]:
+        del files[name]
+        left_out[name] = "the compressed form of a file that is read"
+    if files:
+        return files, dict(sorted(left_out.items()))
+    if Path(config.path).is_file():
+        (reason,) = left_out.values()
+        raise UserError(
+            f"data.path={config.path!r}: cannot read this kind of file: {reason}; known: {', '.join(SUFFIXES)}"
+        )
+    reasons = "".join(f"; {line.strip()}" for line in Selection(left_out=left_out).lines()[1:])
+    raise UserError(f"data.path={config.path!r}: no file there ends in {', '.join(SUFFIXES)}{reasons}")
+
+
+def _names_by_split(path: str, names: list[str]) -> dict[Split, tuple[str, ...]]:
+    """The names of the files of every split. Empty if the names give no splits, or all give the same one.
+
+    Raises UserError if the names leave open what is trained on: if one gives two splits, or if one gives none while
+    others are held out.
+    """
+
+    def error(what: str) -> UserError:
+        return UserError(
+            f"data.path={path!r}: {what}; rename the file, give a glob that leaves it out, or let names mean nothing"
+            " with data.split_by_name=false (armd prepare: --no-split-by-name)"
+        )
+
+    given = {name: splits_named(name) for name in names}
+    for name, found in given.items():
+        if len(found) > 1:
+            words = " and ".join(f"{split} ({word!r})" for split, word in found.items())
+            raise error(f"the name {name!r} gives two splits, {words}")
+    of_name = {name: split for name, found in given.items() for split in found}
+    splits = set(of_name.values())
+    unnamed = [name for name in names if name not in of_name]
+    if not splits or splits == {"train"} or (len(splits) == 1 and not unnamed):
+        return {}  # nothing is held out, or all of it is of one kind, such as the test files of an evaluation
+    if unnamed:
+        held_out = next(name for name, split in of_name.items() if split != "train")
+        raise error(f"{unnamed[0]!r} names no split, but {held_out!r} gives {of_name[held_out]}")
+    if "train" not in splits:
+        raise error(f"{names[0]!r} gives {of_name[names[0]]}, and no name gives train")
+    return {split: part for split in SPLITS if (part := tuple(name for name in names if of_name[name] == split))}

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from armd_jax.config import DataConfig
-from armd_jax.data.reading import Reader, Source, TextOrError, decode_utf8
+from armd_jax.data.reading import Reader, Selection, Source, TextOrError, decode_utf8
 from armd_jax.data.splits import SPLIT_NAMES
 from armd_jax.errors import UserError
 from armd_jax.names import Split
@@ -52,7 +52,23 @@ def open_source(config: DataConfig) -> Source:
         split: functools.partial(_read, part, config.text_field, f"{config.path} {split}")
         for split, part in parts.items()
     }
-    return Source(f"TFDS dataset {builder.info.full_name}", fingerprint, "splits of the dataset", readers)
+    description = f"TFDS dataset {builder.info.full_name}"
+    return Source(description, fingerprint, "splits of the dataset", readers, _selection(config.path, builder))
+
+
+def _selection(path: str, builder: Any) -> Selection:
+    """Which splits of the dataset are read."""
+    taken: dict[Split, str] = {}
+    left_out: dict[str, str] = {}
+    for name in builder.info.splits:
+        split = SPLIT_NAMES.get(name)
+        if split is None:
+            left_out[name] = f"not the name of a split that is read: {', '.join(SPLIT_NAMES)}"
+        else:
+            if split in taken:
+                left_out[taken[split]] = f"{name!r} is read as {split}"
+            taken[split] = name
+    return Selection(path, "splits", {split: (name,) for split, name in taken.items()}, left_out)
 
 
 def _read(examples: Any, text_field: str, where: str) -> Iterator[TextOrError]:

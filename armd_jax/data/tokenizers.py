@@ -8,31 +8,23 @@ id: that id stands only between documents, where packing puts it.
 import abc
 import functools
 import hashlib
-import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, assert_never
 
 import sentencepiece
-import tokenizers as library
 
 from armd_jax import files, typed
 from armd_jax.config import DataConfig, is_named_tokenizer
 from armd_jax.data.sentencepiece_training import SPACE_MARK, train_model
+from armd_jax.data.tokenizer_metadata import CONFIG_FILE, parse_json
+from armd_jax.data.vocabulary_building import CUT, build
+from armd_jax.data.vocabulary_folders import VOCABULARY_FILES, read_saved, read_vocabulary, settings_file
+from armd_jax.data.vocabulary_settings import MODEL_FILE, PLAIN, Settings, Vocabulary
 from armd_jax.errors import UserError, shown
 from armd_jax.names import NamedTokenizer, TokenizerKind, VocabularyTokenizerKind
 
-CONFIG_FILE = "tokenizer_config.json"
-MODEL_FILE = "tokenizer.model"
-VOCABULARY_FILES: dict[VocabularyTokenizerKind, tuple[str, ...]] = {
-    "bpe": ("vocab.json", "merges.txt"),
-    "wordpiece": ("vocab.txt",),
-}
-
-# No piece of our kinds continues over a space or line end that follows a visible character. Text can therefore be cut
-# there: encoding the two sides apart gives the same ids as encoding the whole.
-CUT = re.compile(r"(?<=\S)[ \n]")
 CHUNK = 1 << 16  # characters
 LONGEST_CHUNK = 1 << 20  # characters; text that has no cut for this long, such as encoded binary data, is cut anywhere
 
@@ -41,6 +33,8 @@ PROBE = (
     " \t Two  spaces \n\n\r\n e\u0301 \u00c5\u212b \ufb01 \u2460 \uff21 \u3000 \u200b \u4e2d\U0001f600 \u2581 "
     "</s> [SEP] "
 )
+# Characters whose UTF-8 has every byte that occurs in text.
+EVERY_BYTE = "".join(map(chr, (*range(0x800), *range(0x800, 0xD800, 0x200), *range(0xE000, 0x110000, 0x1000))))
 
 
 class Tokenizer(abc.ABC):
@@ -59,6 +53,7 @@ class Tokenizer(abc.ABC):
     end_of_text: int
     lossless: bool
     hash: str
+    _cut: re.Pattern[str] | None = CUT  # where `chunks` may cut; None: nowhere
 
     @abc.abstractmethod
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
@@ -86,10 +81,10 @@ class Tokenizer(abc.ABC):
         If there is no place for such a cut in LONGEST_CHUNK characters, the text is cut there all the same. The ids may
         then differ from those of the whole, but not the text that they decode to.
         """
-        start = 0
-        while len(text) - start > CHUNK:
+        start, places = 0, self._cut
+        while places is not None and len(text) - start > CHUNK:
             limit = start + LONGEST_CHUNK
-            cut = CUT.search(text, start + CHUNK, limit)
+            cut = places.search(text, start + CHUNK, limit)
             if cut is None and limit >= len(text):
                 break
             end = cut.start() if cut else limit
@@ -139,27 +134,49 @@ class BytesTokenizer(Tokenizer):
 
 
 class SentencePieceTokenizer(Tokenizer):
-    """A sentencepiece model. Those trained here are lossless; for others a probe text finds out whether they are."""
+    """A sentencepiece model. Those trained here are lossless; for others a probe text finds out whether they are.
+
+    Special tokens that were added after its training have the ids behind its pieces.
+    """
 
     kind = "sentencepiece"
 
-    def __init__(self, model: bytes, name: str = MODEL_FILE) -> None:
-        self._model = model
+    def __init__(self, model: bytes, name: str = MODEL_FILE, settings: Settings = PLAIN) -> None:
+        """name: what messages call the model. settings: with an end-of-text of its own and added tokens, if any."""
+        self._model, self._settings = model, settings
         try:
             if not model:  # the library would take an empty file for an argument that was not given
                 raise RuntimeError("empty")
             self._pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
         except RuntimeError as error:
-            raise UserError(f"{name} is not a sentencepiece model") from error
-        self.vocab_size = self._pieces.vocab_size()
-        self.end_of_text = self._pieces.eos_id()
+            raise UserError(
+                f"{name} is not a sentencepiece model (for one of tiktoken, give the tokenizer.json of its tokenizer)"
+            ) from error
+        self._num_pieces = self._pieces.vocab_size()
+        self._added = [token.content for token in settings.added]
+        self.vocab_size = self._num_pieces + len(self._added)
+        if [token.id for token in settings.added] != list(range(self._num_pieces, self.vocab_size)):
+            raise UserError(f"{name}: the ids of the added tokens do not follow its {self._num_pieces} pieces")
+        self.end_of_text = self._end_of_text(settings.end_of_text)
         if self.end_of_text < 0:
-            raise UserError(f"{name} has no end-of-text piece (eos_id)")
+            what = (
+                f"{settings.end_of_text} as its end-of-text" if settings.end_of_text else "end-of-text piece (eos_id)"
+            )
+            raise UserError(f"{name} has no {what}")
         # The library reads a literal U+2581 as a space. Written as bytes instead, it comes back as itself.
         mark = [self._pieces.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE_MARK.encode()]
         self._mark = mark if all(self._pieces.is_byte(token) for token in mark) else None
         self.lossless = self.decode(self.encode(PROBE)) == PROBE
         self.hash = self._hash()
+
+    def _end_of_text(self, wanted: str) -> int:
+        """The id of the end-of-text, -1 if there is none. A piece that text may become is none."""
+        if not wanted:
+            return self._pieces.eos_id()
+        if wanted in self._added:
+            return self._num_pieces + self._added.index(wanted)
+        token = self._pieces.piece_to_id(wanted)
+        return token if self._pieces.is_control(token) else -1
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         if self._mark is None or not any(SPACE_MARK in text for text in texts):
@@ -172,9 +189,22 @@ class SentencePieceTokenizer(Tokenizer):
         return first + [token for part in rest for token in mark + part]
 
     def decode(self, ids: Iterable[int]) -> str:
-        return self._pieces.decode([token for token in map(int, ids) if token != self.end_of_text])
+        kept = [token for token in map(int, ids) if token != self.end_of_text]
+        if all(token < self._num_pieces for token in kept):
+            return self._pieces.decode(kept)
+        parts: list[str] = []
+        pieces: list[int] = []
+        for token in kept:
+            if token < self._num_pieces:
+                pieces.append(token)
+            else:
+                parts += [self._pieces.decode(pieces), self._added[token - self._num_pieces]]
+                pieces = []
+        return "".join([*parts, self._pieces.decode(pieces)])
 
     def token_text(self, token: int) -> str:
+        if self._num_pieces <= token < self.vocab_size:
+            return self._added[token - self._num_pieces]
         piece = self._pieces.id_to_piece(int(token))
         return piece if self._pieces.is_byte(int(token)) else piece.replace(SPACE_MARK, " ")
 
@@ -184,109 +214,114 @@ class SentencePieceTokenizer(Tokenizer):
     @functools.cached_property
     def _can_cut(self) -> bool:
         """Whether no piece contains a place where `chunks` cuts, as pieces of several words would."""
-        pieces = (self._pieces.id_to_piece(token).replace(SPACE_MARK, " ") for token in range(self.vocab_size))
+        pieces = (self._pieces.id_to_piece(token).replace(SPACE_MARK, " ") for token in range(self._num_pieces))
         return self.lossless and not any(CUT.search(piece) for piece in pieces)
 
     def _files(self) -> dict[str, bytes]:
-        return {MODEL_FILE: self._model}
+        return {MODEL_FILE: self._model} | settings_file(self._settings)
 
 
 class VocabularyTokenizer(Tokenizer):
-    """Byte-level BPE (GPT-2) or uncased WordPiece (BERT) from vocabulary files, through the `tokenizers` library.
+    """Byte-level BPE (GPT-2), WordPiece (BERT), or any tokenizer.json, through the `tokenizers` library.
 
-    End-of-text is `<|endoftext|>` or `[SEP]`. The library is told of no special tokens, so a user's own
-    "<|endoftext|>" is ordinary text.
+    End-of-text is what the files beside the vocabulary name, and else `<|endoftext|>` or `[SEP]`. The library is told
+    to take special tokens in text for ordinary text, so a user's own "<|endoftext|>" is that.
     """
 
-    def __init__(self, kind: VocabularyTokenizerKind, contents: dict[str, bytes], where: str) -> None:
+    def __init__(
+        self, kind: VocabularyTokenizerKind, contents: dict[str, bytes], where: str, settings: Settings = PLAIN
+    ) -> None:
         """contents: the files of VOCABULARY_FILES[kind]. where: what messages call them."""
         self.kind = kind
-        self._contents = contents
+        self._contents, self._settings = contents, settings
         try:
-            match kind:
-                case "bpe":
-                    self._library, vocab = _byte_level_bpe(contents)
-                    end = "<|endoftext|>"
-                    # With every byte in the vocabulary, BPE can spell any text.
-                    lossless = vocab.keys() >= set(library.pre_tokenizers.ByteLevel.alphabet())
-                    self._pieces_are_text = False  # but bytes, each written as some printable character
-                case "wordpiece":
-                    self._library, vocab = _wordpiece(contents)
-                    end = "[SEP]"
-                    lossless = False  # the normaliser drops case and spaces
-                    self._pieces_are_text = True
-                case _:
-                    assert_never(kind)
-        except Exception as error:  # the library raises bare Exceptions on malformed files
+            built = build(kind, contents, settings)
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:
+            # The library raises bare Exceptions on malformed files, and its panics are not even that.
             raise UserError(f"{where}: the vocabulary files cannot be read: {error}") from error
-        self.vocab_size = len(vocab)
-        if sorted(vocab.values()) != list(range(self.vocab_size)):
+        self._library, self._cut, self._pieces_are_text = built.tokenizer, built.cut, built.pieces_are_text
+        self.vocab_size = len(built.vocab)
+        if sorted(built.vocab.values()) != list(range(self.vocab_size)):
             raise UserError(f"{where}: the ids of the vocabulary are not 0 .. {self.vocab_size - 1}")
-        if end not in vocab:
-            raise UserError(f"{where}: the vocabulary has no {end}")
-        self.end_of_text = vocab[end]
-        self.lossless = lossless
+        if built.end not in built.vocab:
+            raise UserError(
+                f"{where}: the vocabulary has no {built.end}; if another token is its end-of-text, name it in"
+                ' special_tokens_map.json: {"eos_token": "..."}'
+            )
+        self.end_of_text = built.vocab[built.end]
+        unknown = getattr(built.tokenizer.model, "unk_token", None)
+        letters = [built.vocab.get(letter) for letter in built.end] if unknown != built.end else []
+        self._end_spelled = [token for token in letters if token is not None and token != self.end_of_text]
+        try:
+            self.lossless = self._gives_back_a_probe() if built.lossless is None else built.lossless
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # such as a model that needs a token for unknown characters, and has none
+            raise UserError(f"{where}: its tokenizer cannot encode every text: {error}") from error
         self.hash = self._hash()
 
+    def _gives_back_a_probe(self) -> bool:
+        """Whether a text with every byte, and with whatever the vocabulary treats in its own way, comes back."""
+        own = self._library.get_added_tokens_decoder().values()
+        probe = PROBE + EVERY_BYTE + "".join(f" {token.content} a{token.content}b" for token in own)
+        return self.decode(self.encode(probe)) == probe and self.decode(self.encode("a")) == "a"
+
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        return [encoding.ids for encoding in self._library.encode_batch_fast(list(texts), add_special_tokens=False)]
+        encoded = self._library.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [self._without_end(encoding.ids) for encoding in encoded]
+
+    def _without_end(self, ids: list[int]) -> list[int]:
+        """`ids`, with the letters of the end-of-text instead of the token itself.
+
+        The models of some files, such as those of T5, take a text that spells it for that very piece.
+        """
+        if self.end_of_text not in ids:
+            return ids
+        return [part for token in ids for part in (self._end_spelled if token == self.end_of_text else [token])]
 
     def decode(self, ids: Iterable[int]) -> str:
-        return self._library.decode([token for token in map(int, ids) if token != self.end_of_text])
+        kept = [token for token in map(int, ids) if token != self.end_of_text]
+        return self._library.decode(kept, skip_special_tokens=False)
 
     def token_text(self, token: int) -> str:
         piece = self._library.id_to_token(int(token))
         if piece is None:
             raise IndexError(f"id {token} of {self.vocab_size}")
         if self._pieces_are_text or token == self.end_of_text:
-            return piece
-        text = self._library.decode([int(token)])
+            return piece.replace(SPACE_MARK, " ")
+        text = self._library.decode([int(token)], skip_special_tokens=False)
         return text if "\ufffd" not in text else piece
 
     def _files(self) -> dict[str, bytes]:
-        return self._contents
-
-
-def _byte_level_bpe(contents: dict[str, bytes]) -> tuple[library.Tokenizer, dict[str, int]]:
-    vocab = json.loads(contents["vocab.json"])
-    lines = contents["merges.txt"].decode().split("\n")
-    parts = [line.partition(" ") for line in lines if line.strip() and not line.startswith("#version")]
-    merges = [(left, right) for left, _, right in parts]
-    tokenizer = library.Tokenizer(library.models.BPE(vocab=vocab, merges=merges))
-    tokenizer.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = library.decoders.ByteLevel()
-    return tokenizer, vocab
-
-
-def _wordpiece(contents: dict[str, bytes]) -> tuple[library.Tokenizer, dict[str, int]]:
-    lines = contents["vocab.txt"].decode().rstrip("\n").split("\n")
-    vocab = {line.rstrip("\r"): index for index, line in enumerate(lines)}
-    tokenizer = library.Tokenizer(library.models.WordPiece(vocab=vocab, unk_token="[UNK]"))
-    tokenizer.normalizer = library.normalizers.BertNormalizer(lowercase=True)
-    tokenizer.pre_tokenizer = library.pre_tokenizers.BertPreTokenizer()
-    tokenizer.decoder = library.decoders.WordPiece()
-    return tokenizer, vocab
+        return self._contents | settings_file(self._settings)
 
 
 # From a folder, and for a config
 
 
 def load(folder: Path) -> Tokenizer:
-    """The tokenizer in `folder`: what `save` wrote, or plain vocabulary files. Raises UserError if there is none."""
+    """The tokenizer in `folder`: what `save` wrote, or plain vocabulary files. Raises UserError if there is none.
+
+    Runs, exports and prepared folders, which have theirs in `tokenizer/`, stand for it.
+    """
+    if (folder / "tokenizer" / CONFIG_FILE).is_file() and not (folder / CONFIG_FILE).exists():
+        folder = folder / "tokenizer"
     if not folder.is_dir():
         kinds = ", ".join(typed.choices(NamedTokenizer))
         raise UserError(f"data.tokenizer={str(folder)!r}: neither a kind ({kinds}) nor a folder")
     saved_kind = _saved_kind(folder)
-    kind = _kind_in(folder, saved_kind)
-    if kind is None:
-        raise UserError(
-            f"{folder} holds no tokenizer; looked for {' + '.join(VOCABULARY_FILES['bpe'])} (byte-level BPE),"
-            f" {' + '.join(VOCABULARY_FILES['wordpiece'])} (WordPiece) or one *.model (sentencepiece)"
-        )
     try:
-        tokenizer = _load_kind(kind, folder)
+        vocabulary = read_vocabulary(folder) if saved_kind is None else read_saved(folder)
+        tokenizer = _made_of(vocabulary, saved_kind)
     except OSError as error:
         raise UserError(f"{folder}: cannot read the tokenizer: {error.strerror}") from error
+    if tokenizer is None:
+        raise UserError(
+            f"{folder} holds no tokenizer; looked for tokenizer.json, {' + '.join(VOCABULARY_FILES['bpe'])} (byte-level"
+            f" BPE), {' + '.join(VOCABULARY_FILES['wordpiece'])} (WordPiece) or one *.model (sentencepiece)"
+        )
     if saved_kind is not None and saved_kind != tokenizer.kind:
         raise UserError(f"{folder}: {CONFIG_FILE} says kind {shown(saved_kind)} but the files are {tokenizer.kind!r}")
     return tokenizer
@@ -294,40 +329,32 @@ def load(folder: Path) -> Tokenizer:
 
 def _saved_kind(folder: Path) -> Any:
     """The kind that `save` noted. None for plain vocabulary files, whose own config of that name gives no kind."""
-    try:
-        about = files.read_json(folder / CONFIG_FILE)
-    except UserError:
+    file = folder / CONFIG_FILE
+    if not file.is_file():
         return None
+    try:
+        about = parse_json(file.read_bytes())
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from error
     return about.get("kind") if isinstance(about, dict) else None
 
 
-def _kind_in(folder: Path, saved_kind: Any) -> TokenizerKind | None:
-    """The kind of tokenizer that the files in `folder` are for."""
-    for kind, names in VOCABULARY_FILES.items():
-        if all((folder / name).is_file() for name in names):
-            return kind
-    if len(list(folder.glob("*.model"))) == 1:
-        return "sentencepiece"
-    # Bytes need no vocabulary file. Only what `save` noted tells of them.
-    match saved_kind:
-        case "bytes":
-            return "bytes"
-        case _:
-            return None
-
-
-def _load_kind(kind: TokenizerKind, folder: Path) -> Tokenizer:
-    match kind:
+def _made_of(vocabulary: Vocabulary | None, saved_kind: Any) -> Tokenizer | None:
+    """The tokenizer of vocabulary files. None if there are none and none are needed to know it."""
+    if vocabulary is None:
+        # Bytes need no vocabulary file. Only what `save` noted tells of them.
+        match saved_kind:
+            case "bytes":
+                return BytesTokenizer()
+            case _:
+                return None
+    match vocabulary.kind:
         case "sentencepiece":
-            (model,) = folder.glob("*.model")
-            return SentencePieceTokenizer(model.read_bytes(), str(model))
-        case "bytes":
-            return BytesTokenizer()
-        case "bpe" | "wordpiece":
-            contents = {name: (folder / name).read_bytes() for name in VOCABULARY_FILES[kind]}
-            return VocabularyTokenizer(kind, contents, str(folder))
+            return SentencePieceTokenizer(vocabulary.files[MODEL_FILE], vocabulary.name, vocabulary.settings)
+        case "bpe" | "wordpiece" | "tokenizer_json":
+            return VocabularyTokenizer(vocabulary.kind, vocabulary.files, vocabulary.name, vocabulary.settings)
         case _:
-            assert_never(kind)
+            assert_never(vocabulary.kind)
 
 
 def request_of(config: DataConfig) -> str:

@@ -8,19 +8,21 @@ Bits per byte = total nats / ln 2 / UTF-8 bytes of the original text, and only a
 
 import dataclasses
 import functools
-import lzma
 import math
+import pathlib
 from collections.abc import Callable, Sequence
 from typing import assert_never
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from tqdm import tqdm
 
 from armd_jax.config import ModelConfig, OrderConfig
 from armd_jax.core import corruption, curriculum, objective
 from armd_jax.core import order as orders
+from armd_jax.core.context import PLAIN, Context
 from armd_jax.core.objective import Task
 from armd_jax.core.order import Order
 from armd_jax.core.parameters import Params
@@ -28,19 +30,17 @@ from armd_jax.data import loader
 from armd_jax.data.manifest import Counts
 from armd_jax.data.packing import PreparedData
 from armd_jax.errors import UserError
-from armd_jax.evaluation import results
+from armd_jax.evaluation import baselines, results
 from armd_jax.evaluation.results import Elbo, Evaluation, RandomOrders, Score
 from armd_jax.inference.language_model import LanguageModel
-
-_XZ_LIMIT = 64 * 2**20  # bytes; beyond this xz -9e takes minutes and its dictionary no longer holds the training text
-
+from armd_jax.training import sharding
 
 # (key, valid_BN) -> task. A static argument of compiled functions: the same task must be the same object.
 MakeTask = Callable[[jax.Array, jax.Array], Task]
 MakeOrder = Callable[[jax.Array, int, int], Order]  # (key, batch, length) -> order
 
 
-@functools.partial(jax.jit, static_argnames=("config", "make_task"))
+@functools.partial(jax.jit, static_argnames=("config", "make_task", "context"))
 def _nll(
     params: Params,
     config: ModelConfig,
@@ -48,8 +48,10 @@ def _nll(
     valid_BN: jax.Array,
     key: jax.Array,
     make_task: MakeTask,
+    context: Context,
 ) -> jax.Array:
-    return objective.loss_sums(params, config, tokens_BN, make_task(key, valid_BN)).nll
+    tokens_BN, valid_BN = (context.constrain(a, ("batch", "length")) for a in (tokens_BN, valid_BN))
+    return objective.loss_sums(params, config, tokens_BN, make_task(key, valid_BN), context).nll
 
 
 @functools.cache
@@ -71,10 +73,12 @@ def total_nats(
     batch_size: int = 16,
     seed: int = 0,
     progress: str | None = None,
+    context: Context = PLAIN,
 ) -> float:
     """Nats of all tokens of the split under `make_task(key, valid_BN)`, in float64.
 
-    progress: the label of the progress bar; None: no bar.
+    progress: the label of the progress bar; None: no bar. context: how network calls are carried out; a static argument
+    of compiled functions.
     """
     key = jax.random.key(seed)
     steps = -(-data.num_rows(split) // batch_size)
@@ -82,9 +86,8 @@ def total_nats(
     batches = loader.eval_batches(data, split, batch_size)
     for number, (tokens, valid) in enumerate(tqdm(batches, progress, steps, disable=progress is None, leave=False)):
         batch_key = jax.random.fold_in(key, number)
-        total += float(
-            _nll(lm.params, lm.config, jnp.asarray(tokens), jnp.asarray(valid), batch_key, make_task=make_task)
-        )
+        arrays = jnp.asarray(tokens), jnp.asarray(valid), batch_key
+        total += float(_nll(lm.params, lm.config, *arrays, make_task=make_task, context=context))
     return total
 
 
@@ -121,33 +124,6 @@ def _strided_order(streams: int) -> MakeOrder:
 _bounding_order = functools.cache(curriculum.bounding_order)
 
 
-def unigram_nats(data: PreparedData, split: str) -> float:
-    """Nats of the split under the training split's token frequencies (add-one smoothing)."""
-    size = data.tokenizer.vocab_size
-    train, held_out = (np.zeros(size) for _ in range(2))
-    for name, counts in (("train", train), (split, held_out)):
-        for tokens, valid in loader.eval_batches(data, name, 256):
-            counts += np.bincount(tokens[valid], minlength=size)
-    return float(-(held_out * np.log((train + 1) / (train.sum() + size))).sum())
-
-
-def xz_bits_per_byte(data: PreparedData, split: str) -> float | None:
-    """Bits per byte that `xz -9e` needs for the split's text after the training text.
-
-    None if that cannot be known: the tokenizer is lossy, the text is too long, or the split is the training text, of
-    which nothing would be left to compress after itself.
-    """
-    counts = [data.counts(name) for name in ("train", split)]
-    if split == "train" or not data.tokenizer.lossless or sum(c.bytes for c in counts) > _XZ_LIMIT:
-        return None
-    texts = []
-    for name in ("train", split):
-        ids = np.concatenate([tokens[valid] for tokens, valid in loader.eval_batches(data, name, 256)])
-        texts.append(data.tokenizer.decode(ids.tolist()).encode())
-    size = [len(lzma.compress(text, preset=9 | lzma.PRESET_EXTREME)) for text in (texts[0], texts[0] + texts[1])]
-    return 8 * (size[1] - size[0]) / len(texts[1])
-
-
 def evaluate(
     lm: LanguageModel,
     data: PreparedData,
@@ -158,6 +134,9 @@ def evaluate(
     batch_size: int = 16,
     seed: int = 0,
     progress: bool = True,
+    mesh: Mesh | None = None,
+    with_baselines: bool = True,
+    kept_in: Sequence[pathlib.Path] = (),
 ) -> Evaluation:
     """All figures of a split.
 
@@ -167,14 +146,20 @@ def evaluate(
     trained_on: the orders that the model was trained with. Only those of a masked diffusion matter: they bound the
         likelihood (ELBO).
     progress: whether progress bars are shown on stderr.
+    mesh: the devices that the model's parameters are spread over; None: a single one. Batches are divided over its axes
+        data and fsdp, whose size has to divide them.
+    with_baselines: whether the training text's token frequencies and the compressor are measured as well.
+    kept_in: files that may hold what these two took long to find out; see `baselines.Baselines`.
     Raises UserError if the model's vocabulary is not the data's, or if the rows are longer than the model's.
     """
     check_data(lm, data)
     counts, lossless = data.counts(split), data.tokenizer.lossless
+    context = PLAIN if mesh is None else Context(sharding.constrain(mesh))
 
     def nats(make_task: MakeTask, label: str, repeat: int = 1) -> list[float]:
+        shared = lm, data, split, make_task, batch_size
         name = label if progress else None
-        return [total_nats(lm, data, split, make_task, batch_size, seed + i, name) for i in range(repeat)]
+        return [total_nats(*shared, seed + i, name, context) for i in range(repeat)]
 
     def under(make_order: MakeOrder, label: str, repeat: int = 1) -> Score:
         return score(float(np.mean(nats(under_order(make_order), label, repeat))), counts, lossless)
@@ -201,6 +186,11 @@ def evaluate(
             elbo = bound(corruption.by_count, None)
         case _:
             assert_never(lm.config.kind)
+    unigram: Score | None = None
+    xz: float | None = None
+    if with_baselines:
+        known = baselines.Baselines(data, kept_in)
+        unigram, xz = score(known.unigram_nats(split), counts, lossless), known.xz_bits_per_byte(split)
     return Evaluation(
         split=split,
         lossless=lossless,
@@ -213,8 +203,8 @@ def evaluate(
         random_orders=random_orders,
         strided=strided,
         elbo=elbo,
-        unigram=score(unigram_nats(data, split), counts, lossless),
-        xz_bits_per_byte=xz_bits_per_byte(data, split),
+        unigram=unigram,
+        xz_bits_per_byte=xz,
         seed=seed,
     )
 

@@ -3,6 +3,7 @@
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from armd_jax.core.sizes import VOCAB_MULTIPLE
 from armd_jax.errors import UserError
@@ -15,9 +16,11 @@ _GREEDY = 1e-30
 class Draw:
     """How a token is chosen: temperature, then top-k, then top-p (nucleus sampling, Holtzman et al. 2020).
 
-    temperature: float32 scalar. top_p: float32 scalar; None: no nucleus. greedy: take the likeliest token whatever the
-    rest says. top_k: how many tokens are kept; None: all. Greedy and top-k are part of the compiled program, the other
-    two are data.
+    Exactly k tokens are kept, and the smallest nucleus, also if several tokens are equally likely.
+
+    temperature: float32 scalar. top_p: float32 scalar below 1; None: no nucleus. greedy: take the likeliest token
+    whatever the rest says. top_k: how many tokens are kept; None: all. Greedy and top-k are part of the compiled
+    program, the other two are data.
     """
 
     temperature: jax.Array
@@ -37,7 +40,8 @@ class Draw:
         greedy = temperature < _GREEDY
         return cls(
             temperature=jnp.float32(1.0 if greedy else temperature),
-            top_p=None if top_p is None else jnp.float32(top_p),
+            # A nucleus of everything, as float32 sees it, is none.
+            top_p=None if top_p is None or np.float32(top_p) == 1 else jnp.float32(top_p),
             greedy=greedy,
             top_k=top_k,
         )
@@ -50,16 +54,37 @@ class Draw:
         if self.greedy:
             return jnp.argmax(logits_BSV, axis=-1).astype(jnp.int32)
         logits_BSV = logits_BSV / self.temperature
-        if self.top_k is not None:
-            kth = jax.lax.top_k(logits_BSV, min(self.top_k, logits_BSV.shape[-1]))[0][..., -1:]
-            logits_BSV = jnp.where(logits_BSV >= kth, logits_BSV, -jnp.inf)
+        if self.top_k is not None and self.top_k < logits_BSV.shape[-1]:
+            kth_BS1 = jax.lax.top_k(logits_BSV, self.top_k)[0][..., -1:]
+            logits_BSV = _likeliest(logits_BSV, kth_BS1, jnp.full_like(kth_BS1, self.top_k, jnp.int32))
         if self.top_p is not None:
-            sorted_BSV = jnp.sort(logits_BSV, axis=-1, descending=True)
-            p_BSV = jax.nn.softmax(sorted_BSV, axis=-1)
-            before_BSV = jnp.cumsum(p_BSV, axis=-1) - p_BSV  # mass of the likelier tokens; the first is always kept
-            last = jnp.min(jnp.where(before_BSV < self.top_p, sorted_BSV, jnp.inf), axis=-1, keepdims=True)
-            logits_BSV = jnp.where(logits_BSV >= last, logits_BSV, -jnp.inf)
+            logits_BSV = _nucleus(logits_BSV, self.top_p)
         return _categorical(key, logits_BSV)
+
+
+def _nucleus(logits_BSV: jax.Array, top_p: jax.Array) -> jax.Array:
+    """The logits of the smallest set of likeliest tokens whose mass is at least `top_p`, and -inf for all others.
+
+    A token is kept if those that are likelier have less mass than `top_p`: if it and those that are less likely have
+    more than 1 - `top_p`. Masses are summed from the least likely token on, because the sum over all the likelier ones
+    reaches 1 too early in float32, and the tail would be lost.
+    """
+    sorted_BSV = jnp.sort(logits_BSV, axis=-1)
+    mass_BSV = jnp.cumsum(jax.nn.softmax(sorted_BSV, axis=-1), axis=-1)
+    kept_BSV = (mass_BSV > 1 - top_p).at[..., -1].set(True)
+    least_BS1 = jnp.min(jnp.where(kept_BSV, sorted_BSV, jnp.inf), axis=-1, keepdims=True)
+    return _likeliest(logits_BSV, least_BS1, jnp.sum(kept_BSV, axis=-1, keepdims=True, dtype=jnp.int32))
+
+
+def _likeliest(logits_BSV: jax.Array, least_BS1: jax.Array, count_BS1: jax.Array) -> jax.Array:
+    """The `count` largest logits, of which `least` is the smallest, and -inf in place of all others.
+
+    If several are equal to `least`, only as many of them are kept as `count` leaves room for, the first ones.
+    """
+    above_BSV, equal_BSV = logits_BSV > least_BS1, logits_BSV == least_BS1
+    room_BS1 = count_BS1 - jnp.sum(above_BSV, axis=-1, keepdims=True, dtype=jnp.int32)
+    kept_BSV = above_BSV | (equal_BSV & (jnp.cumsum(equal_BSV, axis=-1, dtype=jnp.int32) <= room_BS1))
+    return jnp.where(kept_BSV, logits_BSV, -jnp.inf)
 
 
 def _categorical(key: jax.Array, logits_BSV: jax.Array) -> jax.Array:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import flax.struct
@@ -25,6 +25,8 @@ from armd_jax.inference import sampler as strided
 from armd_jax.inference.draw import Draw
 from armd_jax.names import DenoisingSampler
 
+_in_panels = jax.jit(parameters.in_panels, static_argnums=(1, 2))
+
 
 @flax.struct.dataclass
 class Generation:
@@ -32,8 +34,10 @@ class Generation:
 
     tokens_BN: int32.
     log_prob_BN: float32, the model's log-probability of each token given all earlier blocks, at evidence positions too.
-        It is the model's own, before temperature and truncation. None for a denoiser, which gives no probability to a
-        text.
+        It is the model's own, before temperature and truncation, and equal to `lm.log_prob(tokens_BN, order)` up to
+        rounding, because a cache adds up the same numbers in another order: measured differences are up to 3e-6 nats in
+        float32 and up to 0.022 nats if activations are bfloat16 (the default on accelerators). None for a denoiser,
+        which gives no probability to a text.
     order: the order that was used; None for a denoiser, whose calls `call_BN` tells.
     num_calls: the number of function evaluations (NFE), that is of network calls.
     call_BN: int32, the number (from 1) of the call that made each token; 0 at evidence.
@@ -71,16 +75,22 @@ class LanguageModel:
         return parameters.unstack(self.params)
 
     @functools.cached_property
-    def _panels(self) -> Callable[[bool, bool], Params]:
-        """What `parameters.in_panels` gives, made once for each pair of its switches."""
-        cut = jax.jit(parameters.in_panels, static_argnums=(1, 2))
-        return functools.cache(lambda both_streams, one_stream: cut(self.params, both_streams, one_stream))
+    def _panels(self) -> dict[tuple[bool, bool], Params]:
+        """What `parameters.in_panels` gave, by its switches.
+
+        A plain dict: a cached function of `self` would be a circle, which keeps all arrays until Python looks for such.
+        """
+        return {}
 
     def _loop_params(self, rows: int) -> Params | None:
         """Parameters in the layout for calls with this many rows of each stream; None: the ordinary layout."""
         few = few_rows(2 * rows), few_rows(rows)
         in_float32 = activation_dtype(self.config) == jnp.float32
-        return self._panels(*few) if any(few) and in_float32 and jax.default_backend() == "cpu" else None
+        if not (any(few) and in_float32 and jax.default_backend() == "cpu"):
+            return None
+        if few not in self._panels:
+            self._panels[few] = _in_panels(self.params, *few)
+        return self._panels[few]
 
     def logits(self, tokens_BN: np.ndarray | jax.Array, order: Order) -> jax.Array:
         """Logits [B, N, V] float32 at natural positions: row j scores the token at position j given earlier blocks.

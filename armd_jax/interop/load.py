@@ -8,13 +8,14 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from armd_jax import config as configs
+from armd_jax import files
 from armd_jax.config import Config
 from armd_jax.core.parameters import Params
 from armd_jax.data import tokenizers
 from armd_jax.errors import UserError
 from armd_jax.inference.language_model import LanguageModel
 from armd_jax.interop import safetensors_format
-from armd_jax.training import checkpoints, sharding
+from armd_jax.training import checkpoints, divisibility, sharding
 
 
 def load(path: str | os.PathLike[str], ema: bool = True, mesh: Mesh | None = None) -> LanguageModel:
@@ -22,8 +23,9 @@ def load(path: str | os.PathLike[str], ema: bool = True, mesh: Mesh | None = Non
 
     ema: take the averaged weights of a run, if it keeps an average. An export holds the weights that were exported.
     mesh: spread the weights over it as in training; None puts them on one device.
-    Raises UserError if `path` is neither a run nor an export.
+    Raises UserError if `path` is neither a run nor an export, or if its model cannot be divided over the mesh.
     """
+    files.check_local(path, "path")
     folder = pathlib.Path(path)
     config = configs.read(folder)
     tokenizer = tokenizers.load(folder / "tokenizer")
@@ -32,13 +34,14 @@ def load(path: str | os.PathLike[str], ema: bool = True, mesh: Mesh | None = Non
             f"{folder}: its tokenizer has {tokenizer.vocab_size} tokens, its config.json says"
             f" model.vocab_size={config.model.vocab_size}"
         )
+    if mesh is not None:
+        divisibility.check_model(config.model, mesh)
     if (folder / safetensors_format.WEIGHTS).is_file():
         params = safetensors_format.read(folder, config.model)
         if mesh is not None:
             params = jax.device_put(params, sharding.param_shardings(mesh, params))
     else:
-        state = checkpoints.restore_for_inference(folder, config, mesh)
-        params = without_padding(state.eval_params if ema else state.params, config)
+        params = without_padding(checkpoints.restore_params(folder, config, ema, mesh), config)
     return LanguageModel(config.model, params, tokenizer)
 
 

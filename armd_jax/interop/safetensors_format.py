@@ -81,15 +81,28 @@ def unflatten(flat: dict[str, np.ndarray], config: ModelConfig) -> Params:
     return tree
 
 
-def write(lm: LanguageModel, config: Config, out: pathlib.Path) -> None:
-    """Writes the export folder, whole or not at all. Raises UserError if `out` exists already."""
+def check_new(out: pathlib.Path) -> None:
+    """Raises UserError if no export can be written to `out`: it exists already, or no folder can be made there."""
     if out.exists():
         raise UserError(f"--out={out}: exists already; choose another folder or remove it")
+    if reason := files.unwritable(out):
+        raise UserError(f"--out={out}: {reason}")
+
+
+def write(lm: LanguageModel, config: Config, out: pathlib.Path) -> None:
+    """Writes the export folder, whole or not at all.
+
+    Raises UserError as `check_new` does, and OSError if the export does not fit on the disk.
+    """
+    check_new(out)
     if lm.tokenizer is None:
         raise UserError("this model has no tokenizer to export")
     flat = {name: np.ascontiguousarray(value) for name, value in flatten(lm.params, lm.config).items()}
     with files.new_folder(out) as folder:
-        safetensors.numpy.save_file(flat, folder / WEIGHTS, metadata={"format": "armd-jax"})
+        try:
+            safetensors.numpy.save_file(flat, folder / WEIGHTS, metadata={"format": "armd-jax"})
+        except safetensors.SafetensorError as error:
+            raise files.os_error(error, out / WEIGHTS) from error
         files.write(folder / "config.json", configs.to_json(config))
         lm.tokenizer.save(folder / "tokenizer")
 

@@ -29,14 +29,16 @@ class _Section:
     pictures: dict[str, bytes] = dataclasses.field(default_factory=dict)
 
 
-def write(run: pathlib.Path) -> pathlib.Path:
-    """Writes `report.html` and its PNG files into the run's folder and returns the path of the page.
+def write(run: pathlib.Path, out: pathlib.Path | None = None) -> pathlib.Path:
+    """Writes `report.html` and its PNG files and returns the path of the page.
+
+    out: the folder to write them into, made if it is missing; None: the run's.
 
     Everything is drawn before the first file is written, and every file is written whole or not at all.
     Raises UserError if `run` is neither a run nor an export, if one of its files cannot be read, or if the folder
     cannot be written.
     """
-    config = configs.read(run)
+    config, out = configs.read(run), run if out is None else out
     rows, events = _read_log(run / "metrics.jsonl"), _read_log(run / "events.jsonl")
     evaluation, drawn = results.read_evaluation(run), results.read_samples(run)
     where = f"--run={shlex.quote(str(run))}"
@@ -60,14 +62,16 @@ def write(run: pathlib.Path) -> pathlib.Path:
         ],
     )
     try:
+        out.mkdir(parents=True, exist_ok=True)
         for section in sections:
             for picture, png in section.pictures.items():
-                files.write(run / picture, png)
+                files.write(out / picture, png)
         # The name of a folder need not be text.
-        files.write(run / "report.html", page.encode("utf-8", errors="replace"))
+        files.write(out / "report.html", page.encode("utf-8", errors="replace"))
     except OSError as error:
-        raise UserError(f"{run}: the report cannot be written there: {error.strerror or error}") from error
-    return run / "report.html"
+        reason = error.strerror or error
+        raise UserError(f"{out}: the report cannot be written there: {reason}; --out=FOLDER takes another") from error
+    return out / "report.html"
 
 
 def _read_log(path: pathlib.Path) -> list[dict[str, Any]]:

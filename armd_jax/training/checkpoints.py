@@ -12,7 +12,7 @@ import pathlib
 import shutil
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -24,24 +24,37 @@ from orbax.checkpoint import checkpoint_managers
 
 from armd_jax import config as configs
 from armd_jax.config import Config
-from armd_jax.errors import UserError
+from armd_jax.core.parameters import Params
+from armd_jax.errors import UserError, out_of_memory
 from armd_jax.training import sharding
 from armd_jax.training import state as states
 from armd_jax.training.state import TrainState
 
 OnFault = Callable[[int, str], None]  # (step, reason)
+# What is restored of a checkpoint: the whole state, or some of its fields by their names.
+Wanted = TypeVar("Wanted", bound=TrainState | dict[str, Params])
+
+_UNFINISHED = ".orbax-checkpoint-tmp"  # what Orbax adds to the name of a checkpoint until it is whole
 
 
 class Checkpointer:
     """The checkpoints of one workdir. Use it as a context manager; leaving it waits for a save that is under way."""
 
     def __init__(
-        self, workdir: pathlib.Path, config: Config, read_only: bool = False, on_failed_save: OnFault | None = None
+        self,
+        workdir: pathlib.Path,
+        config: Config,
+        read_only: bool = False,
+        on_saved: Callable[[int], None] = lambda step: None,
+        on_failed_save: OnFault | None = None,
     ) -> None:
+        """on_saved, on_failed_save: called when a save has ended, with its step, at the next call of this object."""
         self._workdir, self._read_only = workdir, read_only
-        self._on_failed_save = on_failed_save
+        self._on_saved, self._on_failed_save = on_saved, on_failed_save
         self._begun: int | None = None  # the step of the save that may still be under way
         self._last_failed = False
+        if not read_only:
+            self._remove_unfinished()
         training = config.training
         # A rollback needs a checkpoint of the interval, so the newest of them stays however many stops come after it.
         every = checkpoint_managers.EveryNSteps(training.checkpoint_every, max_to_keep=1)
@@ -53,7 +66,6 @@ class Checkpointer:
             options=ocp.CheckpointManagerOptions(
                 save_decision_policy=checkpoint_managers.FixedIntervalPolicy(training.checkpoint_every),
                 preservation_policy=checkpoint_managers.AnyPreservationPolicy(keep),
-                cleanup_tmp_directories=not read_only,
                 read_only=read_only,
             ),
             handler_registry=_handlers(),
@@ -66,25 +78,40 @@ class Checkpointer:
         if kind is not None and jax.process_count() > 1:
             return  # the other processes may be gone, so waiting for them could hang, and the job is ending anyway
         self.wait()
-        self._manager.close()
+        try:
+            self._manager.close()
+        except Exception:
+            if not self._last_failed:  # Orbax raises the error of a failed save again, which was told already
+                raise
+        if self._last_failed:
+            self._remove_unfinished()
 
     def save(self, state: TrainState, step: int, force: bool = False) -> bool:
         """Begins to save in the background if the config's interval makes `step` due, or in any case with `force`.
 
-        Returns whether a save was begun. If a save fails, on a full disk for example, `on_failed_save` is called at the
-        next call of this object at the latest, and earlier checkpoints stay.
+        Returns whether a save was begun. If it fails, on a full disk for example, earlier checkpoints stay.
         """
         if step in self._manager.all_steps() or not (force or self._manager.should_save(step)):
             return False
-        self.wait()
+        if not self.wait():
+            self._remove_unfinished()
         meta = {"step": step, "digests": _numbers(digests(state))}
         items = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta))
         self._begun = step
         try:
-            return self._manager.save(step, args=items, force=True)
+            if not self._manager.save(step, args=items, force=True):
+                self._begun = None
         except Exception as error:
             self._failed(error)
-            return False
+        return self._begun is not None
+
+    def poll(self) -> None:
+        """Finds out whether the save under way has ended, without waiting. Cheap: call it after every step."""
+        if self._last_failed and self._begun is None:
+            self._remove_unfinished()  # again, because a part of the save that failed may have gone on
+        # Several processes wait for one another at the next save, and must not do so at different steps.
+        if self._begun is not None and jax.process_count() == 1 and not self._manager.is_saving_in_progress():
+            self.wait()
 
     def wait(self) -> bool:
         """Waits until the save that is under way is on disk. Returns whether the last save succeeded."""
@@ -94,7 +121,8 @@ class Checkpointer:
             except Exception as error:
                 self._failed(error)
             else:
-                self._begun, self._last_failed = None, False
+                step, self._begun, self._last_failed = self._begun, None, False
+                self._on_saved(step)
         return not self._last_failed
 
     def _failed(self, error: Exception) -> None:
@@ -102,24 +130,36 @@ class Checkpointer:
         alone = jax.process_count() == 1  # one process of several must not go on by itself
         if self._on_failed_save is None or step is None or not alone:
             raise error
+        self._remove_unfinished()
         self._on_failed_save(step, _line(error))
         self._manager.reload()
+
+    def _remove_unfinished(self) -> None:
+        """Removes what saves left that failed or were killed: it could keep a disk full for ever."""
+        if jax.process_index() == 0:
+            for folder in (self._workdir / "checkpoints").glob(f"*{_UNFINISHED}*"):
+                shutil.rmtree(folder, ignore_errors=True)
 
     def steps(self) -> list[int]:
         """The saved steps, oldest first, whole or not."""
         return sorted(self._manager.all_steps())
 
-    def restore(self, step: int, target: TrainState) -> TrainState:
-        """The state of one step, in the shapes and shardings of `target`. Raises UserError if it is not whole."""
+    def restore(self, step: int, target: Wanted) -> Wanted:
+        """The state of one step, or the fields of it that `target` has, in the shapes and shardings of `target`.
+
+        Of fields, no other array is read. Raises UserError if what is asked for is not whole.
+        """
         reason, state = "", target
         try:
-            self._check_shapes(step, target)
-            items = ocp.args.Composite(state=ocp.args.StandardRestore(target), meta=ocp.args.JsonRestore())
-            restored = self._manager.restore(step, args=items)
-            state, wanted = restored.state, restored.meta["digests"]
+            stored = self._as_stored(step, target)
+            state, wanted = self._read(step, stored)
             wrong = [name for name, number in _numbers(digests(state)).items() if wanted.get(name) != number]
+            if stored is not target:
+                state = _with_new_averages(state, target)
             reason = f"{wrong[0]} is not what was saved (its digest differs)" if wrong else ""
         except Exception as error:  # Orbax raises anything from KeyError to a bare Exception for damaged files
+            if out_of_memory(error) is not None:
+                raise  # the checkpoint may be whole, and must not be moved aside
             reason = _line(error)
         if jax.process_count() > 1 and multihost_utils.process_allgather(np.asarray(bool(reason))).any():
             reason = reason or "damaged for another process"  # all take the same checkpoint
@@ -127,21 +167,47 @@ class Checkpointer:
             raise UserError(f"{self._manager.directory / str(step)}: {reason}")
         return state
 
-    def _check_shapes(self, step: int, target: TrainState) -> None:
-        """Raises ValueError if the stored arrays are not those of `target`. Orbax's own errors would fill screens."""
+    def _read(self, step: int, target: Wanted) -> tuple[Wanted, dict[str, int]]:
+        """The arrays of `target`, and the digests of all arrays that were saved."""
+        meta = ocp.args.JsonRestore()
+        if isinstance(target, TrainState):
+            whole = ocp.args.Composite(state=ocp.args.StandardRestore(target), meta=meta)
+            restored = self._manager.restore(step, args=whole)
+            return restored.state, restored.meta["digests"]
+        digests_of_all = self._manager.restore(step, args=ocp.args.Composite(meta=meta)).meta["digests"]
+        # The handler that saved the state restores all of it; the one inside it also restores parts.
+        arguments = ocp.checkpoint_utils.construct_restore_args(target)
+        part = ocp.args.PyTreeRestore(target, restore_args=arguments, partial_restore=True)
+        handler = ocp.PyTreeCheckpointHandler()
+        try:
+            return handler.restore(self._manager.directory / str(step) / "state", args=part), digests_of_all
+        finally:
+            handler.close()
+
+    def _as_stored(self, step: int, target: Wanted) -> Wanted:
+        """`target` as it is stored: older runs have one average of all losses.
+
+        Raises ValueError if the stored arrays are not those of `target`. Orbax's own errors would fill screens.
+        """
         metadata = self._manager.item_metadata(step)
         if metadata.state is None:
             raise ValueError("holds no training state")
         stored = {name: leaf.shape for name, leaf in _named(metadata.state.tree)}
-        wanted = {name: leaf.shape for name, leaf in _named(target)}
-        for name in sorted(stored.keys() | wanted.keys()):
+        changed: Any = target
+        if isinstance(target, TrainState) and target.loss_average.shape and stored.get("loss_average") == ():
+            one: Any = jax.ShapeDtypeStruct((), jnp.float32, sharding=target.loss_average.sharding)
+            changed = dataclasses.replace(target, loss_average=one)
+        wanted = {name: leaf.shape for name, leaf in _named(changed)}
+        compared = stored.keys() | wanted.keys() if isinstance(target, TrainState) else wanted.keys()
+        for name in sorted(compared):
             if stored.get(name) != wanted.get(name):
                 raise ValueError(f"{name} has shape {stored.get(name)}, the config asks for {wanted.get(name)}")
+        return changed
 
     def restore_newest(
-        self, target: TrainState, on_skip: OnFault, among: Callable[[int], bool] = lambda step: True
-    ) -> TrainState | None:
-        """The newest whole checkpoint among those whose step qualifies; None if none qualifies.
+        self, target: Wanted, on_skip: OnFault, among: Callable[[int], bool] = lambda step: True
+    ) -> Wanted | None:
+        """What `restore` gives of the newest whole checkpoint among those whose step qualifies; None if none qualifies.
 
         A damaged one is reported through on_skip(step, reason) and passed over. Unless this object only reads, it is
         also moved to `damaged/<step>` beside the checkpoints, so that the step can be saved again and only good
@@ -149,7 +215,7 @@ class Checkpointer:
         Raises UserError if there are checkpoints but none of them is whole.
         """
         found = [step for step in self.steps() if among(step)]
-        state: TrainState | None = None
+        state: Wanted | None = None
         damaged: dict[int, str] = {}
         for step in reversed(found):
             try:
@@ -206,8 +272,14 @@ def _named(tree: Any) -> Iterator[tuple[str, Any]]:
         yield ".".join(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path), leaf
 
 
+def _with_new_averages(state: Any, target: Any) -> Any:
+    """The state with averages of the loss that begin anew, in the shape and sharding of `target`."""
+    averages = jnp.full(target.loss_average.shape, jnp.inf, jnp.float32)
+    return dataclasses.replace(state, loss_average=jax.device_put(averages, target.loss_average.sharding))
+
+
 @jax.jit
-def digests(state: TrainState) -> TrainState:
+def digests(state: Wanted) -> Wanted:
     """A uint32 for every array: the sum of its words, each times an odd number of its own, modulo 2^32.
 
     Integer sums that wrap around do not depend on the order of the terms, so the digest is the same on every mesh. An
@@ -226,7 +298,7 @@ def digests(state: TrainState) -> TrainState:
     return jax.tree.map(digest, state)
 
 
-def _numbers(tree: TrainState) -> dict[str, int]:
+def _numbers(tree: TrainState | dict[str, Params]) -> dict[str, int]:
     return {name: int(number) for name, number in _named(tree)}
 
 
@@ -239,11 +311,26 @@ def _one_device() -> Mesh:
 
 def restore_for_inference(run: pathlib.Path, config: Config, mesh: Mesh | None = None) -> TrainState:
     """The newest whole state of a run, spread over the mesh, or on one device if there is none."""
+    return _restore_newest(run, config, states.abstract(config, mesh or _one_device()))
+
+
+def restore_params(run: pathlib.Path, config: Config, ema: bool = True, mesh: Mesh | None = None) -> Params:
+    """The parameters of the newest checkpoint of a run that has them whole, spread over the mesh or on one device.
+
+    Nothing else is read: neither the moments of the optimizer, nor of raw parameters and average what is not asked for.
+
+    ema: the average, if the run keeps one.
+    """
+    target = states.abstract(config, mesh or _one_device())
+    name = "params" if target.ema is None or not ema else "ema"
+    return _restore_newest(run, config, {name: getattr(target, name)})[name]
+
+
+def _restore_newest(run: pathlib.Path, config: Config, target: Wanted) -> Wanted:
     logging.getLogger("absl").setLevel(logging.ERROR)
     if not (run / "checkpoints").is_dir():
         raise UserError(f"{run}: has no checkpoints yet")
     with Checkpointer(run, config, read_only=True) as checkpointer:
-        target = states.abstract(config, mesh or _one_device())
         state = checkpointer.restore_newest(
             target, lambda _, why: print(f"damaged checkpoint passed over: {why}", file=sys.stderr)
         )

@@ -1,5 +1,6 @@
 """The update rule from Optax (clipping, optimizer, learning-rate schedule), and the moving average of the weights."""
 
+import dataclasses
 from typing import Any, assert_never
 
 import jax
@@ -31,8 +32,21 @@ MUON_AXES = {
 MUON_RMS = 0.2
 
 
-def learning_rate(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
-    """The rate at each step: linear warm-up, then constant, cosine, or constant with a linear end (WSD)."""
+@dataclasses.dataclass(frozen=True)
+class Rewarm:
+    """A second warm-up, of a run that is continued: from `step` on, for `steps` steps, the rate rises from `rate`."""
+
+    step: int
+    steps: int
+    rate: float
+
+
+def learning_rate(config: OptimizerConfig, num_steps: int, rewarm: Rewarm | None = None) -> optax.Schedule:
+    """The rate at each step: linear warm-up, then constant, cosine, or constant with a linear end (WSD).
+
+    Steps are batches consumed, as they are for orders and for the average of the weights. Updates that were skipped or
+    rolled back count, so that every schedule reaches its end at the last step.
+    """
     peak, warmup = config.learning_rate, config.warmup_steps
     rest = max(num_steps - warmup, 1)
     match config.schedule:
@@ -47,10 +61,19 @@ def learning_rate(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
         case _:
             assert_never(config.schedule)
     # The first update already has a rate above zero: step t of the warm-up takes (t + 1) / warmup of the peak.
-    return optax.join_schedules([lambda step: peak * (step + 1) / max(warmup, 1), after], [warmup])
+    plain = optax.join_schedules([lambda step: peak * (step + 1) / max(warmup, 1), after], [warmup])
+    if rewarm is None:
+        return plain
+
+    def rewarmed(step: jax.typing.ArrayLike) -> jax.Array:
+        risen = (jnp.asarray(step) - rewarm.step + 1) / rewarm.steps
+        rising = (risen > 0) & (risen < 1)
+        return jnp.where(rising, rewarm.rate + risen * (plain(step) - rewarm.rate), plain(step))
+
+    return rewarmed
 
 
-def make(config: OptimizerConfig, num_steps: int) -> optax.GradientTransformation:
+def make(config: OptimizerConfig, num_steps: int, rewarm: Rewarm | None = None) -> optax.GradientTransformation:
     """The whole update rule."""
 
     def decayed(params: Params) -> Params:
@@ -67,7 +90,7 @@ def make(config: OptimizerConfig, num_steps: int) -> optax.GradientTransformatio
             lambda path, _: "matrix" if path[-1].key in MUON_AXES else "other", params
         )
 
-    rate = learning_rate(config, num_steps)
+    rate = learning_rate(config, num_steps, rewarm)
     adamw = optax.adamw(
         rate,
         b1=config.beta1,
@@ -102,14 +125,16 @@ def make(config: OptimizerConfig, num_steps: int) -> optax.GradientTransformatio
     return optax.chain(optax.clip_by_global_norm(config.clip_norm), update) if config.clip_norm else update
 
 
-def updates_done(opt_state: optax.OptState) -> jax.Array:
-    """int32: how many updates the schedule has counted. Skipped updates are not among them."""
-    # Muon has one schedule for the matrices and one for the rest, which count alike.
-    counts = optax.tree_utils.tree_get_all_with_path(opt_state, "count", filtering=lambda path, _: _is_schedule(path))
-    return counts[0][1]
+def at_step(opt_state: optax.OptState, step: jax.Array) -> optax.OptState:
+    """The optimizer's state with its schedules at `step` (int32).
+
+    By themselves they count the updates that were applied, and after a rollback a cosine would not reach its end. Muon
+    has one schedule for the matrices and one for the rest. Adam's own count, by which its moments are corrected, stays.
+    """
+    return optax.tree_utils.tree_set(opt_state, _is_schedule, count=step)
 
 
-def _is_schedule(path: tuple[Any, ...]) -> bool:
+def _is_schedule(path: tuple[Any, ...], _: Any) -> bool:
     return any(getattr(key, "tuple_name", None) == "ScaleByScheduleState" for key in path)
 
 

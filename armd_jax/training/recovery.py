@@ -36,14 +36,14 @@ class Recovery:
         """The parameters of the last good checkpoint, at step `done`: training goes on past the batches that failed.
 
         Only checkpoints of the config's interval count, not those of a stop, so that a run that was stopped on the way
-        goes back to where an unbroken one would. The learning rate depends on the updates that were applied, the order
-        on `done`.
+        goes back to where an unbroken one would. Learning rate, order and average go on from `done`: all of them count
+        batches.
         Raises RunFailed if there is no such checkpoint, if every update since the last rollback was skipped, or if the
         config says stop.
         """
         training = self._placement.config.training
         failed = done - 1 - training.max_skipped - 1  # the first skipped update took the batch of this step
-        report = self._report(state, failed, done - 1)
+        report = self._written_report(state, failed, done - 1)
         match training.after_skipped:
             case "stop":
                 raise RunFailed(f"updates {failed + 1} to {done - 1} were all skipped; see {report}")
@@ -52,7 +52,7 @@ class Recovery:
             case _:
                 assert_never(training.after_skipped)
 
-    def _roll_back(self, state: TrainState, failed: int, done: int, report: pathlib.Path) -> TrainState:
+    def _roll_back(self, state: TrainState, failed: int, done: int, report: str) -> TrainState:
         if self._rolled_back_at >= failed:
             raise RunFailed(f"every update since the rollback at step {self._rolled_back_at} was skipped; see {report}")
         self._checkpointer.wait()
@@ -67,9 +67,16 @@ class Recovery:
         self._rolled_back_at = done
         self._log.restored()
         back = int(restored.step)
-        self._log.event("rollback", done, to=back, report=str(report))
+        self._log.event("rollback", done, to=back, report=report)
         self._log.tell(f"step {done}: back to the parameters of step {back}, past the batches; see {report}")
         return dataclasses.replace(restored, step=state.step, skipped=jnp.zeros_like(state.skipped))
+
+    def _written_report(self, state: TrainState, first: int, end: int) -> str:
+        """The path of the report, or why there is none: a run that can go on does not end because of a full disk."""
+        try:
+            return str(self._report(state, first, end))
+        except OSError as error:
+            return f"no report, because it could not be written ({error.strerror or error})"
 
     def _report(self, state: TrainState, first: int, end: int) -> pathlib.Path:
         """Writes which steps failed, their rows of the training data, and the first tensor that was not finite."""

@@ -3,27 +3,161 @@
 import contextlib
 import dataclasses
 import pathlib
+import shutil
+import sys
 from collections.abc import Generator, Iterator
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from armd_jax.config import Config
-from armd_jax.data import loader, packing, tokenizers
+from armd_jax.data import loader, packing, prepared, tokenizers
+from armd_jax.data import manifest as manifests
+from armd_jax.data.corpora import open_corpus
 from armd_jax.data.packing import PreparedData
 from armd_jax.data.tokenizers import Tokenizer
 from armd_jax.errors import UserError
 from armd_jax.training import sharding
+from armd_jax.training import workdir as workdirs
+
+_LONGEST = 8192  # bytes of a digest and a path
 
 
-def prepare(config: Config, workdir: pathlib.Path, progress: bool = True) -> tuple[PreparedData, Config]:
-    """The prepared data of the config, made now if it is not there yet, and the config with its vocabulary size."""
-    tokenizer = tokenizers.ready_made(config.data)
-    if tokenizer is not None:
-        with_vocabulary(config, tokenizer)  # a mistake is found before any text is prepared
-    root = pathlib.Path(config.data.cache_dir) if config.data.cache_dir else workdir / "data"
-    data = packing.prepare(config.data, config.model.max_length, root, progress=progress)
-    return data, with_vocabulary(config, data.tokenizer)
+def prepare(
+    config: Config, workdir: pathlib.Path, progress: bool = True, old: Config | None = None
+) -> tuple[PreparedData, Config]:
+    """The prepared data of the config, made now if they are not there yet, and the config with what they decide.
+
+    The latter are the vocabulary size, and the tokenizer if `data.path` is a prepared folder.
+
+    progress: say on stderr what is done.
+    old: the config of the run that goes on in the workdir. Its data may have another name now, but not another content.
+    Raises UserError if the data cannot be prepared, or are not those that the run was trained on.
+    """
+    length = config.model.max_length
+    if (chosen := prepared.folder_of(config.data.path)) is not None:
+        data, section = prepared.open_chosen(chosen, config.data, length)
+        config = dataclasses.replace(config, data=section)
+        if old is not None:
+            workdirs.check_same_data(workdir, data, workdirs.data_changes(old, config))
+    elif old is not None:
+        data = _again(config, old, workdir, progress)
+    else:
+        tokenizer = tokenizers.ready_made(config.data)
+        if tokenizer is not None:
+            with_vocabulary(config, tokenizer)  # a mistake is found before any text is prepared
+        data = packing.prepare(config.data, length, _root(config, workdir), progress=progress)
+    config = with_vocabulary(config, data.tokenizer)
+    if old is not None and progress and (changes := workdirs.data_changes(old, config)):
+        print(f"{workdir}: goes on with the same rows and the same tokenizer ({changes})", file=sys.stderr)
+    return data, config
+
+
+def _root(config: Config, workdir: pathlib.Path) -> pathlib.Path:
+    return pathlib.Path(config.data.cache_dir) if config.data.cache_dir else workdir / "data"
+
+
+def _again(config: Config, old: Config, workdir: pathlib.Path, progress: bool) -> PreparedData:
+    """The data of a run that goes on: its own rows if they are what the config names, else what the config names.
+
+    If the same config as before names something that cannot be read any more, such as text that is not on this machine,
+    the run's own rows are taken.
+    """
+    changes, root = workdirs.data_changes(old, config), _root(config, workdir)
+    own = own_rows(workdir, old)
+    known = dict(manifests.known_files(root)) | dict(manifests.known_files(own.folder) if own is not None else {})
+    try:
+        same_tokenizer = own is None or prepared.made_with(config.data, own.manifest.tokenizer)
+        corpus = open_corpus(config.data, known)
+    except UserError as error:
+        if own is None or changes:
+            raise
+        if progress:
+            print(f"{error}; the run goes on with its own rows in {own.folder}", file=sys.stderr)
+        return own
+    if not same_tokenizer:
+        raise workdirs.other_data(workdir, "with another tokenizer", changes, own)
+    # The embedded corpus is another one in every version of Python; nobody has changed anything.
+    embedded = not config.data.path and not changes
+    if own is not None and (embedded or prepared.comes_from(own.manifest, corpus)):
+        return own
+    # Files of other names may hold the same documents. That shows once they are rows.
+    folder = packing.folder_for(config.data, corpus, config.model.max_length, root)
+    is_new = not folder.exists() and root == workdir / "data"
+    try:
+        data = packing.prepare(config.data, config.model.max_length, root, progress=progress, corpus=corpus)
+    except UserError as error:
+        if not changes:
+            raise
+        raise workdirs.other_data(workdir, "on other text", f"{changes}: {error}", own) from error
+    try:
+        workdirs.check_same_data(workdir, data, changes, own)
+    except UserError:
+        if is_new:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
+    if own is not None and progress and own.manifest.splits != data.manifest.splits:
+        print(f"{workdir}: the training rows are as before, but the held-out text has changed", file=sys.stderr)
+    return data
+
+
+def own_rows(run: pathlib.Path, config: Config) -> PreparedData | None:
+    """The rows that a run was trained on, wherever they lie; None if they are gone, or the run does not say which.
+
+    They are known by their digest, so it does not matter how the config spells where they came from. They are looked
+    for in the run's folder, where they were at its last start, and where the config says; nothing is written there.
+    Raises UserError if they are damaged.
+    """
+    trained = workdirs.trained_on(run)
+    if trained is None:
+        return None
+    last = [] if trained.folder is None else [trained.folder]
+    # Its name comes first: other folders may have the same training rows, but other held-out ones.
+    inside = prepared.open_rows([*(run / "data" / folder.name for folder in last), run / "data"], trained.digest)
+    if inside is not None:
+        return inside
+    for _, manifest in manifests.prepared_below(run / "data"):
+        if isinstance(manifest, UserError):
+            raise manifest
+    chosen = prepared.folder_of(config.data.path)
+    cache = [pathlib.Path(config.data.cache_dir)] if config.data.cache_dir else []
+    return prepared.open_rows([*last, *cache, *([chosen] if chosen is not None else [])], trained.digest)
+
+
+def prepare_together(
+    config: Config, workdir: pathlib.Path, progress: bool, old: Config | None
+) -> tuple[PreparedData, Config]:
+    """`prepare` in every process. Only the first one reads text; the others open the folder that it made or found.
+
+    On a machine that cannot see this folder, the text is prepared once more.
+    Raises UserError if the rows of a process are not those of the first one.
+    """
+    if jax.process_index() == 0:
+        data, config = prepare(config, workdir, progress, old)
+        _from_first(f"{data.digest} {data.folder.absolute()}")
+        return data, config
+    digest, _, folder = _from_first("").partition(" ")
+    chosen = prepared.folder_of(config.data.path)
+    found = prepared.open_rows([pathlib.Path(folder)], digest) if chosen is None else None
+    if found is None:
+        found, config = prepare(config, workdir, progress=False, old=old)
+    if found.digest != digest:
+        raise UserError(
+            f"process {jax.process_index()}: its rows in {found.folder} are not those of process 0 in {folder}:"
+            " give all machines the same text, or a data.cache_dir that all of them see"
+        )
+    return found, with_vocabulary(config, found.tokenizer)
+
+
+def _from_first(text: str) -> str:
+    """The text that the first process gives, in every process, once all of them have come here."""
+    if jax.process_count() == 1:
+        return text
+    content = text.encode(errors="surrogateescape")[:_LONGEST].ljust(_LONGEST, b"\0")
+    shared = multihost_utils.broadcast_one_to_all(np.frombuffer(content, np.uint8).astype(np.int32))
+    return np.asarray(shared).astype(np.uint8).tobytes().rstrip(b"\0").decode(errors="surrogateescape")
 
 
 def with_vocabulary(config: Config, tokenizer: Tokenizer) -> Config:

@@ -42,7 +42,7 @@ class RunLog:
         """Opens the files in `workdir` (None: this process writes none) and the bar. The stack closes them."""
         self._skipped = skipped
         if workdir is not None:
-            self._writer = MetricWriter(workdir, self._config, first_step)
+            self._writer = MetricWriter(workdir, self._config, first_step, self.tell)
             stack.callback(self._writer.close)
         for name, at, details in self._early:
             self.event(name, at, **details)
@@ -73,8 +73,12 @@ class RunLog:
         else:
             self._early.append(("skip", at, {"reason": reason}))
 
+    def saved(self, at: int) -> None:
+        """To be called when a checkpoint is on disk."""
+        self.event("save", at)
+
     def save_failed(self, at: int, reason: str) -> None:
-        self.tell(f"the checkpoint of step {at} could not be saved ({reason}); earlier ones are kept, training goes on")
+        self.tell(f"the checkpoint of step {at} could not be saved ({reason}); training goes on")
         self.event("save_failed", at, reason=reason)
 
     def save(self, checkpointer: Checkpointer, state: TrainState, done: int, force: bool) -> None:
@@ -85,8 +89,7 @@ class RunLog:
             return
         if self._writer:
             self._writer.sync()
-        if checkpointer.save(state, done, force):
-            self.event("save", done)
+        checkpointer.save(state, done, force)
 
     def read(self, done: int, metrics: step.Metrics) -> int:
         """Takes a step's metrics. Returns how many updates in a row had been skipped as of the step before it."""

@@ -11,6 +11,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from armd_jax.config import Config
 from armd_jax.core import parameters
+from armd_jax.core import task as tasks
 from armd_jax.core.parameters import Params
 from armd_jax.training import optimizer, sharding
 
@@ -20,7 +21,9 @@ class TrainState:
     """The arrays of a run.
 
     step: int32, batches consumed. ema: averaged parameters; None if no average is kept. skipped: int32, updates skipped
-    in a row up to now. loss_average: float32, running average of the loss of applied updates; infinite before any.
+    in a row up to now. loss_average: float32, running average of the loss of applied updates; infinite before any. If
+    spikes are skipped, there is one for every kind of step whose loss differs by nature, as that of each number of
+    streams does: [number of kinds].
     """
 
     step: jax.Array
@@ -48,8 +51,14 @@ def init(config: Config, key: jax.Array, params: Params | None = None) -> TrainS
         ema=ema,
         opt_state=tx.init(params),
         skipped=jnp.int32(0),
-        loss_average=jnp.float32(jnp.inf),
+        loss_average=jnp.full(_averages(config), jnp.inf, jnp.float32),
     )
+
+
+def _averages(config: Config) -> tuple[int, ...]:
+    """The shape of the running averages of the loss."""
+    num_kinds = tasks.of(config).num_kinds if config.training.spike_nats else 1
+    return (num_kinds,) if num_kinds > 1 else ()
 
 
 def shardings(config: Config, mesh: Mesh) -> TrainState:

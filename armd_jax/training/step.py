@@ -15,6 +15,7 @@ from armd_jax.core.objective import LossSums, Task
 from armd_jax.core.parameters import Params
 from armd_jax.training import optimizer, sharding
 from armd_jax.training import state as states
+from armd_jax.training.optimizer import Rewarm
 from armd_jax.training.placement import Placement
 from armd_jax.training.state import TrainState
 
@@ -65,33 +66,38 @@ def gradients(
     return jax.lax.scan(accumulate, zeros, inputs)[0]
 
 
-def make_train_step(placement: Placement) -> jax.stages.Wrapped:
-    """The jitted update (state, tokens_BN int32 [batch_size, N]) -> (state, metrics); it reuses the state's buffers."""
+def make_train_step(placement: Placement, rewarm: Rewarm | None = None) -> jax.stages.Wrapped:
+    """The jitted update (state, tokens_BN int32 [batch_size, N]) -> (state, metrics); it reuses the state's buffers.
+
+    rewarm: the second warm-up of a run that was continued.
+    """
     config, mesh = placement.config, placement.mesh
-    tx = optimizer.make(config.optimizer, config.training.num_steps)
-    rate = optimizer.learning_rate(config.optimizer, config.training.num_steps)
+    tx = optimizer.make(config.optimizer, config.training.num_steps, rewarm)
+    rate = optimizer.learning_rate(config.optimizer, config.training.num_steps, rewarm)
 
     def train_step(state: TrainState, tokens_BN: jax.Array) -> tuple[TrainState, Metrics]:
         task = draw_task(config, state.step, tokens_BN.shape[1])
         task = jax.tree.map(lambda a: placement.context.constrain(a, ("batch", "length")), task)
         grads, sums = gradients(state.params, placement, tokens_BN, task, state.step)
-        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        updates, opt_state = tx.update(grads, optimizer.at_step(state.opt_state, state.step), state.params)
         params = optax.apply_updates(state.params, updates)
         ema = None if state.ema is None else optimizer.update_ema(config.optimizer, state.ema, params, state.step)
         loss, grad_norm = sums.weighted_nll / sums.weight, optax.global_norm(grads)
 
         # An update that would do harm is not made: parameters, average and moments stay as they are, bit for bit.
         good = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+        kind = tasks.of(config).kind(_key(config, _TASK, state.step), state.step) if state.loss_average.ndim else ...
+        average = state.loss_average[kind]
         if config.training.spike_nats:
-            good &= loss <= state.loss_average + config.training.spike_nats
+            good &= loss <= average + config.training.spike_nats
         keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(good, n, o), new, old)  # noqa: E731
-        average = jnp.where(jnp.isinf(state.loss_average), loss, 0.98 * state.loss_average + 0.02 * loss)
+        average = jnp.where(jnp.isinf(average), loss, 0.98 * average + 0.02 * loss)
         skipped = jnp.where(good, 0, state.skipped + 1)
         metrics = {
             "train/loss": loss,
             "train/nll": sums.nll / sums.tokens,
             "train/grad_norm": grad_norm,
-            "train/learning_rate": jnp.asarray(rate(optimizer.updates_done(state.opt_state)), jnp.float32),
+            "train/learning_rate": jnp.asarray(rate(state.step), jnp.float32),
             "train/skipped": skipped.astype(jnp.float32),
         }
         new = TrainState(
@@ -100,7 +106,7 @@ def make_train_step(placement: Placement) -> jax.stages.Wrapped:
             ema=keep(ema, state.ema),
             opt_state=keep(opt_state, state.opt_state),
             skipped=skipped,
-            loss_average=keep(average, state.loss_average),
+            loss_average=keep(state.loss_average.at[kind].set(average), state.loss_average),
         )
         return new, metrics
 

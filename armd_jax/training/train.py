@@ -9,17 +9,17 @@ import time
 from collections.abc import Callable
 
 import jax
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from armd_jax import config as configs
-from armd_jax import files
+from armd_jax import streams
 from armd_jax.config import Config
 from armd_jax.core.parameters import Params
 from armd_jax.data.packing import PreparedData
-from armd_jax.training import checkpoints, divisibility, faults, placement, run_data, sharding, step
+from armd_jax.training import checkpoints, continuation, divisibility, faults, placement, run_data, sharding, step
 from armd_jax.training import state as states
 from armd_jax.training import workdir as workdirs
+from armd_jax.training.continuation import Continuation
 from armd_jax.training.faults import RunFailed
 from armd_jax.training.preemption import Preemption
 from armd_jax.training.recovery import Recovery
@@ -51,6 +51,7 @@ def train(
     initial_params: InitialParams | None = None,
     progress: bool = True,
     debug_nans: bool = False,
+    rewarm_steps: int | None = None,
 ) -> Result:
     """Trains until `training.num_steps`, from the newest whole checkpoint in `workdir` if there is one.
 
@@ -58,14 +59,18 @@ def train(
     progress: show a progress bar, and the config when the run begins.
     debug_nans: wait for every step, and end the run at the first update that had to be skipped, naming the operation
         that is to blame.
+    rewarm_steps: over how many steps the learning rate may rise if another number of steps would make it jump, 0 to let
+        it jump. None: that is an error.
     Raises UserError if the input cannot work, and RunFailed if the run cannot go on by itself.
     """
-    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax writes several lines about every save
+    # Orbax writes several lines about every save, and tracebacks about one that failed, which is told in one line here.
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
     workdir = workdir.absolute()
     primary = jax.process_index() == 0
     with contextlib.ExitStack() as stack:
+        stack.enter_context(streams.forgiving())
         # --- config and data -------------------------------------------------------------------------------------
-        old = configs.read(workdir) if (workdir / "config.json").exists() else None
+        old = workdirs.begun(workdir)
         if old is None:
             configs.check_new_run(config)
         workdirs.check_writable(workdir)
@@ -77,29 +82,29 @@ def train(
         if primary:
             stack.enter_context(workdirs.locked(workdir))
             stack.enter_context(workdirs.left_as_found(workdir))
-            data, config = run_data.prepare(config, workdir, progress)
-            multihost_utils.sync_global_devices("data prepared")
-        else:
-            multihost_utils.sync_global_devices("data prepared")
-            data, config = run_data.prepare(config, workdir, progress=False)
+        data, config = run_data.prepare_together(config, workdir, progress, old)
         divisibility.check(config, mesh)
-        if old is not None:
-            workdirs.check_same_data(workdir, data)
 
         # --- state: the newest checkpoint, else given weights, else random ones ------------------------------------
         log = RunLog(config, primary and progress)
-        checkpointer = stack.enter_context(checkpoints.Checkpointer(workdir, config, on_failed_save=log.save_failed))
+        checkpointer = stack.enter_context(
+            checkpoints.Checkpointer(workdir, config, on_saved=log.saved, on_failed_save=log.save_failed)
+        )
         target = states.abstract(config, mesh)
         state = checkpointer.restore_newest(target, log.damaged)
+        going_on = Continuation()
         resumed = state is not None
+        if old is not None and state is not None:
+            going_on = continuation.of(workdir, old, config, int(state.step), rewarm_steps)
         if state is None:
             state = states.create(config, mesh, initial_params(config, data, mesh) if initial_params else None)
-        if primary:
-            data.tokenizer.save(workdir / "tokenizer")
-            files.write(workdir / "config.json", configs.to_json(config))
         first_step, last_step = int(state.step), config.training.num_steps
         if first_step >= last_step:
             return Result(state, config, 0)
+        if primary:
+            if going_on.fresh and going_on.rewarm is not None:
+                continuation.store(workdir, going_on.rewarm)
+            workdirs.begin(workdir, config, data, resumed)
 
         # --- what the run writes -----------------------------------------------------------------------------------
         if primary and progress:
@@ -107,11 +112,15 @@ def train(
             if mesh.size > 1:
                 print(parameter_table(state.params), file=sys.stderr)
         log.open(stack, workdir if primary else None, first_step, int(state.skipped))
-        log.event("resume" if resumed else "start", first_step, time=time.time(), data=data.digest)
+        changes = {"changes": going_on.changes} if going_on.changes else {}
+        begun = {"time": time.time(), "data": data.digest, "rows": str(data.folder.resolve()), **changes}
+        log.event("resume" if resumed else "start", first_step, **begun)
+        if changes:
+            log.tell(f"step {first_step}: {going_on.changes}")
 
         # --- steps -----------------------------------------------------------------------------------------------
         placed = placement.for_training(config, mesh)
-        train_step = step.make_train_step(placed)
+        train_step = step.make_train_step(placed, going_on.rewarm)
         evaluate = Validation(placement.for_evaluation(config, mesh), data)
         recover = Recovery(placed, data, workdir, checkpointer, target, log)
         preemption = stack.enter_context(Preemption())
@@ -129,11 +138,14 @@ def train(
                 log.evaluated(done, evaluate(state.eval_params))
             stopped = done < last_step and preemption.requested(done)
             log.save(checkpointer, state, done, force=stopped or done == last_step)
+            checkpointer.poll()
             log.bar.update()
             if stopped or done == last_step:
                 break
         log.flush()
         if not checkpointer.wait():
-            raise RunFailed(f"{workdir}: the checkpoint of step {done} could not be saved; earlier ones are kept")
+            kept = checkpointer.steps()
+            left = f"the run can go on from step {kept[-1]}" if kept else "there is no earlier one to go on from"
+            raise RunFailed(f"{workdir}: the checkpoint of step {done} could not be saved; {left}")
         log.event("stop" if stopped else "end", done, time=time.time())
     return Result(state, config, done - first_step, stopped)

@@ -7,7 +7,6 @@ import os
 import pathlib
 import shutil
 import socket
-import time
 from collections.abc import Generator
 
 from armd_jax import config as configs
@@ -18,43 +17,118 @@ from armd_jax.data.packing import PreparedData
 from armd_jax.errors import UserError
 
 
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """What events.jsonl says of the rows that a run is trained on.
+
+    digest: that of `Manifest`. folder: the prepared folder at the last start; None if an earlier version wrote the row.
+    """
+
+    digest: str
+    folder: pathlib.Path | None
+
+
+def begun(workdir: pathlib.Path) -> Config | None:
+    """The config of the run in the workdir. None if there is no run, or one that has no checkpoint yet.
+
+    Where nothing was saved there is nothing to go on with, and any config may begin.
+    Raises UserError if the workdir holds a config.json that is not a run's.
+    """
+    if not (workdir / "config.json").exists():
+        return None
+    old = configs.read(workdir)
+    if any(workdir.glob("*.safetensors")):
+        raise UserError(
+            f"--workdir={workdir}: holds an export, not a run; to start from its weights, use another folder and"
+            f" training.init_from={str(workdir)!r}"
+        )
+    checkpoints = workdir / "checkpoints"
+    saved = checkpoints.is_dir() and any(path.name.isdecimal() for path in checkpoints.iterdir())
+    return old if saved else None
+
+
+def begin(workdir: pathlib.Path, config: Config, data: PreparedData, resumed: bool) -> None:
+    """Writes the files that make the workdir the folder of this run: the tokenizer, then config.json."""
+    if not resumed:  # an attempt that saved nothing may have left the files of another tokenizer
+        shutil.rmtree(workdir / "tokenizer", ignore_errors=True)
+    data.tokenizer.save(workdir / "tokenizer")
+    files.write(workdir / "config.json", configs.to_json(config))
+
+
+def trained_on(workdir: pathlib.Path) -> Trained | None:
+    """The rows that the run in the workdir is trained on; None if it does not say."""
+    found = None
+    for row in files.read_json_lines(workdir / "events.jsonl"):
+        digest, folder = row.get("data"), row.get("rows")
+        if row.get("event") in ("start", "resume") and isinstance(digest, str):
+            found = Trained(digest, pathlib.Path(folder) if folder and isinstance(folder, str) else None)
+    return found
+
+
 def check_continuation(old: Config, new: Config, workdir: pathlib.Path) -> None:
-    """Raises UserError, naming every field that differs, if `new` cannot continue the run of `old`."""
-    if not new.model.vocab_size:  # not resolved yet: it follows from the data, which are compared on their own
+    """Raises UserError, naming every field that differs, if `new` cannot continue the run of `old`.
+
+    The section `data` is left out: what its fields name may have moved, so its content is compared (`check_same_data`).
+    """
+    if not new.model.vocab_size:  # not resolved yet: it follows from the data
         new = dataclasses.replace(new, model=dataclasses.replace(new.model, vocab_size=old.model.vocab_size))
-    wrong = [f"{name} was {was!r}, now {now!r}" for name, was, now, may in configs.differences(old, new) if not may]
+    before, now = old.training.init_from, new.training.init_from
+    if before and now and os.path.realpath(before) == os.path.realpath(now):  # the same folder, spelled in another way
+        new = dataclasses.replace(new, training=dataclasses.replace(new.training, init_from=before))
+    wrong = [text for name, text in _changes(old, new) if not name.startswith("data.")]
     if wrong:
         raise UserError(f"{workdir} holds a run of another config ({'; '.join(wrong)}): use another --workdir")
 
 
-def check_same_data(workdir: pathlib.Path, data: PreparedData) -> None:
+def _changes(old: Config, new: Config) -> list[tuple[str, str]]:
+    """(dotted name, what changed, for people) of the fields that are part of what a run is."""
+    found = configs.differences(old, new)
+    return [(name, f"{name} was {was!r}, now {now!r}") for name, was, now, may in found if not may]
+
+
+def data_changes(old: Config, new: Config) -> str:
+    """How the data are named in another way than at the last start, for people; empty if they are not."""
+    return "; ".join(text for name, text in _changes(old, new) if name.startswith("data."))
+
+
+def check_same_data(workdir: pathlib.Path, data: PreparedData, changes: str, own: PreparedData | None = None) -> None:
     """Raises UserError if the run in `workdir` was trained on other rows, or with another tokenizer, than `data`.
 
     The config names a source, not its content: files may have changed since, and every Python version carries an
-    embedded corpus of its own.
+    embedded corpus of its own. And the same content may have another name.
+
+    changes: see `data_changes`. own: the rows of the run, if they are still there.
     """
-    begun = [row.get("data") for row in files.read_json_lines(workdir / "events.jsonl") if row["event"] == "start"]
+    begun_on = trained_on(workdir)
     tokenizer = workdir / "tokenizer"
-    other_tokenizer = tokenizer.is_dir() and tokenizers.load(tokenizer).hash != data.tokenizer.hash
-    if other_tokenizer or (begun and begun[-1] not in (None, data.digest)):
-        what = "with another tokenizer" if other_tokenizer else "on other text"
-        raise UserError(
-            f"{workdir} holds a run {what} than data.path and data.tokenizer give now: what they name has changed"
-            " since; bring it back, or use another --workdir"
-        )
+    if tokenizer.is_dir() and tokenizers.load(tokenizer).hash != data.tokenizer.hash:
+        raise other_data(workdir, "with another tokenizer", changes, own)
+    if begun_on is None and changes:  # an early version did not note the digest, so that only names can be compared
+        raise other_data(workdir, "of other data", changes, own)
+    if begun_on is not None and begun_on.digest != data.digest:
+        raise other_data(workdir, "on other text", changes, own)
+
+
+def other_data(workdir: pathlib.Path, what: str, changes: str, own: PreparedData | None) -> UserError:
+    """The error that the run in `workdir` was trained on other data; `what` says in a few words what is other.
+
+    changes, own: as in `check_same_data`.
+    """
+    ways = ["use another --workdir"]
+    if own is not None:
+        ways.append(f"go on with the run's own rows, data.path={str(own.folder)!r}")
+    if changes:
+        return UserError(f"{workdir} holds a run {what} ({changes}): {', or '.join(ways)}")
+    return UserError(
+        f"{workdir} holds a run {what} than data.path and data.tokenizer give now: what they name has changed since;"
+        f" bring it back, or {', or '.join(ways)}"
+    )
 
 
 def check_writable(workdir: pathlib.Path) -> None:
     """Raises UserError if the workdir cannot be written. Creates nothing."""
-    if workdir.exists() and not workdir.is_dir():
-        raise UserError(f"--workdir={workdir}: is a file, not a folder")
-    existing = next(parent for parent in (workdir, *workdir.parents) if parent.exists())
-    probe = existing / f".armd-probe-{time.time_ns()}"
-    try:
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise UserError(f"--workdir={workdir}: cannot be written ({error.strerror})") from error
+    if reason := files.unwritable(workdir):
+        raise UserError(f"--workdir={workdir}: {reason}")
 
 
 @contextlib.contextmanager
@@ -79,8 +153,9 @@ def locked(workdir: pathlib.Path) -> Generator[None]:
             break
         os.close(handle)  # its last holder removed this file between our open and our lock
     try:
-        os.ftruncate(handle, 0)
-        os.write(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+        with contextlib.suppress(OSError):  # for people only, and the disk may be full
+            os.ftruncate(handle, 0)
+            os.write(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
         yield
     finally:
         path.unlink(missing_ok=True)

@@ -1,6 +1,7 @@
 """Generation orders: what they are, how they are drawn, and what they refuse."""
 
 import collections
+import dataclasses
 import itertools
 import math
 
@@ -305,6 +306,28 @@ def test_last_steps_are_strided():
         assert bool(match) == (step >= 20), step
         seen.update(match)
     assert min(seen[2], seen[4]) >= 5
+
+
+def test_kinds_of_steps_are_those_that_are_drawn():
+    """A kind is a phase before the SBP phase, or the number of streams that `draw` draws with the same key."""
+    progressive = OrderConfig(ar_steps=4, permute_steps=8, max_permuted=2, streams=(2, 4), sbp_steps=30)
+    for config, num_phases in (
+        (progressive, 3),
+        (dataclasses.replace(progressive, kind="uniform"), 1),
+        (dataclasses.replace(progressive, sbp_steps=0), 3),
+        (dataclasses.replace(progressive, kind="strided"), 0),
+    ):
+        run = _steps(config, num_steps=50)
+        strided = [np.asarray(order.strided(4, 8, streams).block_BN) for streams in config.streams]
+        kinds = jax.jit(lambda step, c=config: curriculum.kind_of_step(c, jax.random.fold_in(_key(0), step), step, 50))
+        seen = collections.Counter()
+        for step in range(50):
+            blocks, kind = run(step).block_BN, int(kinds(jnp.asarray(step)))
+            match = [num_phases + n for n, expected in enumerate(strided) if np.array_equal(blocks, expected)]
+            before = [0 if num_phases == 1 else int(step >= 4) + int(step >= 8)]
+            assert [kind] == (match or before), step
+            seen[kind] += 1
+        assert set(seen) == set(range(curriculum.num_kinds(config)))
 
 
 # --- evidence, padding, errors --------------------------------------------------------------------------------------

@@ -1,12 +1,13 @@
 """Batches: a pure function of (seed, step) in training; every token exactly once in evaluation."""
 
 import threading
+import time
 
 import numpy as np
 import pytest
 
 from armd_jax.config import DataConfig
-from armd_jax.data import packing
+from armd_jax.data import loader, packing
 from armd_jax.data.loader import batch_indices, eval_batches, train_batches
 from armd_jax.errors import UserError
 
@@ -44,7 +45,7 @@ def test_processes_share_the_batch_of_one(prepared):
             assert found[0] == step and (found[1] == tokens[part]).all()
 
 
-@pytest.mark.parametrize("num_rows", [1, 2, 5, 64, 1000])
+@pytest.mark.parametrize("num_rows", [1, 2, 5, 64, loader.FEW_ROWS, loader.FEW_ROWS + 1])
 def test_every_epoch_is_a_permutation_of_its_own(num_rows):
     batch_size = 7
     steps = -(-4 * num_rows // batch_size)
@@ -54,6 +55,17 @@ def test_every_epoch_is_a_permutation_of_its_own(num_rows):
     if num_rows >= 64:
         assert len({tuple(epoch) for epoch in epochs}) == 4
         assert abs(np.corrcoef(epochs[0], np.arange(num_rows))[0, 1]) < 0.5
+
+
+def test_few_rows_cost_little():
+    """A batch of 512 over 20 rows spans 26 epochs, and takes no noticeable part of a step."""
+    times = []
+    for step in range(3):
+        start = time.perf_counter()
+        indices = batch_indices(step, 512, 3, 20)
+        times.append(time.perf_counter() - start)
+        assert indices.shape == (512,) and indices.dtype == np.int64
+    assert min(times) < 0.05
 
 
 def test_steps_far_out_are_reached_at_once(prepared):

@@ -5,8 +5,8 @@ import json
 import pytest
 
 from armd_jax import typed
-from armd_jax.data.manifest import MANIFEST_FILE, Counts, Shard, read_manifest, write_manifest
-from armd_jax.data.reading import LeftOut
+from armd_jax.data.manifest import MANIFEST_FILE, Counts, Shard, known_files, read_manifest, write_manifest
+from armd_jax.data.reading import LeftOut, SourceFile
 from armd_jax.errors import UserError
 from armd_jax.names import Split
 
@@ -92,6 +92,22 @@ def test_manifest_on_disk_is_the_same_byte_for_byte(tmp_path):
     assert (tmp_path / "again" / MANIFEST_FILE).read_bytes() == STORED.encode()
 
 
+def test_source_files_are_recorded_and_may_be_missing(tmp_path):
+    """Folders of earlier versions do not say which files they were made from; nothing is known of these."""
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / MANIFEST_FILE).write_text(STORED)
+    assert read_manifest(tmp_path / "old").source.files is None and not known_files(tmp_path)
+    about = json.loads(STORED)
+    about["source"]["files"] = [{"name": "a/b.txt", "bytes": 3, "mtime_ns": -5, "sha256": "3f"}]
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / MANIFEST_FILE).write_text(json.dumps(about))
+    manifest = read_manifest(tmp_path / "new")
+    assert manifest.source.files == (SourceFile("a/b.txt", 3, -5, "3f"),)
+    write_manifest(tmp_path / "new", manifest)
+    assert read_manifest(tmp_path / "new") == manifest
+    assert known_files(tmp_path) == known_files(tmp_path / "new") == {("a/b.txt", 3, -5): "3f"}
+
+
 @pytest.mark.parametrize("split", typed.choices(Split))
 def test_shards_are_named_after_any_split(tmp_path, split):
     (tmp_path / MANIFEST_FILE).write_text(STORED.replace("valid", split) if split != "train" else STORED)
@@ -113,6 +129,9 @@ def test_shards_are_named_after_any_split(tmp_path, split):
         ("tokenizer.lossless", 1, "tokenizer.lossless=1: expected bool"),
         ("source", "text", "source='text': expected a section"),
         ("source.more", 1, "unknown field 'source.more'"),
+        ("source.files", 3, "source.files=3: expected a section"),
+        ("source.files", [{"name": "a", "bytes": -1, "mtime_ns": 0, "sha256": ""}], "one of its counts is negative"),
+        ("source.files", [{"name": "a", "bytes": 1, "sha256": ""}], "source.files.mtime_ns is missing"),
         ("left_out.train.damaged", -2, "one of its counts is negative"),
         ("left_out.dev", {"empty": 0, "damaged": 0, "first_damaged": ""}, "split='dev' is not known"),
         ("splits.train.tokens", 6401, "its counts contradict one another"),

@@ -3,14 +3,16 @@
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 
+from armd_jax.cli import main as cli
 from armd_jax.config import DataConfig
-from armd_jax.data import building, packing, tokenizers
+from armd_jax.data import building, packing, text_files, tokenizers
 from armd_jax.data.corpora import open_corpus
 from armd_jax.data.sentencepiece_training import train_model
 from armd_jax.data.tokenizers import SentencePieceTokenizer
@@ -104,6 +106,66 @@ def test_second_call_loads_what_is_there_and_other_requests_get_other_folders(co
     monkeypatch.setattr(packing, "large_folder", None)
     again = packing.prepare(config, LENGTH, tmp_path / "cache", progress=False)
     assert again.folder == first.folder and again.manifest == first.manifest
+
+
+def _count_hashed(monkeypatch):
+    """A list that every source file appears in whose content is read for its hash."""
+    hashed, hash_file = [], text_files.hash_file
+    monkeypatch.setattr(text_files, "hash_file", lambda path: hashed.append(path.name) or hash_file(path))
+    return hashed
+
+
+@pytest.mark.parametrize("into", [False, True], ids=["cache", "out"])
+def test_source_files_are_hashed_once(config, tmp_path, monkeypatch, into):
+    """As long as size and modification time are as recorded, the content is not read again."""
+    (tmp_path / "more").mkdir()
+    shutil.copy(config.path, tmp_path / "more" / "a.jsonl")
+    (tmp_path / "more" / "b.txt").write_text("one more document\n")
+    config = dataclasses.replace(config, path=str(tmp_path / "more"))
+    prepare = packing.prepare_into if into else packing.prepare
+    hashed = _count_hashed(monkeypatch)
+    first = prepare(config, LENGTH, tmp_path / "cache", progress=False)
+    assert hashed == ["a.jsonl", "b.txt"]
+    monkeypatch.chdir(tmp_path)
+    for path in (config.path, "more", "./more/", "more/*"):
+        again = prepare(dataclasses.replace(config, path=path), LENGTH, tmp_path / "cache", progress=False)
+        assert again.folder == first.folder
+    os.rename(tmp_path / "more", tmp_path / "moved")
+    prepare(dataclasses.replace(config, path="moved"), LENGTH, tmp_path / "cache", progress=False)
+    assert len(hashed) == 2
+    os.utime(tmp_path / "moved" / "b.txt", ns=(0, 1))  # the same content: read again, and then found to be the same
+    prepare(dataclasses.replace(config, path="moved"), LENGTH, tmp_path / "cache", progress=False)
+    assert hashed[2:] == ["b.txt"]
+
+
+def test_a_change_that_keeps_the_size_is_seen(config, tmp_path):
+    """Another content has another time, so the rows of the old one are not taken."""
+    first = packing.prepare(config, LENGTH, tmp_path / "cache", progress=False)
+    text = (tmp_path / "text.jsonl").read_text()
+    (tmp_path / "text.jsonl").write_text(text.replace("document", "DOCUMENT"))
+    assert os.path.getsize(config.path) == first.manifest.source.files[0].bytes
+    assert packing.prepare(config, LENGTH, tmp_path / "cache", progress=False).folder != first.folder
+
+
+def test_rows_of_earlier_versions_are_taken(config, tmp_path, monkeypatch):
+    """A manifest without the list of source files is compared by their content, as ever."""
+    first = packing.prepare(config, LENGTH, tmp_path / "cache", progress=False)
+    about = json.loads((first.folder / "manifest.json").read_text())
+    assert about["source"].pop("files")
+    (first.folder / "manifest.json").write_text(json.dumps(about))
+    hashed = _count_hashed(monkeypatch)
+    assert packing.prepare(config, LENGTH, tmp_path / "cache", progress=False).folder == first.folder
+    assert hashed == ["text.jsonl"]
+
+
+def test_a_prepared_folder_is_a_cache_of_itself(config, tmp_path):
+    """If `data.cache_dir` is what `armd prepare --out` wrote, its rows are taken, or the error says why not."""
+    made = packing.prepare_into(config, LENGTH, tmp_path / "prep", progress=False)
+    before = sorted(path.name for path in made.folder.iterdir())
+    assert packing.prepare(config, LENGTH, tmp_path / "prep", progress=False).folder == made.folder
+    with pytest.raises(UserError, match="row length 32, but the config asks for 16"):
+        packing.prepare(config, 16, tmp_path / "prep", progress=False)
+    assert sorted(path.name for path in made.folder.iterdir()) == before
 
 
 @pytest.mark.parametrize("damage", ["missing", "truncated", "flipped", "emptied", "replaced"])
@@ -249,6 +311,20 @@ def test_bad_corpora_and_places_leave_nothing(config, tmp_path):
             assert not (tmp_path / "new").exists()
     with pytest.raises(UserError, match="cannot write prepared data"):
         packing.prepare(config, LENGTH, tmp_path / "short.txt" / "cache", progress=False)
+
+
+@pytest.mark.parametrize("size", [0, 300, 3000])
+def test_a_full_disk_is_one_line_and_leaves_nothing(config, tmp_path, capsys, full_disk, size):
+    """Wherever it gets full, in the tokenizer's files, in a shard or in the manifest: it is said, with exit code 1."""
+    command = ["prepare", f"--source={config.path}", f"--out={tmp_path / 'new' / 'out'}", "--tokenizer=bytes"]
+    with full_disk(size):
+        assert cli.main([*command, "--length=32"]) == 1
+    assert not (tmp_path / "new").exists()
+    shown = capsys.readouterr().err.replace("\r", "\n").splitlines()
+    errors = [line for line in shown if "error" in line]
+    assert len(errors) == 1 and shown[-1] == errors[0] and errors[0].startswith(f"error: {tmp_path / 'new' / 'out'}: ")
+    assert "File too large" in errors[0] and "free some space" in errors[0]
+    assert cli.main([*command, "--length=32"]) == 0
 
 
 def test_prepare_into_a_folder(config, tmp_path):

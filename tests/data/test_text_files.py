@@ -2,10 +2,13 @@
 
 import gzip
 import json
+import os
+import re
 
 import numpy as np
 import pytest
 
+from armd_jax.cli import main as cli
 from armd_jax.config import DataConfig
 from armd_jax.data import text_files
 from armd_jax.data.corpora import open_corpus
@@ -21,6 +24,8 @@ EXAMPLES = {
     ".txt.gz": gzip.compress(TEXT.encode()),
     ".jsonl": JSON_LINES,
     ".jsonl.gz": gzip.compress(JSON_LINES),
+    ".json": JSON_LINES,
+    ".json.gz": gzip.compress(JSON_LINES),
 }
 GZIPPED = gzip.compress(np.random.default_rng(0).bytes(10_000).hex().encode())
 
@@ -52,7 +57,7 @@ def test_text_is_kept_byte_for_byte(tmp_path, suffix):
 def test_every_format_is_in_the_messages_and_names_splits(tmp_path, suffix):
     (tmp_path / "picture.png").write_bytes(b"")
     for path in (tmp_path, tmp_path / "picture.png"):
-        with pytest.raises(UserError, match=f"{suffix}(,|$)"):
+        with pytest.raises(UserError, match=f"{suffix}(,|;|$)"):
             open_corpus(DataConfig(path=str(path)))
     for split in SPLITS:
         (tmp_path / f"wiki-{split}{suffix}").write_bytes(EXAMPLES[suffix])
@@ -70,7 +75,7 @@ def test_no_suffix_hides_another():
     [
         ("train.txt", "valid.txt", "test.txt"),
         ("wiki-train.md", "wiki-validation.txt", "wiki-test.txt"),
-        ("train/0.txt", "dev/0.txt", "test/train-like-not.txt"),
+        ("train/0.txt", "dev/0.txt", "test/like-the-others.txt"),
         ("train-00000-of-00001.txt", "val.txt", "test_0.txt"),
     ],
 )
@@ -90,8 +95,252 @@ def test_named_splits_are_not_completed_but_for_validation(tmp_path):
     parts = texts(open_corpus(DataConfig(path=str(tmp_path))))
     assert parts["test"] == ["valid"] and len(parts["valid"]) == 5 and len(parts["train"]) == 95
     (tmp_path / "other.txt").write_text("which split?")
-    with pytest.raises(UserError, match="'other.txt' names no split"):
+    with pytest.raises(UserError, match="'other.txt' names no split, but 'test.jsonl.gz' gives test; .*split_by_name"):
         open_corpus(DataConfig(path=str(tmp_path)))
+
+
+# Layouts of people's folders. LINE files hold one JSON line; a value that starts with "->" is a link.
+LINE = '{"text": "words"}\n'
+ALL = "documents of all files"
+C4 = {f"c4-{split}.00000-of-00008.jsonl": LINE for split in ("train", "validation")}
+# What is there, what data.path is below it, which names are taken as what, and which are left out for what reason.
+CHOICES = {
+    "C4's own names": (C4, "", {"train": [[*C4][0]], "valid": [[*C4][1]]}, {}),
+    "names that mean nothing by the config": (C4, "", {ALL: [*C4]}, {}),
+    "words in the middle, in camel case and in folders": (
+        {"en_train_0.txt": "a", "wikiTest.txt": "b", "my-heldout/0.txt": "c", "0.trainset.txt": "d"},
+        "",
+        {"train": ["0.trainset.txt", "en_train_0.txt"], "valid": ["my-heldout/0.txt"], "test": ["wikiTest.txt"]},
+        {},
+    ),
+    "held out, written with a hyphen": (
+        {"news.held-out.txt": "a", "news.training.txt": "b"},
+        "",
+        {"valid": ["news.held-out.txt"], "train": ["news.training.txt"]},
+        {},
+    ),
+    "all files of one split": (
+        {"c4-train.0.jsonl": LINE, "c4-train.1.jsonl": LINE, "other.txt": "a"},
+        "*.jsonl",
+        {ALL: ["c4-train.0.jsonl", "c4-train.1.jsonl"]},
+        {},
+    ),
+    "one file, whatever its name": (
+        {"train-test.txt": "a", "b.txt": "b"},
+        "train-test.txt",
+        {ALL: ["train-test.txt"]},
+        {},
+    ),
+    "a dataset card": (
+        {
+            "data.jsonl": LINE,
+            "README.md": "card",
+            "LICENSE.txt": "free",
+            "dataset_card.md": "card",
+            "docs/readme_de.md": "x",
+        },
+        "",
+        {ALL: ["data.jsonl"]},
+        dict.fromkeys(["LICENSE.txt", "README.md", "dataset_card.md", "docs/readme_de.md"], "describes the data"),
+    ),
+    "a README that a glob asks for": ({"README.md": "a", "b.md": "b"}, "*.md", {ALL: ["README.md", "b.md"]}, {}),
+    "endings in upper case": (
+        {"a.JSONL": LINE, "b.Txt": "b", "C.MD": "c"},
+        "",
+        {ALL: ["C.MD", "a.JSONL", "b.Txt"]},
+        {},
+    ),
+    "compressed in ways that are not read": (
+        {"a.jsonl": LINE, "b.jsonl.zst": "", "c.txt.xz": "", "d.tar.gz": "", "e.parquet": "", "f.gz": ""},
+        "",
+        {ALL: ["a.jsonl"]},
+        {
+            "b.jsonl.zst": "compressed with Zstandard, which is not read; make it",
+            "c.txt.xz": "compressed with xz",
+            "d.tar.gz": "an archive",
+            "e.parquet": "a table",
+            "f.gz": "not a kind of file",
+        },
+    ),
+    "JSON lines that are called .json, and other JSON": (
+        {
+            "a.json": "\ufeff" + LINE,
+            "dataset_info.json": '{"text": 3}',
+            "list.json": "[" + LINE + "]",
+            "pretty.json": '{\n"text": "words"}',
+            "none.json": "",
+        },
+        "",
+        {ALL: ["a.json"]},
+        dict.fromkeys(["dataset_info.json", "list.json", "none.json", "pretty.json"], "no JSON object with a text"),
+    ),
+    "a file and its compressed form": (
+        {"a.jsonl": LINE, "a.jsonl.gz": "", "b.txt": "b"},
+        "",
+        {ALL: ["a.jsonl", "b.txt"]},
+        {"a.jsonl.gz": "the compressed form"},
+    ),
+    "hidden files and folders": (
+        {"a.txt": "a", ".b.txt": "b", ".ipynb_checkpoints/a-checkpoint.txt": "a", ".#c.txt": "->user@host.17"},
+        "",
+        {ALL: ["a.txt"]},
+        dict.fromkeys([".#c.txt", ".b.txt", ".ipynb_checkpoints"], "hidden"),
+    ),
+    "a folder elsewhere that a link leads to": (
+        {"in/a.txt": "a", "in/more": "->../elsewhere", "elsewhere/b.txt": "b"},
+        "in",
+        {ALL: ["a.txt", "more/b.txt"]},
+        {},
+    ),
+    "links to files": (
+        {
+            "in/part-0.txt": "a",
+            "in/latest.txt": "->part-0.txt",
+            "in/1.txt": "->../b.txt",
+            "in/2.txt": "->1.txt",
+            "b.txt": "b",
+        },
+        "in/*",
+        {ALL: ["1.txt", "part-0.txt"]},
+        {"latest.txt": "a file that is read already", "2.txt": "a file that is read already"},
+    ),
+    "folders that a glob reaches twice": (
+        {"in/a/b.txt": "b", "in/0": "->a"},
+        "in/*/b.txt",
+        {ALL: ["a/b.txt"]},
+        {"0/b.txt": "a file that is read already"},
+    ),
+    "links in a circle, to a folder twice, and back up": (
+        {"in/a/b.txt": "b", "in/a/again": "->.", "in/0": "->a", "in/up": "->../..", "in/c.txt": "c"},
+        "in",
+        {ALL: ["a/b.txt", "c.txt"]},
+        {"0": "is read already", "a/again": "is read already", "up": "leads back"},
+    ),
+    "the same links under a glob": (
+        {"in/a/b.txt": "b", "in/a/again": "->.", "in/a/too": "->.", "in/0": "->a", "in/.c/d.txt": "d"},
+        "in/**/*.txt",
+        {ALL: ["a/b.txt"]},
+        {"0": "is read already", "a/again": "is read already", "a/too": "is read already"},
+    ),
+    "a glob that ends at a folder": (
+        {"a.txt": "a", "b/c.txt": "c"},
+        "*",
+        {ALL: ["a.txt"]},
+        {"b": r"a folder, and the glob ends at its name; /\*\* after it"},
+    ),
+    "a glob that spells a leading dot": ({".a/b.txt": "b", "c.txt": "c"}, "**/.a/*", {ALL: [".a/b.txt"]}, {}),
+}
+# What is there, what data.path is below it, and what the error says.
+UNDECIDED = {
+    "a name that gives two splits": (
+        {"train.txt": "a", "dev-of-train.txt": "b"},
+        "",
+        r"the name 'dev-of-train.txt' gives two splits, valid \('dev'\) and train \('train'\); .*--no-split-by-name",
+    ),
+    "a folder and a name that disagree": (
+        {"train/a.txt": "a", "train/val.txt": "b"},
+        "",
+        "'train/val.txt' gives two splits",
+    ),
+    "held-out text beside text without a name": (
+        {"news.en-00001.txt": "a", "news.en.heldout-00000.txt": "b"},
+        "",
+        "'news.en-00001.txt' names no split, but 'news.en.heldout-00000.txt' gives valid; .*data.split_by_name=false",
+    ),
+    "held-out text alone": ({"valid.txt": "a", "test.txt": "b"}, "", "'test.txt' gives test, and no name gives train"),
+    "a link that leads nowhere": (
+        {"a.txt": "a", "b.txt": "->/nowhere/b.txt"},
+        "",
+        r"b.txt: this link leads nowhere \('/now",
+    ),
+    "a folder on a disk that is not mounted": (
+        {"a.txt": "a", "disk": "->/nowhere"},
+        "",
+        "disk: this link leads nowhere",
+    ),
+    "such a folder under a glob": ({"1/a.txt": "a", "2": "->/nowhere"}, "*/a.txt", "2: this link leads nowhere"),
+    "such a folder under a deep glob": ({"1/a.txt": "a", "2": "->/nowhere"}, "**/*.txt", "2: this link leads nowhere"),
+    "such a link as the path": ({"a.txt": "->b.txt"}, "a.txt", "a.txt: this link leads nowhere"),
+    "a link to itself": ({"a.txt": "a", "b.txt": "->b.txt"}, "*.txt", "b.txt: this link leads nowhere"),
+    "nothing but a dataset card": (
+        {"README.md": "a"},
+        "",
+        r"no file there ends in .*; left out: 'README.md' \(describes",
+    ),
+    "a file in JSON that is not lines": (
+        {"a.json": "[1]"},
+        "a.json",
+        "cannot read this kind of file: its first line is no",
+    ),
+}
+
+
+def lay_out(folder, layout):
+    for name, content in layout.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        if content.startswith("->"):
+            (folder / name).symlink_to(content[2:])
+        else:
+            (folder / name).write_text(content)
+
+
+@pytest.mark.parametrize("situation", CHOICES)
+def test_files_are_chosen_and_the_others_are_listed(tmp_path, situation):
+    layout, path, taken, left_out = CHOICES[situation]
+    lay_out(tmp_path, layout)
+    by_name = situation != "names that mean nothing by the config"
+    selection = open_corpus(DataConfig(path=f"{tmp_path}/{path}", split_by_name=by_name)).selection
+    assert selection.taken == {role: tuple(names) for role, names in taken.items()}
+    assert selection.left_out.keys() == left_out.keys()
+    for name, reason in left_out.items():
+        assert re.search(reason, selection.left_out[name])
+        assert any(selection.left_out[name] in line for line in selection.lines())
+
+
+@pytest.mark.parametrize("situation", UNDECIDED)
+def test_files_that_leave_something_open_are_an_error(tmp_path, situation):
+    layout, path, message = UNDECIDED[situation]
+    lay_out(tmp_path, layout)
+    with pytest.raises(UserError, match=message) as caught:
+        open_corpus(DataConfig(path=f"{tmp_path}/{path}"))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_link_that_leads_nowhere_and_is_no_text_does_not_stop_a_glob(tmp_path):
+    lay_out(tmp_path, {"a.txt": "a", "b/c.txt": "c", "picture.png": "->/nowhere"})
+    for pattern in ("*.txt", "**/*.txt", "*/c.txt"):
+        assert open_corpus(DataConfig(path=f"{tmp_path}/{pattern}")).selection.left_out == {}
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read every folder")
+def test_a_folder_that_may_not_be_read_is_an_error(tmp_path):
+    lay_out(tmp_path, {"a.txt": "a", "b/c.txt": "c"})
+    (tmp_path / "b").chmod(0)
+    with pytest.raises(UserError, match="b: cannot be read: Permission denied"):
+        open_corpus(DataConfig(path=str(tmp_path)))
+
+
+def test_prepare_prints_what_was_taken_and_left_out(tmp_path, capsys):
+    """On stderr for people, and whole in the result; again if the folder is prepared already."""
+    documents = [f'{{"text": "words {number}"}}\n' for number in range(50)]
+    layout = {f"c4-train.{index:05d}-of-00005.jsonl": "".join(documents[index::5]) for index in range(5)}
+    lay_out(tmp_path / "c4", layout | {"c4-validation.jsonl": LINE, "README.md": "card"})
+    command = ["prepare", f"--source={tmp_path / 'c4'}", f"--out={tmp_path / 'out'}", "--tokenizer=bytes", "--length=8"]
+    for again in ("", "again"):
+        assert cli.main([*command, "--json"]) == 0
+        out, err = capsys.readouterr()
+        result = json.loads(out)["selection"]
+        assert result["taken"] == {"train": sorted(layout), "valid": ["c4-validation.jsonl"]}, again
+        assert result["left_out"].keys() == {"README.md"}
+        lines = err.splitlines()
+        assert re.search("/c4': 6 files taken, 1 left out$", lines[0])
+        assert lines[1].endswith("00002-of-00005.jsonl' and 2 more") and lines[2:4] == [
+            "  taken as valid: 'c4-validation.jsonl'",
+            f"  left out: 'README.md' ({result['left_out']['README.md']})",
+        ]
+    command[2] += "-again"
+    assert cli.main([*command, "--json", "--no-split-by-name"]) == 0
+    assert json.loads(capsys.readouterr().out)["selection"]["taken"].keys() == {ALL}
 
 
 def test_fingerprint_follows_contents_and_names_but_not_the_place(tmp_path):

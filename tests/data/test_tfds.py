@@ -19,7 +19,8 @@ class Tiny(tfds.core.GeneratorBasedBuilder):
         features = tfds.features.FeaturesDict({"text": tfds.features.Text(), "id": np.int32})
         return tfds.core.DatasetInfo(builder=self, features=features)
     def _split_generators(self, manager):
-        return {"train": self._generate_examples("train", 700), "validation": self._generate_examples("held", 3)}
+        sizes = {"train": ("train", 700), "validation": ("held", 3), "unsupervised": ("other", 2)}
+        return {split: self._generate_examples(*size) for split, size in sizes.items()}
     def _generate_examples(self, name, count):
         for index in range(count):
             yield index, {"text": f"{name} caf\\u00e9 {index}", "id": index}
@@ -32,6 +33,8 @@ for config in (DataConfig(path="tfds:tiny", tfds_data_dir=folder), DataConfig(pa
     assert corpus.splits == ("train", "valid"), corpus
     assert sorted(corpus.documents("train")) == sorted(f"train caf\\u00e9 {i}" for i in range(700))
     assert sorted(corpus.documents("valid")) == [f"held caf\\u00e9 {i}" for i in range(3)]
+    assert corpus.selection.taken == {"train": ("train",), "valid": ("validation",)}
+    assert corpus.selection.lines()[3].startswith("  left out: 'unsupervised' (not the name of a split that is read:")
     found.append(corpus.fingerprint)
 assert found[0] == found[1]
 for path, field, message in (

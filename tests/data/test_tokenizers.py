@@ -54,11 +54,15 @@ def kinds(corpus, bpe_folder, tmp_path_factory):
     """A tokenizer of every kind."""
     words = tmp_path_factory.mktemp("wordpiece")
     (words / "vocab.txt").write_text("\n".join(WORDS) + "\n")
+    json_folder = tmp_path_factory.mktemp("tokenizer_json")
+    trained = library.ByteLevelBPETokenizer(str(bpe_folder / "vocab.json"), str(bpe_folder / "merges.txt"))
+    trained.save(str(json_folder / "tokenizer.json"))
     return {
         "sentencepiece": tokenizers.SentencePieceTokenizer(train_model(corpus.documents("train"), 1024)),
         "bpe": tokenizers.load(bpe_folder),
         "bytes": tokenizers.BytesTokenizer(),
         "wordpiece": tokenizers.load(words),
+        "tokenizer_json": tokenizers.load(json_folder),
     }
 
 
@@ -148,7 +152,8 @@ def test_sentencepiece_model_that_normalises_is_found_lossy(tmp_path):
 def test_load_says_what_is_wrong(tmp_path, bpe_folder):
     with pytest.raises(UserError, match="neither a kind .* nor a folder"):
         tokenizers.load(tmp_path / "missing")
-    with pytest.raises(UserError, match=r"looked for vocab.json \+ merges.txt .* vocab.txt .*\*\.model"):
+    looked_for = r"looked for tokenizer.json, vocab.json \+ merges.txt .* vocab.txt .*\*\.model"
+    with pytest.raises(UserError, match=looked_for):
         tokenizers.load(tmp_path)
 
     def folder(name, **files):
@@ -166,10 +171,22 @@ def test_load_says_what_is_wrong(tmp_path, bpe_folder):
         (folder("c", vocab__json=b'{"a": 5, "<|endoftext|>": 0}', merges__txt=b""), "are not 0 .. 1"),
         (folder("d", vocab__json=json.dumps(without_end).encode(), merges__txt=merges), r"no <\|endoftext\|>"),
         (folder("e", vocab__txt=b"[UNK]\nhello\n"), r"no \[SEP\]"),
+        (folder("g", vocab__json=vocab), "holds no tokenizer"),
+        (folder("h", tokenizer__model=b"", other__model=b""), "holds no tokenizer"),
         (folder("f", tokenizer_config__json=b'{"kind": "bytes"}', vocab__txt=b"[UNK]\n[SEP]\n"), "says kind 'bytes'"),
     ):
         with pytest.raises(UserError, match=message):
             tokenizers.load(broken)
+
+
+def test_a_run_or_a_prepared_folder_stands_for_its_tokenizer(kinds, tmp_path):
+    """They have it in `tokenizer/`; a folder that is a tokenizer itself is taken for that."""
+    for name, tokenizer in kinds.items():
+        tokenizer.save(tmp_path / name / "tokenizer")
+        assert tokenizers.load(tmp_path / name).hash == tokenizer.hash
+        assert tokenizers.request_of(DataConfig(tokenizer=str(tmp_path / name))) == f"{name} {tokenizer.hash}"
+    kinds["bytes"].save(tmp_path / "bpe")
+    assert tokenizers.load(tmp_path / "bpe").kind == "bytes"
 
 
 def test_request_tells_tokenizers_apart(bpe_folder):
@@ -195,6 +212,6 @@ def test_every_kind_that_a_config_may_name_is_made(kind, tmp_path):
 
 
 def test_id_outside_the_vocabulary_has_no_text(kinds):
-    for kind in ("sentencepiece", "bpe", "wordpiece"):
+    for kind in ("sentencepiece", "bpe", "wordpiece", "tokenizer_json"):
         with pytest.raises(IndexError):
             kinds[kind].token_text(kinds[kind].vocab_size)

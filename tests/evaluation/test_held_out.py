@@ -3,11 +3,14 @@
 import dataclasses
 import pathlib
 import shutil
+import sys
+import types
 
 import pytest
 
+from armd_jax import files
 from armd_jax.config import Config, DataConfig, ModelConfig
-from armd_jax.data import packing, tokenizers
+from armd_jax.data import packing, text_files, tokenizers
 from armd_jax.data.packing import PreparedData
 from armd_jax.errors import UserError
 from armd_jax.evaluation import held_out
@@ -54,6 +57,69 @@ def test_a_cache_folder_is_read_and_never_written(run, config, tmp_path):
     assert not (run / "data").exists()
 
 
+def _note_rows(run: pathlib.Path, trained: PreparedData) -> None:
+    """Notes in the run what it was trained on, as training does."""
+    start = {"event": "start", "step": 0, "data": trained.digest, "rows": str(trained.folder.absolute())}
+    files.append_json_line(run / "events.jsonl", start)
+
+
+def test_a_run_is_evaluated_on_its_own_rows(run, config, tmp_path, monkeypatch):
+    """In whatever folder one is, however the config spells the text, and also if the text is gone or was changed."""
+    text = tmp_path / "docs.jsonl"
+    shutil.copy(config.data.path, text)
+    monkeypatch.chdir(tmp_path)
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, path="docs.jsonl"))
+    trained = _trained(config, run / "data")
+    _note_rows(run, trained)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert held_out.find(run, config, "test").folder == trained.folder
+    monkeypatch.chdir(tmp_path)
+    text.write_text(text.read_text().replace("river", "brook"))
+    assert held_out.find(run, config, "test").folder == trained.folder
+    with pytest.raises(UserError, match="no 'nowhere' split"):
+        held_out.find(run, config, "nowhere")
+    # Without them, changed text would have parts of what was trained on in its test split.
+    shutil.rmtree(run / "data")
+    with pytest.raises(UserError, match="own rows are gone, and data.path='docs.jsonl' names other text"):
+        held_out.find(run, config, "test")
+
+
+def test_a_stored_config_opens_no_dataset(run, config, monkeypatch):
+    """A config that came with a run could name any TFDS builder, and builders are code: it is not even asked for. Rows
+    of the run itself are taken, and a dataset that the user names is opened, in the user's own folder."""
+    opened = []
+    module = types.SimpleNamespace(builder=lambda name, **options: opened.append((name, options)) or 1 / 0)
+    monkeypatch.setitem(sys.modules, "tensorflow_datasets", module)
+    trained = _trained(config, run / "data")
+    stored = dataclasses.replace(config.data, path="tfds:huggingface:evil/set", tfds_data_dir="/evil")
+    config = dataclasses.replace(config, data=stored)
+    with pytest.raises(UserError, match=r"does not choose a TFDS dataset .*--data=tfds:huggingface:evil/set"):
+        held_out.find(run, config, "test")
+    _note_rows(run, trained)
+    assert held_out.find(run, config, "test").folder == trained.folder and not opened
+    with pytest.raises(UserError, match="no dataset that can be read"):
+        held_out.find(run, config, "test", "tfds:mine")
+    assert opened == [("mine", {"data_dir": None})]
+
+
+def test_what_prepare_wrote_can_be_scored(run, config, tmp_path):
+    """`--data` takes a prepared folder as it is, and so does a config that names one."""
+    made = packing.prepare_into(config.data, LENGTH, tmp_path / "prep", progress=False)
+    assert held_out.find(run, config, "test", str(made.folder)).folder == made.folder
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, path=str(made.folder)))
+    assert held_out.find(run, config, "test").folder == made.folder
+    assert not (run / "data").exists()
+    with pytest.raises(UserError, match="no 'nowhere' split"):
+        held_out.find(run, config, "nowhere", str(made.folder))
+
+
+def test_new_rows_go_where_they_are_wanted(run, config, tmp_path):
+    found = held_out.find(run, config, "test", rows=tmp_path / "rows")
+    assert found.folder.parent == tmp_path / "rows" / "data" and not (run / "data").exists()
+    assert held_out.find(run, config, "test", rows=tmp_path / "rows").folder == found.folder
+
+
 def test_an_export_has_the_same_rows(run, config):
     """Without prepared data, the text is prepared with the tokenizer files of the folder: into the same rows."""
     found, trained = held_out.find(run, config, "test"), _trained(config, run / "trained")
@@ -62,13 +128,15 @@ def test_an_export_has_the_same_rows(run, config):
     assert held_out.find(run, config, "test").folder == found.folder  # found again
 
 
-def test_other_text_gets_the_tokenizer_of_the_run(run, config, tmp_path):
+def test_other_text_gets_the_tokenizer_of_the_run(run, config, tmp_path, monkeypatch):
     """Other text is cut into rows of the run's length with the run's own tokenizer."""
     (tmp_path / "test.txt").write_text("words and words. " * 30)
     (tmp_path / "train.txt").write_text("words and words. " * 30)
     found = held_out.find(run, config, "test", str(tmp_path / "*.txt"))
     assert found.length == LENGTH and found.tokenizer.hash == tokenizers.load(run / "tokenizer").hash
     assert found.counts("test").bytes == 30 * 17
+    monkeypatch.setattr(text_files, "hash_file", lambda _: pytest.fail("unchanged text was read again"))
+    assert held_out.find(run, config, "test", str(tmp_path / "*.txt")).folder == found.folder
 
 
 def test_text_or_a_split_that_is_not_there_is_an_error(run, config, tmp_path):

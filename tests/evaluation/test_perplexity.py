@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-from collections import Counter
 
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +11,7 @@ from armd_jax import order, typed
 from armd_jax.config import OrderConfig
 from armd_jax.data import loader, packing
 from armd_jax.errors import UserError
-from armd_jax.evaluation import perplexity, results
+from armd_jax.evaluation import baselines, perplexity, results
 from armd_jax.names import DrawnBlocksOrder, OrderKind
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -56,14 +55,6 @@ def test_score_of_a_total():
     assert math.isnan(perplexity.score(math.nan, counts, lossless=True).perplexity_per_word)
 
 
-def test_unigram_against_a_hand_count(data):
-    """The unigram model is the training split's token frequencies, one added to each."""
-    ids = {name: _rows(data, name).ravel()[: data.counts(name).tokens].tolist() for name in ("train", "test")}
-    seen, size = Counter(ids["train"]), data.tokenizer.vocab_size
-    expected = -sum(math.log((seen[token] + 1) / (len(ids["train"]) + size)) for token in ids["test"])
-    assert perplexity.unigram_nats(data, "test") == pytest.approx(expected, rel=1e-9)
-
-
 @pytest.mark.slow
 def test_evaluate_reports_all_figures(data, lm):
     """Nothing is left out: every field has a value, scores are those of their orders, and the table has every row."""
@@ -95,6 +86,24 @@ def test_evaluate_reports_all_figures(data, lm):
 
 
 @pytest.mark.slow
+def test_every_draw_has_a_seed_of_its_own(data, lm):
+    """Expected figures are means over draws that differ: of random orders, and of the bound."""
+    uniform = perplexity.under_order(order.uniform)
+    totals = [perplexity.total_nats(lm, data, "test", uniform, 4, seed) for seed in (5, 6)]
+    found = perplexity.evaluate(lm, data, "test", (), draws=2, batch_size=4, seed=5, progress=False)
+    assert abs(totals[0] - totals[1]) > 1e-3
+    assert found.random_orders.nats_per_token == pytest.approx(sum(totals) / 2 / found.tokens, rel=1e-6)
+    masked = OrderConfig(kind="masked_diffusion", diffusion_steps=4)
+    one, other, both = (
+        perplexity.evaluate(lm, data, "test", (), draws, masked, batch_size=4, seed=seed, progress=False).elbo
+        for draws, seed in ((1, 5), (1, 6), (2, 5))
+    )
+    nats = [one.nats_per_token, other.nats_per_token]
+    assert nats[0] != nats[1] and both.nats_per_token == pytest.approx(sum(nats) / 2, rel=1e-6)
+    assert both.standard_error == pytest.approx(abs(nats[0] - nats[1]) / 2, rel=1e-4)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", typed.choices(OrderKind))
 def test_only_a_masked_diffusion_has_a_bound(data, lm, kind):
     """Orders without masking times give no ELBO, and what was not measured has no key in the file."""
@@ -114,6 +123,17 @@ def test_lossy_tokenizer_has_no_bits_per_byte(monkeypatch, data, lm):
     assert text.count("n/a (lossy)") == len(results.rows(found)) and "xz" not in text
 
 
+def test_baselines_may_be_left_out(monkeypatch, data, lm):
+    """Then no training row is read, and the table has neither of the two."""
+    monkeypatch.setattr(baselines, "Baselines", lambda *_: pytest.fail("they were measured"))
+    found = perplexity.evaluate(
+        lm, data, "test", streams=(), draws=0, batch_size=4, progress=False, with_baselines=False
+    )
+    assert found.unigram is None and found.xz_bits_per_byte is None and found.left_to_right is not None
+    text = perplexity.as_text(found)
+    assert "left to right" in text and "unigram" not in text and "xz" not in text
+
+
 def test_another_vocabulary_is_a_user_error(data, lm):
     """A model made for another vocabulary than the data's is not scored."""
     other = dataclasses.replace(lm, config=dataclasses.replace(lm.config, vocab_size=lm.config.vocab_size - 1))
@@ -126,8 +146,3 @@ def test_rows_longer_than_the_model_are_a_user_error(data, lm):
     shorter = dataclasses.replace(lm, config=dataclasses.replace(lm.config, max_length=data.length - 1))
     with pytest.raises(UserError, match=f"longer than the model's max_length={data.length - 1}"):
         perplexity.evaluate(shorter, data, "test", progress=False)
-
-
-def test_training_text_has_no_number_of_the_compressor(data):
-    """After itself nothing is left of it to compress."""
-    assert perplexity.xz_bits_per_byte(data, "train") is None and perplexity.xz_bits_per_byte(data, "test") > 0

@@ -1,6 +1,7 @@
 """`armd.load`: a run and its export are the same model, and what is no model is refused."""
 
 import dataclasses
+import errno
 import json
 import pathlib
 import shutil
@@ -162,7 +163,7 @@ def test_damaged_exports_are_user_errors(tmp_path, export, damage, names):
         armd.load(folder)
 
 
-def test_export_is_whole_or_absent(tmp_path, monkeypatch, export):
+def test_export_is_whole_or_absent(tmp_path, monkeypatch, export, full_disk):
     """An existing folder is never written into, and an export that fails leaves nothing behind."""
     lm, config = armd.load(export), configs.read(export)
     (tmp_path / "taken").mkdir()
@@ -172,6 +173,9 @@ def test_export_is_whole_or_absent(tmp_path, monkeypatch, export):
     def fails(*_):
         raise OSError("disk full")
 
+    with full_disk(1000), pytest.raises(OSError) as error:
+        safetensors_format.write(lm, config, tmp_path / "out")
+    assert (error.value.errno, error.value.filename) == (errno.EFBIG, str(tmp_path / "out" / "model.safetensors"))
     monkeypatch.setattr(type(lm.tokenizer), "save", fails)
     with pytest.raises(OSError, match="disk full"):
         safetensors_format.write(lm, config, tmp_path / "out")

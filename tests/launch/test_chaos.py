@@ -13,21 +13,23 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 @pytest.mark.slow
 def test_a_run_survives_what_is_done_to_it(tmp_path):
-    """Killed in a step, a save and a restore, stopped and damaged, a run ends with the bits of an unbroken one."""
+    """Killed in a step, a save and a restore, stopped and damaged, with a log that nobody reads and with a full disk, a
+    run ends with the bits of an unbroken one."""
     command = [
         sys.executable,
         str(ROOT / "launch" / "chaos.py"),
-        "--kills=5",
+        "--kills=8",
         "--seed=1",
         f"--folder={tmp_path / 'run'}",
     ]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, capture_output=True, text=True, timeout=900, env=environment, check=False)
     assert done.returncode == 0, done.stderr
-    assert re.search(r"5 faults in \d+ s; \d+ arrays and \d+ rows of metrics equal, bit for bit", done.stdout)
-    assert re.search(r"disk full +(SKIPPED: no tmpfs|\d+ arrays and \d+ rows of metrics equal)", done.stdout)
+    assert re.search(r"8 faults in \d+ s; \d+ arrays and \d+ rows of metrics equal, bit for bit", done.stdout)
+    assert re.search(r"disk full to the end +(SKIPPED: no tmpfs|\d+ arrays and \d+ rows of metrics equal)", done.stdout)
     events = done.stdout.splitlines()[-1]
-    assert "1 start" in events and "1 end" in events and "1 stop" in events and " skip" in events
+    assert "1 start" in events and "1 end" in events and " skip" in events and " save_failed" in events
+    assert int(re.search(r"(\d+) stop", events)[1]) >= 3
 
 
 def test_no_other_folder_is_emptied(tmp_path):

@@ -99,6 +99,35 @@ def test_ctrl_c_reaches_the_command_once(tmp_path):
         running.wait()
 
 
+@pytest.mark.usefixtures("heeded")
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGUSR2])
+def test_a_warning_reaches_the_command_once(tmp_path, number):
+    """A lost connection (whose signal comes twice) or a time limit that is near: the command has the time to save."""
+    command = ["bash", SCRIPT, "--pause=0", "--", sys.executable, "-S", "-c", SAVES_ON_A_SIGNAL]
+    running = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.DEVNULL)
+    try:
+        wait_for(tmp_path / "ready")
+        for _ in range(2):
+            running.send_signal(number)
+            wait_for(tmp_path / "signals")
+        assert running.wait(timeout=30) == 75
+        assert (tmp_path / "signals").read_text() == "x\n"
+    finally:
+        (tmp_path / "signals").touch()
+        running.kill()
+        running.wait()
+
+
+def test_nobody_reads_the_output(tmp_path):
+    """If the reader of the script's messages is gone, the command is started again as ever."""
+    (tmp_path / "codes").write_text("1\n1\n0\n")
+    command = ["bash", SCRIPT, "--pause=0", "--", "bash", "-c", NEXT_CODE]
+    running = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE)
+    running.stderr.close()
+    assert running.wait(timeout=30) == 0
+    assert len((tmp_path / "starts").read_text().splitlines()) == 3
+
+
 def test_a_stop_between_two_tries(tmp_path):
     """A signal in the pause between two starts ends the script at once, and the command does not start again."""
     command = ["bash", SCRIPT, "--pause=60", "--", "bash", "-c", "echo x >>starts; exit 1"]

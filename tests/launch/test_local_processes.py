@@ -13,12 +13,13 @@ import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 LAUNCHER = ROOT / "launch" / "local_processes.py"
-# Prints that it is ready. At SIGTERM or SIGINT, it "saves" for the seconds of its first argument, and ends with 75.
+# Prints that it is ready. At a signal that asks for it, it "saves" for the seconds of its first argument, and ends with
+# 75.
 SAVES_WHEN_ASKED = """
 import signal, sys, time
 def save(number, frame):
     print("saving after", signal.Signals(number).name); time.sleep(float(sys.argv[1])); sys.exit(75)
-signal.signal(signal.SIGTERM, save); signal.signal(signal.SIGINT, save)
+for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2): signal.signal(number, save)
 print("ready"); time.sleep(60)
 """
 IGNORES_SIGTERM = 'import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print("ready"); time.sleep(60)'
@@ -59,6 +60,16 @@ def test_each_line_names_its_process():
     assert result.returncode == 0
     assert sorted(result.stdout.splitlines()) == [f"[{i}] out {i} of 3" for i in range(3)]
     assert sorted(result.stderr.splitlines()) == [f"[{i}] no end" for i in range(3)]
+
+
+def test_lines_that_the_terminal_cannot_show_are_passed_on():
+    """Far more of them than a pipe holds: in a terminal of ASCII alone, a process that writes them does not block."""
+    code = 'import sys; sys.stdout.buffer.write(b"caf\\xc3\\xa9\\n" * 40_000)'
+    ascii_only = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    command = [sys.executable, LAUNCHER, "--processes=1", *python(code)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=50, env=ascii_only)
+    assert done.returncode == 0 and done.stderr == ""
+    assert done.stdout == "[0] caf\\ufffd\\ufffd\n" * 40_000
 
 
 def test_environment_of_the_processes(monkeypatch):
@@ -120,7 +131,8 @@ if {{process}} == 0:
     assert "still running after 1 s: killed" in result.stderr
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.usefixtures("heeded")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2])
 def test_signals_are_passed_on(number):
     """Every process receives the signal once and has time to save. The exit code is then 75, and shows no failure."""
     code, out, err = launch_and_signal(number, "--grace=20", *python(SAVES_WHEN_ASKED, "0.3"), ready=2)

@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import os
 import pathlib
+import signal
 from typing import Any
 
 import jax
@@ -13,8 +15,9 @@ import pytest
 from armd_jax import config as configs
 from armd_jax.cli import main as cli
 from armd_jax.config import Config
+from armd_jax.core import task as tasks
 from armd_jax.data import loader
-from armd_jax.training import checkpoints, faults, placement, run_data, sharding, state, step, train
+from armd_jax.training import checkpoints, faults, optimizer, placement, run_data, sharding, state, step, train
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_compilation")]
 
@@ -86,6 +89,21 @@ def test_a_skipped_update_changes_no_bit(corpus):
         assert not _same(after, earlier)
 
 
+def test_a_gradient_that_is_not_finite_is_no_update(corpus):
+    """With a finite loss: here the squares of the gradient overflow, as in a model whose logits have exploded."""
+    config = _config(corpus)
+    config, now, mesh = _device_state(
+        dataclasses.replace(config, model=dataclasses.replace(config.model, tie_embeddings=False))
+    )
+    now = dataclasses.replace(now, params=now.params | {"head": now.params["head"] * 1e25})
+    before = jax.tree.map(np.array, (now.params, now.ema, now.opt_state, now.loss_average))
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, 257, (4, 16)), jnp.int32)
+    after, metrics = step.make_train_step(placement.for_training(config, mesh))(now, tokens)
+    assert np.isfinite(metrics["train/loss"]) and not np.isfinite(metrics["train/grad_norm"])
+    assert (int(metrics["train/skipped"]), int(after.step)) == (1, 1)
+    assert _same((after.params, after.ema, after.opt_state, after.loss_average), before)
+
+
 def test_a_spike_is_skipped_where_the_config_says_so(corpus):
     """A finite loss far above the running average is no update; without `spike_nats` it is."""
     for nats, expected in ((0.0, 0), (0.5, 1)):
@@ -94,10 +112,33 @@ def test_a_spike_is_skipped_where_the_config_says_so(corpus):
         tokens = jnp.asarray(np.random.default_rng(0).integers(0, 257, (4, 16)), jnp.int32)
         now, metrics = train_step(now, tokens)
         usual = float(metrics["train/loss"])
-        assert int(metrics["train/skipped"]) == 0 and float(now.loss_average) == usual
-        now = dataclasses.replace(now, loss_average=jnp.float32(usual - 1))
+        assert int(metrics["train/skipped"]) == 0 and float(now.loss_average.ravel()[0]) == usual
+        now = dataclasses.replace(now, loss_average=jnp.full_like(now.loss_average, usual - 1))
         now, metrics = train_step(now, tokens)
         assert float(metrics["train/loss"]) > usual - 0.5 and int(metrics["train/skipped"]) == expected
+
+
+def test_a_loss_is_a_spike_among_its_own_kind(corpus):
+    """With eight streams a loss is naturally higher than with one: the first such step is made, and sets their average.
+
+    Otherwise a whole phase of strided orders could be skipped.
+    """
+    config = _config(corpus, spike_nats=0.5)
+    orders = dataclasses.replace(config.order, sbp_steps=12, streams=(1, 8))
+    config, now, mesh = _device_state(dataclasses.replace(config, order=orders))
+    drawn = [int(tasks.of(config).kind(step._key(config, step._TASK, jnp.int32(at)), at)) for at in range(16)]
+    assert drawn[:4] == [0] * 4 and set(drawn[4:]) == {3, 4}  # kinds 1 and 2 would be the other phases
+    train_step = step.make_train_step(placement.for_training(config, mesh))
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, 257, (4, 16)), jnp.int32)
+    now, metrics = train_step(dataclasses.replace(now, step=jnp.int32(drawn.index(3))), tokens)
+    usual = float(metrics["train/loss"])
+    assert [float(average) for average in now.loss_average] == [np.inf] * 3 + [usual, np.inf]
+    low = now.loss_average.at[3].set(usual - 1)
+    for kind, skipped in ((4, 0), (3, 1)):
+        at = dataclasses.replace(jax.tree.map(jnp.copy, now), step=jnp.int32(drawn.index(kind)), loss_average=low + 0)
+        after, metrics = train_step(at, tokens)
+        assert int(metrics["train/skipped"]) == skipped
+        assert bool(jnp.isfinite(after.loss_average[4])) == (kind == 4) and float(after.loss_average[3]) == usual - 1
 
 
 def test_the_run_goes_on_after_a_skipped_update(tmp_path, capsys, corpus, poisoned):
@@ -116,15 +157,20 @@ def test_the_run_goes_on_after_a_skipped_update(tmp_path, capsys, corpus, poison
 def test_rollback_to_the_last_good_checkpoint(tmp_path, corpus, poisoned):
     """More than `max_skipped` in a row: the last checkpoint from before, the batches after; the report names all."""
     config = _config(corpus)
+    config = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, schedule="cosine"))
     poisoned.update(range(6, 10))  # updates 7 to 10; the run finds out while update 11 is under way
     result = train.train(config, tmp_path / "run", progress=False)
+    rate = optimizer.learning_rate(config.optimizer, 16)
+    for at, row in _rows(tmp_path / "run").items():  # as if nothing had been skipped: the cosine reaches its end
+        assert row["train/learning_rate"] == pytest.approx(float(rate(at - 1)), rel=1e-5)
     assert ("rollback", 11) in _events(tmp_path / "run")
     report = json.loads((tmp_path / "run" / "faults" / "step-7.json").read_text())
     assert (report["first_step"], report["last_step"]) == (7, 10)
     assert report["first_non_finite"] == {"tensor": "nll", "rows": [2], "positions": [5]}
     data, resolved = run_data.prepare(config, tmp_path / "run", progress=False)
     num_rows = data.counts("train").tokens // data.length
-    assert report["batch_rows"]["8"] == loader.batch_indices(7, 4, 0, num_rows).tolist()
+    rows = {str(at + 1): loader.batch_indices(at, 4, 0, num_rows).tolist() for at in range(6, 10)}
+    assert report["batch_rows"] == rows
 
     # The same by hand: the state of step 4, then the batches from the twelfth on.
     mesh = sharding.make_mesh(config.mesh)
@@ -138,6 +184,34 @@ def test_rollback_to_the_last_good_checkpoint(tmp_path, corpus, poisoned):
             if number == 15:
                 break
     assert _same(now, result.state)
+
+
+def test_a_rollback_passes_over_the_checkpoint_of_a_stop(tmp_path, monkeypatch, corpus, poisoned):
+    """A run that a signal stopped on the way goes back to where an unbroken one does, and ends with the same bits.
+
+    Skipped updates are counted anew from the rollback on.
+    """
+    config, read = _config(corpus), loader.TrainBatches.__next__
+
+    def stopping(self):
+        number, tokens_BN = read(self)
+        if number == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return number, tokens_BN
+
+    with monkeypatch.context() as patched:
+        patched.setattr(loader.TrainBatches, "__next__", stopping)
+        stopped = train.train(config, tmp_path / "stopped", progress=False)
+    assert stopped.stopped and int(stopped.state.step) == 6
+    poisoned.update(range(6, 14))  # three of them after the rollback, which is not too many to go on
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "whole" / "faults").write_text("")  # the report cannot be written, which ends no run
+    results = [train.train(config, tmp_path / name, progress=False) for name in ("stopped", "whole")]
+    for name in ("stopped", "whole"):
+        rows = [json.loads(line) for line in (tmp_path / name / "events.jsonl").read_text().splitlines()]
+        assert [(row["step"], row["to"]) for row in rows if row["event"] == "rollback"] == [(11, 4)]
+    assert rows[-1]["event"] == "end" and ("save", 6) in _events(tmp_path / "stopped")
+    assert _same(*(result.state for result in results))
 
 
 def test_the_checkpoint_to_go_back_to_is_kept(tmp_path, corpus, poisoned):

@@ -116,13 +116,31 @@ def test_vectors_of_tokens_have_a_rate_of_their_own():
         assert seen == optimizer.TOKEN_VECTORS
 
 
-def test_updates_are_counted():
-    """The count of the schedule, of which Muon has two, is the number of updates."""
-    params = jax.tree.map(jnp.ones_like, _gradients())
-    for kind in ("adamw", "muon"):
-        tx = optimizer.make(dataclasses.replace(MUON, kind=kind, clip_norm=1.0), 10)
+@pytest.mark.parametrize(("size", "kept"), [(10.0, 0.5), (0.1, 0.1)])
+def test_long_gradients_are_cut(size, kept):
+    """To the norm of `clip_norm`, over all parameters together; shorter ones stay as they are."""
+    grads = _gradients()
+    norm = float(optax.global_norm(grads))
+    grads = jax.tree.map(lambda leaf: size * leaf / norm, grads)
+    tx = optimizer.make(dataclasses.replace(MUON, kind="adamw", clip_norm=0.5), 10)
+    opt_state = jax.jit(lambda g: tx.update(g, tx.init(g), g)[1])(grads)
+    moment = optax.tree_utils.tree_get(opt_state, "mu")  # after the first update (1 - beta1) times the gradient
+    for found, grad in zip(jax.tree.leaves(moment), jax.tree.leaves(grads), strict=True):
+        np.testing.assert_allclose(found, (1 - MUON.beta1) * kept / size * grad, rtol=1e-4, atol=1e-9)
+
+
+def test_schedules_are_at_the_step_that_is_asked_for():
+    """However many updates were applied: all schedules, of which Muon has two, and nothing else of the state."""
+    grads = _gradients()
+    params = jax.tree.map(jnp.ones_like, grads)
+    for kind in typed.choices(names.OptimizerKind):
+        config = dataclasses.replace(MUON, kind=kind, schedule="cosine", clip_norm=1.0)
+        tx, rate = optimizer.make(config, 10), optimizer.learning_rate(config, 10)
+        update = jax.jit(lambda g, s, at, tx=tx: tx.update(g, optimizer.at_step(s, at), params))
         opt_state = tx.init(params)
-        update = jax.jit(lambda g, s, tx=tx: tx.update(g, s, params)[1])
-        for count in range(3):
-            assert int(optimizer.updates_done(opt_state)) == count
-            opt_state = update(params, opt_state)
+        first, _ = update(grads, opt_state, jnp.int32(0))
+        later, after = update(grads, opt_state, jnp.int32(7))
+        for one, other in zip(jax.tree.leaves(first), jax.tree.leaves(later), strict=True):
+            np.testing.assert_allclose(other, one * float(rate(7) / rate(0)), rtol=1e-5, atol=1e-9)
+        counts = optax.tree_utils.tree_get_all_with_path(after, "count")
+        assert sorted({int(count) for _, count in counts}) == [1, 8]  # of Adam's moments, and of the schedules

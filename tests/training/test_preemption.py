@@ -8,9 +8,11 @@ import subprocess
 import sys
 import time
 
+import jax
 import pytest
 
 from armd_jax.training import checkpoints
+from armd_jax.training.preemption import Preemption
 
 
 def _start(workdir: pathlib.Path, smoke_config: str, corpus: pathlib.Path, steps: int) -> subprocess.Popen:
@@ -32,8 +34,9 @@ def _wait_for_step(process: subprocess.Popen, workdir: pathlib.Path, step: int) 
         time.sleep(0.01)
 
 
+@pytest.mark.usefixtures("heeded")
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_saves_and_leaves(tmp_path, smoke_config, corpus, number):
     """Exit code 75 within seconds, a checkpoint of that very step though none was due, and an event."""
     process = _start(tmp_path / "run", smoke_config, corpus, 100_000)
@@ -66,3 +69,55 @@ def test_the_second_signal_leaves_at_once(tmp_path):
     assert process.poll() is None
     process.send_signal(signal.SIGTERM)
     assert process.wait(10) == 128 + signal.SIGTERM
+
+
+WARNINGS = [signal.SIGHUP, signal.SIGUSR2, signal.SIGXCPU]
+
+
+@pytest.mark.usefixtures("heeded")
+@pytest.mark.parametrize("number", WARNINGS)
+def test_a_warning_asks_for_a_stop_however_often_it_comes(capsys, number):
+    """A lost terminal, a time limit that is near, a limit on CPU time: the run is saved, and repeats do not end it.
+
+    A SIGTERM after the warning, as schedulers send it, leaves the time to save as well.
+    """
+    before = signal.getsignal(number)
+    with Preemption():
+        pass
+    assert signal.getsignal(number) == before
+    with Preemption() as preemption:
+        assert not preemption.requested(1)
+        for sent in (number, number, number, signal.SIGTERM):
+            os.kill(os.getpid(), sent)
+            assert preemption.requested(2)
+    os.kill(os.getpid(), number)  # while the process ends
+    err = capsys.readouterr().err
+    assert f"{number.name}: saving after this step\n" in err and err.count("saving") == 1
+
+
+@pytest.mark.parametrize("number", WARNINGS)
+def test_an_ignored_warning_stays_ignored(number):
+    """Started with `nohup`, a training outlives its terminal."""
+    before = signal.signal(number, signal.SIG_IGN)
+    try:
+        with Preemption() as preemption:
+            os.kill(os.getpid(), number)
+            assert not preemption.requested(1)
+        assert signal.getsignal(number) is signal.SIG_IGN
+    finally:
+        signal.signal(number, before)
+
+
+@pytest.mark.usefixtures("heeded")
+def test_a_warning_reaches_all_processes(monkeypatch):
+    """One process of several passes a warning on, once, as the SIGTERM at which JAX makes all of them stop together."""
+    got = []
+    before = signal.signal(signal.SIGTERM, lambda number, _: got.append(number))
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    try:
+        with Preemption():
+            for number in (*WARNINGS, signal.SIGHUP):
+                os.kill(os.getpid(), number)
+        assert got == [signal.SIGTERM]
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import pathlib
 import shutil
+import time
 import types
 from typing import Any
 
@@ -32,6 +33,7 @@ from armd_jax.training import (
     state,
     step,
     train,
+    validation,
 )
 from armd_jax.training.state import TrainState
 
@@ -116,6 +118,45 @@ def test_resumed_run_equals_an_unbroken_one(tmp_path, monkeypatch, corpus, unbro
 
 
 @pytest.mark.slow
+def test_a_run_goes_on_while_the_disk_is_full(tmp_path, monkeypatch, capsys, corpus, unbroken, full_disk):
+    """From step 8 on nothing can be written, until the save of step 10 has failed; then the run ends as ever.
+
+    No row is missing at the end, and only what is on disk has the event of a save.
+    """
+    failed = []
+    read, tell_failed = loader.TrainBatches.__next__, run_log.RunLog.save_failed
+    with contextlib.ExitStack() as disk:
+
+        def reading(self):
+            number, tokens_BN = read(self)
+            if number == 7:
+                while not (tmp_path / "run" / "checkpoints" / "5").exists():
+                    time.sleep(0.01)
+                disk.enter_context(full_disk(0))
+            if number > 10 and failed:
+                disk.close()
+            elif number > 10:
+                time.sleep(0.1)  # the save fails in the background
+            return number, tokens_BN
+
+        monkeypatch.setattr(loader.TrainBatches, "__next__", reading)
+        monkeypatch.setattr(
+            run_log.RunLog, "save_failed", lambda self, at, why: (failed.append(at), tell_failed(self, at, why))
+        )
+        result = train.train(_config(corpus), tmp_path / "run", progress=False)
+    workdir, whole = unbroken
+    _assert_same_state(result.state, whole.state)
+    assert _rows(tmp_path / "run") == _rows(workdir)
+    events = _events(tmp_path / "run")
+    assert failed[0] == 10 and [("save_failed", at) for at in failed] == [e for e in events if e[0] == "save_failed"]
+    assert [at for name, at in events if name == "save"] == [at for at in (5, 10, 15, 20) if at not in failed]
+    err = capsys.readouterr().err
+    assert err.count("metrics.jsonl: cannot be written (File too large)") == 1
+    assert "metrics.jsonl: can be written again, and no row is missing" in err
+    assert not list((tmp_path / "run" / "checkpoints").glob("*tmp*"))
+
+
+@pytest.mark.slow
 def test_resumed_denoiser_equals_an_unbroken_one(tmp_path, monkeypatch, corpus):
     """A run of model.kind=denoiser with dropout that died at step 12 ends bit for bit as one that never died."""
     config = _config(corpus)
@@ -161,6 +202,35 @@ def test_validation_scores_what_is_trained(tmp_path, corpus, kind):
     assert row.keys() == {"step", "eval/nll"} | (exact if kind == "progressive" else bound)
 
 
+def test_validation_takes_the_average_of_the_weights(corpus, unbroken):
+    """Not the raw weights, which give another figure."""
+    workdir, whole = unbroken
+    data, config = run_data.prepare(whole.config, workdir, progress=False)
+    evaluate = validation.Validation(placement.for_evaluation(config, sharding.make_mesh(config.mesh)), data)
+    average, raw = (evaluate(params)["eval/nll"] for params in (whole.state.ema, whole.state.params))
+    shown = [row["eval/nll"] for row in _rows(workdir) if "eval/nll" in row]
+    assert shown[-1] == pytest.approx(average, rel=1e-6) and abs(average - raw) > 1e-4
+
+
+@pytest.mark.slow
+def test_every_step_and_microbatch_has_its_own_dropout(corpus):
+    """The same rows lose other activations at another step, and in another part of the batch."""
+    config = _config(corpus, batch_size=4)
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=257, dropout=0.5))
+    params = jax.jit(parameters.init, static_argnums=1)(jax.random.key(0), config.model)
+    mesh = sharding.make_mesh(config.mesh)
+
+    def nll(rows: int, microbatches: int, at: int) -> float:
+        training = dataclasses.replace(config.training, batch_size=rows, microbatches=microbatches)
+        placed = placement.for_training(dataclasses.replace(config, training=training), mesh)
+        tokens, task = jnp.full((rows, 16), 65, jnp.int32), order.left_to_right(rows, 16)
+        return float(jax.jit(lambda p: step.gradients(p, placed, tokens, task, at)[1].nll)(params))
+
+    assert nll(2, 1, 3) == nll(2, 1, 3) != nll(2, 1, 4)
+    # Four equal rows in two parts: the second part is not the first one again.
+    assert abs(nll(4, 2, 3) - 2 * nll(2, 1, 3)) > 1e-3
+
+
 def test_second_run_of_the_same_command_does_nothing(corpus, unbroken):
     """A complete run says that no step was left to do, and not a byte of it changes."""
     workdir, whole = unbroken
@@ -200,6 +270,26 @@ def test_damaged_newest_checkpoint_is_passed_over(tmp_path, capsys, corpus, unbr
     ]
     assert "checkpoint 20 is damaged" in capsys.readouterr().err
     _assert_same_state(checkpoints.restore_for_inference(tmp_path / "run", mended.config), whole.state)
+
+
+@pytest.mark.slow
+def test_a_run_without_a_checkpoint_may_begin_again(tmp_path, monkeypatch, corpus):
+    """Where nothing was saved, another model, another tokenizer and another text may follow, and the run is then theirs
+    alone. From the first checkpoint on, the model is decided."""
+    config, run = _config(corpus, num_steps=5), tmp_path / "run"
+    with monkeypatch.context() as patched, pytest.raises(_PowerCut):
+        patched.setattr(metrics.MetricWriter, "write", _power_cut)
+        data = dataclasses.replace(config.data, tokenizer="sentencepiece", vocab_size=300)
+        train.train(dataclasses.replace(config, data=data), run, progress=False)
+    assert (run / "tokenizer" / "tokenizer.model").exists() and not any((run / "checkpoints").iterdir())
+    (tmp_path / "other.jsonl").write_text(corpus.read_text().replace("river", "brook"))
+    other = dataclasses.replace(config.data, path=str(tmp_path / "other.jsonl"))
+    again = dataclasses.replace(config, model=dataclasses.replace(config.model, width=32), data=other)
+    assert train.train(again, run, progress=False).steps_done == 5
+    assert _events(run) == [("start", 0), ("start", 0), ("save", 5), ("end", 5)]
+    assert load(run).config.width == 32 and load(run).tokenizer.kind == "bytes"
+    with pytest.raises(UserError, match="model.width was 32, now 16"):
+        train.train(dataclasses.replace(again, model=config.model), run, progress=False)
 
 
 def test_no_readable_checkpoint_is_an_error(tmp_path, corpus, unbroken):

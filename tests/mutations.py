@@ -1,0 +1,342 @@
+"""Breaks the code on purpose, place by place, and says which of the breaks the tests notice.
+
+    python tests/mutations.py [--only=TEXT]
+
+Each mutation is made in a copy of this tree, where the tests that should fail are run. The exit code is 0 if every one
+is noticed. It takes about a quarter of a minute per mutation on two cores, so it is no part of the test suite, which
+only checks that every mutation still fits the code (test_promises.py). Add a mutation for a promise that you add.
+"""
+
+import argparse
+import dataclasses
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+COPIED = ("armd_jax", "experiments", "launch", "tests", "pyproject.toml", "setup.py", "README.md", "requirements.txt")
+
+
+@dataclasses.dataclass(frozen=True)
+class Mutation:
+    """A place to break.
+
+    promise: what does not hold any more. file: in armd_jax. old, new: the text before, which the file has once, and
+    after. tests: which of the tests must fail, as arguments of pytest, in tests.
+    """
+
+    promise: str
+    file: str
+    old: str
+    new: str
+    tests: str
+
+
+MUTATIONS = (
+    # --- updates ------------------------------------------------------------------------------------------------------
+    Mutation(
+        "an update whose gradient is not finite is not made",
+        "training/step.py",
+        "good = jnp.isfinite(loss) & jnp.isfinite(grad_norm)",
+        "good = jnp.isfinite(loss)",
+        "training/test_faults.py::test_a_gradient_that_is_not_finite_is_no_update",
+    ),
+    Mutation(
+        "every step has its own dropout",
+        "training/step.py",
+        "_key(config, _DROPOUT, step)",
+        "_key(config, _DROPOUT, jnp.int32(0))",
+        "training/test_train.py::test_every_step_and_microbatch_has_its_own_dropout",
+    ),
+    Mutation(
+        "every microbatch has its own dropout",
+        "training/step.py",
+        "whole.fold_in(number)",
+        "whole",
+        "training/test_train.py::test_every_step_and_microbatch_has_its_own_dropout",
+    ),
+    Mutation(
+        "every step draws another order",
+        "training/step.py",
+        "key = _key(config, _TASK, jnp.asarray(step))",
+        "key = _key(config, _TASK, jnp.int32(0))",
+        "training/test_step.py::test_every_step_and_seed_draws_another_task",
+    ),
+    Mutation(
+        "every seed draws other orders",
+        "training/step.py",
+        "jax.random.key(config.training.seed)",
+        "jax.random.key(0)",
+        "training/test_step.py::test_every_step_and_seed_draws_another_task",
+    ),
+    Mutation(
+        "every batch of a bound has masks of its own",
+        "training/step.py",
+        "_key(config, _HELD_OUT, number)",
+        "_key(config, _HELD_OUT, jnp.int32(0))",
+        "training/test_step.py::test_every_batch_of_an_evaluation_has_masks_of_its_own",
+    ),
+    Mutation(
+        "the penalty of the partition is a mean over tokens",
+        "training/step.py",
+        "sums.z / total_tokens",
+        "sums.z",
+        "training/test_step.py::test_the_penalty_of_the_partition_is_a_mean_over_tokens",
+    ),
+    Mutation(
+        "train/nll counts every token once",
+        "training/step.py",
+        '"train/nll": sums.nll / sums.tokens',
+        '"train/nll": sums.weighted_nll / sums.weight',
+        "training/test_step.py::test_what_a_step_reports",
+    ),
+    Mutation(
+        "a spike is compared with losses of its own kind",
+        "core/curriculum.py",
+        "streams = len(phases) + jnp.argmax(",
+        "streams = len(phases) + 0 * jnp.argmax(",
+        "training/test_faults.py::test_a_loss_is_a_spike_among_its_own_kind"
+        " core/test_order.py::test_kinds_of_steps_are_those_that_are_drawn",
+    ),
+    Mutation(
+        "long gradients are cut",
+        "training/optimizer.py",
+        "if config.clip_norm else update",
+        "if config.clip_norm > 1e9 else update",
+        "training/test_optimizer.py::test_long_gradients_are_cut",
+    ),
+    Mutation(
+        "schedules follow the step, whatever was skipped",
+        "training/step.py",
+        "optimizer.at_step(state.opt_state, state.step)",
+        "state.opt_state",
+        "training/test_faults.py::test_rollback_to_the_last_good_checkpoint",
+    ),
+    Mutation(
+        "the average forgets the start",
+        "training/optimizer.py",
+        "jnp.minimum(config.ema_decay, (1.0 + step) / (10.0 + step))",
+        "config.ema_decay + 0.0 * step",
+        "training/test_train.py::test_average_forgets_the_start",
+    ),
+    # --- the run ------------------------------------------------------------------------------------------------------
+    Mutation(
+        "a rollback passes over the checkpoint of a stop",
+        "training/recovery.py",
+        "among=lambda at: at <= failed and at % every == 0",
+        "among=lambda at: at <= failed",
+        "training/test_faults.py::test_a_rollback_passes_over_the_checkpoint_of_a_stop",
+    ),
+    Mutation(
+        "skipped updates are counted anew after a rollback",
+        "training/recovery.py",
+        "skipped=jnp.zeros_like(state.skipped)",
+        "skipped=state.skipped",
+        "training/test_faults.py::test_a_rollback_passes_over_the_checkpoint_of_a_stop",
+    ),
+    Mutation(
+        "the report has the rows of every failed batch",
+        "training/recovery.py",
+        "for at in range(first, end)}",
+        "for at in range(first + 1, end)}",
+        "training/test_faults.py::test_rollback_to_the_last_good_checkpoint",
+    ),
+    Mutation(
+        "evaluation during training takes the average of the weights",
+        "training/train.py",
+        "evaluate(state.eval_params)",
+        "evaluate(state.params)",
+        "training/test_train.py::test_validation_takes_the_average_of_the_weights",
+    ),
+    Mutation(
+        "the checkpoint to go back to is kept",
+        "training/checkpoints.py",
+        "keep = [checkpoint_managers.LatestN(training.keep_checkpoints), every]",
+        "keep = [checkpoint_managers.LatestN(training.keep_checkpoints)]",
+        "training/test_faults.py::test_the_checkpoint_to_go_back_to_is_kept",
+    ),
+    Mutation(
+        "a digest sees elements that changed places",
+        "training/checkpoints.py",
+        "jnp.sum(words * (2 * index + 1), dtype=jnp.uint32)",
+        "jnp.sum(words * (0 * index + 1), dtype=jnp.uint32)",
+        "training/test_checkpoints.py::test_digest_sees_every_element",
+    ),
+    Mutation(
+        "what a failed save leaves is removed",
+        "training/checkpoints.py",
+        "shutil.rmtree(folder, ignore_errors=True)",
+        "pass",
+        "training/test_checkpoints.py::test_remains_of_killed_saves_are_removed_at_the_start",
+    ),
+    Mutation(
+        "rows that a full disk did not take are written later",
+        "training/metrics.py",
+        "            if not self._failing:\n",
+        "            self._waiting = []\n            if not self._failing:\n",
+        "training/test_metrics.py::test_rows_wait_for_space",
+    ),
+    Mutation(
+        "a line is appended whole or not at all",
+        "files.py",
+        "                file.truncate(size)\n",
+        "                pass\n",
+        "test_files.py::test_lines_are_appended_whole_or_not_at_all",
+    ),
+    Mutation(
+        "a warning does not end the process if it comes again",
+        "training/preemption.py",
+        "asking = number in _ASKING",
+        "asking = True",
+        "training/test_preemption.py::test_a_warning_asks_for_a_stop_however_often_it_comes",
+    ),
+    Mutation(
+        "a rewarmed rate begins where the rate was",
+        "training/optimizer.py",
+        "rewarm.rate + risen * (plain(step) - rewarm.rate)",
+        "risen * plain(step)",
+        "training/test_continuation.py::test_the_second_warm_up_rises_from_where_the_rate_was",
+    ),
+    Mutation(
+        "a stream that nobody reads raises nothing",
+        "streams.py",
+        "except (OSError, ValueError) as error:  # ValueError: it is closed",
+        "except ValueError as error:",
+        "test_streams.py::test_what_cannot_be_written_is_dropped",
+    ),
+    # --- data ---------------------------------------------------------------------------------------------------------
+    Mutation(
+        "every epoch is a permutation of its own",
+        "data/loader.py",
+        "SeedSequence([seed, epoch]).generate_state(1)",
+        "SeedSequence([seed, 0]).generate_state(1)",
+        "data/test_loader.py::test_every_epoch_is_a_permutation_of_its_own",
+    ),
+    Mutation(
+        "the padding of the last row is not scored",
+        "data/loader.py",
+        "places_BN < num_tokens",
+        "places_BN <= num_tokens",
+        "data/test_loader.py::test_evaluation_sees_every_token_once",
+    ),
+    Mutation(
+        "equal documents are in the same split",
+        "data/splits.py",
+        "hashlib.sha256(content)",
+        'hashlib.sha256(content + b"%d" % len(hashes))',
+        "data/test_splits.py",
+    ),
+    Mutation(
+        "a shard that is a link is refused",
+        "data/shards.py",
+        "if file.resolve().parent != folder.resolve():",
+        "if not file.exists():",
+        "test_safe_loading.py::test_a_link_as_a_shard_is_not_followed",
+    ),
+    Mutation(
+        "a shard whose name is a path is refused",
+        "data/manifest.py",
+        "if not _SHARD_NAME.fullmatch(shard.file):",
+        'if not shard.file.endswith(".array_record"):',
+        "test_safe_loading.py::test_a_path_as_the_name_of_a_shard_is_refused",
+    ),
+    # --- the mathematics ----------------------------------------------------------------------------------------------
+    Mutation(
+        "every draw of eval has a seed of its own",
+        "evaluation/perplexity.py",
+        "*shared, seed + i, name, context)",
+        "*shared, seed, name, context)",
+        "evaluation/test_perplexity.py::test_every_draw_has_a_seed_of_its_own",
+    ),
+    Mutation(
+        "geometric noise ends at 20",
+        "core/order.py",
+        "* 20.0**t)",
+        "* 2.0**t)",
+        "core/test_likelihood.py::test_masking_times_are_drawn_with_their_probabilities",
+    ),
+    Mutation(
+        "a token does not see itself",
+        "core/block_mask.py",
+        "strict_len_BN=first_BN + 1,",
+        "strict_len_BN=first_BN + 2,",
+        "core/test_block_mask.py",
+    ),
+    Mutation(
+        "the number of shuffled tokens rises from 1",
+        "core/curriculum.py",
+        "k = 1 + jnp.round(done * (config.max_permuted - 1))",
+        "k = jnp.round(done * config.max_permuted)",
+        "core/test_order.py",
+    ),
+    Mutation(
+        "masked tokens weigh the inverse of their time",
+        "core/corruption.py",
+        "jnp.where(masked_BN, 1.0 / t_B1, 0.0)",
+        "jnp.where(masked_BN, 1.0, 0.0)",
+        "core/test_corruption.py",
+    ),
+    Mutation(
+        "every call of the sampler draws anew",
+        "inference/sampler.py",
+        "_next_call(loop_params, config, call_keys[call], call,",
+        "_next_call(loop_params, config, call_keys[0], call,",
+        "inference/test_sampler.py",
+    ),
+)
+
+
+def main() -> int:
+    """Makes the mutations one after another and prints a line for each. Returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", metavar="TEXT", help="those whose promise, file or tests contain TEXT")
+    args = parser.parse_args()
+    chosen = [one for one in MUTATIONS if args.only in f"{one.promise} {one.file} {one.tests}"]
+    copy = pathlib.Path(tempfile.mkdtemp(prefix="armd-mutations-"))
+    unnoticed = []
+    try:
+        for name in COPIED:
+            source, target = ROOT / name, copy / name
+            shutil.copytree(source, target) if source.is_dir() else shutil.copy(source, target)
+        before = _run(copy, " ".join(dict.fromkeys(test for one in chosen for test in one.tests.split())))
+        if before.returncode:
+            sys.exit(f"the tests fail before anything is broken:\n{before.stdout[-2000:]}{before.stderr[-2000:]}")
+        for one in chosen:
+            began = time.monotonic()
+            noticed = is_noticed(copy, one)
+            word, seconds = "noticed" if noticed else "UNNOTICED", time.monotonic() - began
+            print(f"{word:<10} {seconds:4.0f} s  {one.promise}", flush=True)
+            unnoticed += [] if noticed else [one]
+    finally:
+        shutil.rmtree(copy, ignore_errors=True)
+    print(f"{len(chosen) - len(unnoticed)} of {len(chosen)} are noticed")
+    return 1 if unnoticed else 0
+
+
+def is_noticed(copy: pathlib.Path, mutation: Mutation) -> bool:
+    """Whether the tests of a mutation fail in the copy, which is then as before. Exits if no test could be run."""
+    file = copy / "armd_jax" / mutation.file
+    text = file.read_text()
+    file.write_text(text.replace(mutation.old, mutation.new))
+    done = _run(copy, mutation.tests)
+    file.write_text(text)
+    if done.returncode not in (0, 1):  # no test was found, or the copy is not whole
+        sys.exit(
+            f"{mutation.promise}: pytest ended with {done.returncode}:\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
+        )
+    return done.returncode == 1
+
+
+def _run(copy: pathlib.Path, tests: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"]
+    command += [str(copy / "tests" / test) for test in tests.split()]
+    environment = os.environ | {"PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1"}
+    return subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True, check=False)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

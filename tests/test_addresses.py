@@ -1,0 +1,107 @@
+"""Addresses such as gs://bucket/run are not paths: every argument and every field that takes a path says so."""
+
+import argparse
+import dataclasses
+import pathlib
+import typing
+
+import pytest
+
+import armd_jax as armd
+from armd_jax import files
+from armd_jax.cli import main as cli
+from armd_jax.config import Config
+from armd_jax.errors import UserError
+
+PREPARE = "prepare --out=new --length=16 --tokenizer=bytes"
+TRAIN = "train --config={smoke} --workdir=new"
+EVAL = "eval --run=here"
+
+# Command lines, and the argument or the field that the one line must name. Every row has one address.
+COMMANDS = [
+    ("prepare --source=gs://bucket/*.jsonl --out=new", "--source"),
+    ("prepare --out=gs://bucket/prepared", "--out"),
+    (f"{PREPARE} --tokenizer=hf://gpt2", "--tokenizer"),
+    ("train --config=https://example.org/experiment.py --workdir=new", "--config"),
+    ("train --config={smoke} --workdir=gs://bucket/run", "--workdir"),
+    ("train --config={smoke} --workdir=s3://bucket/run", "--workdir"),
+    ("train --config={smoke} --workdir=gs:/bucket/run", "--workdir"),  # what pathlib makes of gs://
+    (f"{TRAIN} --config.data.path=gs://bucket/text.jsonl", "data.path"),
+    (f"{TRAIN} --config.data.path=tfds:gs://bucket/lm1b/1.0.0", "data.path"),
+    (f"{TRAIN} --config.data.path=file:///text.jsonl", "data.path"),
+    (f"{TRAIN} --config.data.tfds_data_dir=gs://bucket/tfds", "data.tfds_data_dir"),
+    (f"{TRAIN} --config.data.tokenizer=https://example.org/gpt2", "data.tokenizer"),
+    (f"{TRAIN} --config.data.cache_dir=hdfs://host:9000/prepared", "data.cache_dir"),
+    (f"{TRAIN} --config.training.init_from=abfss://container@account/run", "training.init_from"),
+    ("eval --run=gs://bucket/run", "--run"),
+    (f"{EVAL} --data=s3a://bucket/text.txt", "--data"),
+    (f"{EVAL} --out=s3://bucket/figures", "--out"),
+    ("sample --run=S3://bucket/run", "--run"),
+    ("sample --run=here --out=gs://bucket/samples", "--out"),
+    ("export --run=gs://bucket/run --out=new", "--run"),
+    ("export --run=here --out=gs://bucket/export", "--out"),
+    ("checkpoints --run=dbfs:/mnt/run", "--run"),
+    ("report --run=gs://bucket/run", "--run"),
+    ("report --run=here --out=gs://bucket/report", "--out"),
+    ("compile --topology=v5e:4x4 --config=gs://bucket/experiment.py", "--config"),
+    ("compile --topology=v5e:4x4 --config={smoke} --dump-hlo=gs://bucket/program.txt", "--dump-hlo"),
+]
+# Arguments and fields that take a text which names no file.
+OTHER_TEXTS = {"--text-field", "--coordinator", "--topology", "--streams", "--steps", "--prompt", "--suffix"}
+OTHER_TEXTS |= {"--mesh"}
+OTHER_FIELDS = {"data.text_field", "training.wandb_project"}
+
+
+@pytest.mark.parametrize(("line", "where"), COMMANDS, ids=[line for line, _ in COMMANDS])
+def test_an_address_is_refused_before_anything_is_made(tmp_path, monkeypatch, capsys, smoke_config, line, where):
+    """One line that names the argument or the field, exit code 2, and nothing on disk, not even a folder `gs:`."""
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(line.format(smoke=smoke_config).split()) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and len(err.splitlines()) == 1
+    assert err.startswith("error: ") and where in err and ":/ begins the address of something" in err
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_table_has_every_path_of_every_verb():
+    """Each argument of a verb that takes any text, and each free text of the config, is in the table or is no path."""
+    tried = {(line.split()[0], where) for line, where in COMMANDS}
+    (verbs,) = (action for action in cli._parser()._actions if isinstance(action, argparse._SubParsersAction))
+    for verb, parser in verbs.choices.items():
+        for action in parser._actions:
+            flag = action.option_strings[0]
+            takes_text = action.nargs != 0 and action.choices is None and action.type not in (int, float)
+            assert not takes_text or flag in OTHER_TEXTS or (verb, flag) in tried, f"armd {verb} {flag}"
+    for section in dataclasses.fields(Config):
+        for name, hint in typing.get_type_hints(type(getattr(Config(), section.name))).items():
+            field = f"{section.name}.{name}"
+            assert hint is not str or field in OTHER_FIELDS or ("train", field) in tried, field
+    assert len(COMMANDS) == len(set(COMMANDS)) >= 15
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "",
+        "run",
+        "/data/run",
+        "./gs:/bucket",
+        "runs/gs://x",
+        "tfds:lm1b",
+        "tfds:/data/lm1b/1.0.0",
+        "C:/text",
+        "a:b",
+        "*.txt",
+    ]
+    + ["experiments/quickstart.py:smoke", "quickstart.py:/data", "2024-01-01T10:00/run"],
+)
+def test_what_may_be_a_path_is_left_alone(path):
+    """Colons, globs, TFDS names and experiment arguments are not taken for addresses."""
+    assert files.not_local(path) == ""
+
+
+def test_load_refuses_an_address():
+    """From Python too, where pathlib has made `gs:/bucket` of it already."""
+    for address in ("gs://bucket/run", pathlib.Path("gs://bucket/run")):
+        with pytest.raises(UserError, match="path='gs:/.*only paths on this machine"):
+            armd.load(address)

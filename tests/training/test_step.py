@@ -1,0 +1,104 @@
+"""One update and one evaluation step: what is drawn for them, what they minimise, and what they report."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from armd_jax import config as configs
+from armd_jax.config import Config
+from armd_jax.core import objective, parameters
+from armd_jax.training import placement, sharding, state, step
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, 50, (4, 16)), jnp.int32)
+
+
+def _config(kind: str = "armd", order: str = "uniform", **training: Any) -> Config:
+    values = configs.default_config_dict()
+    values.model.update(
+        kind=kind, vocab_size=50, max_length=16, num_layers=2, two_stream_layers=1, width=16, num_heads=2
+    )
+    values.model.positional_width = 8
+    values.order.update(kind=order, weight="simple", diffusion_steps=8)
+    values.training.update(num_steps=16, batch_size=4, **training)
+    return configs.from_config_dict(values)
+
+
+def _params(config: Config) -> parameters.Params:
+    return jax.jit(parameters.init, static_argnums=1)(jax.random.key(0), config.model)
+
+
+def _placed(config: Config) -> placement.Placement:
+    return placement.for_training(config, sharding.make_mesh(config.mesh))
+
+
+@pytest.mark.parametrize("kind", ["armd", "denoiser"])
+def test_every_step_and_seed_draws_another_task(kind):
+    """A pure function of the two: the same again at the same step, and another one at another step or seed."""
+
+    def drawn(seed: int, at: int) -> bytes:
+        leaves = jax.tree.leaves(step.draw_task(_config(kind, seed=seed), at, 16))
+        return b"".join(np.asarray(leaf).tobytes() for leaf in leaves)
+
+    places = [(0, 3), (0, 4), (1, 3), (1, 4)]
+    assert len({drawn(*place) for place in places}) == len(places)
+    assert drawn(0, 3) == drawn(0, 3)
+
+
+@pytest.mark.slow
+def test_every_batch_of_an_evaluation_has_masks_of_its_own():
+    """They depend on the number of the batch and on the seed, and on nothing that changes during a run."""
+
+    def nll(seed: int, number: int) -> float:
+        config = _config("denoiser", seed=seed)
+        run = step.make_eval_step(placement.for_evaluation(config, sharding.make_mesh(config.mesh)))
+        return float(run(params, TOKENS, jnp.ones((4, 16), bool), number).nll)
+
+    params = _params(_config("denoiser"))
+    assert len({nll(0, 0), nll(0, 1), nll(1, 0)}) == 3 and nll(0, 1) == nll(0, 1)
+
+
+@pytest.mark.slow
+def test_the_penalty_of_the_partition_is_a_mean_over_tokens():
+    """`training.z_loss` adds that many times the mean squared log-partition, however large the batch is."""
+    config = _config()
+    params = jax.tree.map(lambda leaf: 3 * leaf, _params(config))
+    task = step.draw_task(config, 0, 16)
+
+    def gradient(z_loss: float) -> parameters.Params:
+        training = dataclasses.replace(config.training, z_loss=z_loss)
+        placed = _placed(dataclasses.replace(config, training=training))
+        return jax.jit(lambda p: step.gradients(p, placed, TOKENS, task, 0)[0])(params)
+
+    mean = lambda p: objective.loss_sums(p, config.model, TOKENS, task).z / TOKENS.size  # noqa: E731
+    expected = jax.jit(jax.grad(mean))(params)
+    for (path, penalised), plain, of_mean in zip(
+        jax.tree_util.tree_leaves_with_path(gradient(0.5)),
+        jax.tree.leaves(gradient(0.0)),
+        jax.tree.leaves(expected),
+        strict=True,
+    ):
+        np.testing.assert_allclose(
+            penalised - plain, 0.5 * of_mean, rtol=1e-3, atol=1e-5, err_msg=jax.tree_util.keystr(path)
+        )
+
+
+@pytest.mark.slow
+def test_what_a_step_reports():
+    """`train/loss` is weighted as it is minimised, `train/nll` counts every token once; both are per token."""
+    config = _config(order="masked_diffusion")
+    placed = _placed(config)
+    now = state.create(config, placed.mesh)
+    task = step.draw_task(config, 0, 16)
+    grads, sums = jax.jit(lambda p: step.gradients(p, placed, TOKENS, task, 0))(now.params)
+    after, metrics = step.make_train_step(placed)(now, TOKENS)
+    assert float(metrics["train/loss"]) == pytest.approx(float(sums.weighted_nll / sums.weight), rel=1e-5)
+    assert float(metrics["train/nll"]) == pytest.approx(float(sums.nll) / TOKENS.size, rel=1e-5)
+    assert abs(float(metrics["train/loss"] - metrics["train/nll"])) > 1e-3
+    norm = float(jnp.sqrt(sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(grads))))
+    assert float(metrics["train/grad_norm"]) == pytest.approx(norm, rel=1e-5) and int(after.step) == 1
