@@ -11,6 +11,7 @@ import os
 import pathlib
 import shutil
 import sys
+import time
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
@@ -137,8 +138,13 @@ class Checkpointer:
     def _remove_unfinished(self) -> None:
         """Removes what saves left that failed or were killed: it could keep a disk full for ever."""
         if jax.process_index() == 0:
-            for folder in (self._workdir / "checkpoints").glob(f"*{_UNFINISHED}*"):
-                shutil.rmtree(folder, ignore_errors=True)
+            for _ in range(20):  # another part of a failed save may still be writing
+                left = list((self._workdir / "checkpoints").glob(f"*{_UNFINISHED}*"))
+                if not left:
+                    break
+                for folder in left:
+                    shutil.rmtree(folder, ignore_errors=True)
+                time.sleep(0.1)
 
     def steps(self) -> list[int]:
         """The saved steps, oldest first, whole or not."""
