@@ -196,9 +196,8 @@ def say(text: str) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the group; returns the exit code."""
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(
-            stream, io.TextIOWrapper
-        ):  # a character that the terminal lacks must not end the copying of lines
+        # A character that the terminal lacks must not end the copying of lines.
+        if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     args = parse(argv)
     coordinator = f"127.0.0.1:{args.port or free_port()}"

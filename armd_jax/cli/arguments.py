@@ -22,15 +22,17 @@ def local(text: str) -> str:
 
 def folder(text: str) -> pathlib.Path:
     """The type of a folder argument. An empty one, as from an unset shell variable, would be the current folder."""
-    if not text or "\0" in text:
-        raise argparse.ArgumentTypeError("expected the name of a folder")
-    return pathlib.Path(local(text))
+    return _path(text, "folder")
 
 
 def file(text: str) -> pathlib.Path:
     """The type of an argument that names a file to write."""
+    return _path(text, "file")
+
+
+def _path(text: str, what: str) -> pathlib.Path:
     if not text or "\0" in text:
-        raise argparse.ArgumentTypeError("expected the name of a file")
+        raise argparse.ArgumentTypeError(f"expected the name of a {what}")
     return pathlib.Path(local(text))
 
 
