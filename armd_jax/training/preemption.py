@@ -59,13 +59,15 @@ class Preemption:
         asking = number in _ASKING
         if asking and self._asked:
             os._exit(128 + number)
-        if not self._noted:
+        first = not self._noted
+        # Noted before anything is printed: the next signal may come in the middle of the printing.
+        self._noted, self._asked = True, self._asked or asking
+        if first:
             more = "; once more to leave at once" if asking else ""
             # The terminal may be what was lost, and the signal may have come in the middle of another line.
             with contextlib.suppress(OSError, ValueError, RuntimeError):
                 text = f"\n{signal.Signals(number).name}: saving after this step{more}"
                 print(text, file=sys.stderr, flush=True)
-        self._noted, self._asked = True, self._asked or asking
 
     def _pass_on(self, number: int, frame: FrameType | None) -> None:
         first = not self._noted
