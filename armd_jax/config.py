@@ -146,6 +146,8 @@ class OptimizerConfig:
 
     kind: names.OptimizerKind = "adamw"  # muon: orthogonalised updates for the matrices of layers, AdamW for the rest
     learning_rate: float = _field(3e-4, above=0)
+    # The width for which `learning_rate` is meant; at others it is base_width / width times as large. 0: it is for any.
+    base_width: int = _field(0, at_least=0)
     schedule: names.LearningRateSchedule = "constant"  # after the warm-up
     warmup_steps: int = _field(2500, at_least=0)
     decay_fraction: float = _field(0.2, fraction="closed")  # wsd: the last part of training, in which the rate falls

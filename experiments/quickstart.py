@@ -30,7 +30,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.model.residual_init = "zero"  # every layer begins as the identity, and the left neighbour decides alone
 
     # Optimizer. The paper's protocol is made for hundreds of thousands of steps; this run has 800.
-    config.optimizer.update(learning_rate=4.5e-3, embedding_rate=2.0)
+    config.optimizer.update(learning_rate=4.5e-3, base_width=192, embedding_rate=2.0)
     config.optimizer.update(schedule="cosine", warmup_steps=60, final_fraction=0.05)
     config.optimizer.beta2 = 0.98  # remembers about 50 steps; with the paper's 0.999 it would be 1,000
     config.optimizer.weight_decay = 0.1

@@ -79,6 +79,8 @@ def test_every_verb_says_what_to_lower():
     assert all(verb.IF_MEMORY_RUNS_OUT for verb in VERBS.values())
 
 
+_LINE = r"error: out of memory: [\d,]{10,} bytes \([\d.,]+ GiB\) were asked for at once; lower "
+
 # Runs command lines under a limit of memory that is set after the first one, when everything is imported.
 _PROGRAM = """
 import json, resource, sys
@@ -114,7 +116,30 @@ def test_memory_that_runs_out_is_one_line(tmp_path, smoke_run):
     shown = [line for line in done.stderr.splitlines() if line.startswith("error: ") or line in ("0", "1", "2")]
     assert shown[1::2] == ["1", "1"], done.stderr
     for line, lower in zip(shown[::2], ("--batch, --length", "--batch"), strict=True):
-        assert re.match(
-            r"error: out of memory: [\d,]{10,} bytes \([\d.,]+ GiB\) were asked for at once; lower ", line
-        ), line
+        assert re.match(_LINE, line), line
         assert lower in line
+
+
+# The limit is set before anything is imported, and is far above what the libraries themselves reserve.
+_TRAINING = """
+import resource, sys
+resource.setrlimit(resource.RLIMIT_AS, (2**34, resource.getrlimit(resource.RLIMIT_AS)[1]))
+from armd_jax.cli import main as cli
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="needs Linux, which holds a process to such a limit")
+def test_training_beyond_memory_is_one_line(tmp_path, smoke_config, corpus):
+    """A batch that needs some 80 GB where 16 GiB are allowed: the fields to change, exit code 1, no traceback."""
+    command = ["train", f"--config={smoke_config}", f"--workdir={tmp_path / 'run'}"]
+    command += [f"--config.data.path={corpus}", "--config.training.batch_size=100000"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(
+        [sys.executable, "-c", _TRAINING, *command], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+    last = done.stderr.splitlines()[-1]
+    assert re.match(_LINE, last), last
+    assert "training.batch_size" in last and "training.microbatches" in last

@@ -46,8 +46,7 @@ def of(workdir: pathlib.Path, old: Config, new: Config, step: int, rewarm_steps:
     # is complete, that is its last one.
     last = min(step, was - 1)
     before, instead, after = (
-        float(optimizer.learning_rate(config.optimizer, config.training.num_steps, known)(at))
-        for config, at in ((old, last), (new, last), (new, step))
+        float(optimizer.learning_rate(config, known)(at)) for config, at in ((old, last), (new, last), (new, step))
     )
     changes = []
     if f"{before:.3g}" != f"{instead:.3g}":

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from optax.contrib import MuonDimensionNumbers, muon
 
-from armd_jax.config import OptimizerConfig
+from armd_jax.config import Config, OptimizerConfig
 from armd_jax.core.parameters import Params
 
 # Weight decay applies to matrices that multiply activations, by the last part of the parameter's name.
@@ -41,25 +41,36 @@ class Rewarm:
     rate: float
 
 
-def learning_rate(config: OptimizerConfig, num_steps: int, rewarm: Rewarm | None = None) -> optax.Schedule:
+def peak_rate(config: Config) -> float:
+    """The largest learning rate: `optimizer.learning_rate`, made for the model's width if there is a base width.
+
+    Adam changes every weight by about the rate, and a sum over D inputs by D times as much. A rate in inverse
+    proportion to D is therefore as good at one width as at another (for matrices: Yang et al. 2022, Tensor Programs V).
+    """
+    base = config.optimizer.base_width
+    return config.optimizer.learning_rate * (base / config.model.width if base else 1.0)
+
+
+def learning_rate(config: Config, rewarm: Rewarm | None = None) -> optax.Schedule:
     """The rate at each step: linear warm-up, then constant, cosine, or constant with a linear end (WSD).
 
     Steps are batches consumed, as they are for orders and for the average of the weights. Updates that were skipped or
     rolled back count, so that every schedule reaches its end at the last step.
     """
-    peak, warmup = config.learning_rate, config.warmup_steps
+    settings, num_steps = config.optimizer, config.training.num_steps
+    peak, warmup = peak_rate(config), settings.warmup_steps
     rest = max(num_steps - warmup, 1)
-    match config.schedule:
+    match settings.schedule:
         case "constant":
             after = optax.constant_schedule(peak)
         case "cosine":
-            after = optax.cosine_decay_schedule(peak, rest, alpha=config.final_fraction)
+            after = optax.cosine_decay_schedule(peak, rest, alpha=settings.final_fraction)
         case "wsd":
-            decay = min(max(round(config.decay_fraction * num_steps), 1), rest)
-            end = optax.linear_schedule(peak, peak * config.final_fraction, decay)
+            decay = min(max(round(settings.decay_fraction * num_steps), 1), rest)
+            end = optax.linear_schedule(peak, peak * settings.final_fraction, decay)
             after = optax.join_schedules([optax.constant_schedule(peak), end], [max(rest - decay, 0)])
         case _:
-            assert_never(config.schedule)
+            assert_never(settings.schedule)
     # The first update already has a rate above zero: step t of the warm-up takes (t + 1) / warmup of the peak.
     plain = optax.join_schedules([lambda step: peak * (step + 1) / max(warmup, 1), after], [warmup])
     if rewarm is None:
@@ -73,8 +84,9 @@ def learning_rate(config: OptimizerConfig, num_steps: int, rewarm: Rewarm | None
     return rewarmed
 
 
-def make(config: OptimizerConfig, num_steps: int, rewarm: Rewarm | None = None) -> optax.GradientTransformation:
+def make(config: Config, rewarm: Rewarm | None = None) -> optax.GradientTransformation:
     """The whole update rule."""
+    settings = config.optimizer
 
     def decayed(params: Params) -> Params:
         return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key in DECAYED, params)
@@ -90,16 +102,16 @@ def make(config: OptimizerConfig, num_steps: int, rewarm: Rewarm | None = None) 
             lambda path, _: "matrix" if path[-1].key in MUON_AXES else "other", params
         )
 
-    rate = learning_rate(config, num_steps, rewarm)
+    rate = learning_rate(config, rewarm)
     adamw = optax.adamw(
         rate,
-        b1=config.beta1,
-        b2=config.beta2,
-        eps=config.epsilon,
-        weight_decay=config.weight_decay,
+        b1=settings.beta1,
+        b2=settings.beta2,
+        eps=settings.epsilon,
+        weight_decay=settings.weight_decay,
         mask=decayed,
     )
-    match config.kind:
+    match settings.kind:
         case "adamw":
             update = adamw
         case "muon":
@@ -107,22 +119,22 @@ def make(config: OptimizerConfig, num_steps: int, rewarm: Rewarm | None = None) 
             # them, whose weight decay cannot leave some of them out.
             matrices = muon(
                 rate,
-                ns_steps=config.muon_iterations,
+                ns_steps=settings.muon_iterations,
                 # Each row is scaled by itself before the first iteration, so that singular values start closer to 1
                 # than if the matrix is divided by its norm, and one iteration less is enough (Boissin et al. 2025).
                 preconditioning="aol",
-                beta=config.muon_momentum,
-                eps=config.epsilon,
-                weight_decay=config.weight_decay,
+                beta=settings.muon_momentum,
+                eps=settings.epsilon,
+                weight_decay=settings.weight_decay,
                 muon_weight_dimension_numbers=orthogonalised,
                 consistent_rms=MUON_RMS,
             )
             update = optax.partition({"matrix": matrices, "other": adamw}, labels)
         case _:
-            assert_never(config.kind)
-    if config.embedding_rate != 1:
-        update = optax.chain(update, optax.masked(optax.scale(config.embedding_rate), of_tokens))
-    return optax.chain(optax.clip_by_global_norm(config.clip_norm), update) if config.clip_norm else update
+            assert_never(settings.kind)
+    if settings.embedding_rate != 1:
+        update = optax.chain(update, optax.masked(optax.scale(settings.embedding_rate), of_tokens))
+    return optax.chain(optax.clip_by_global_norm(settings.clip_norm), update) if settings.clip_norm else update
 
 
 def at_step(opt_state: optax.OptState, step: jax.Array) -> optax.OptState:

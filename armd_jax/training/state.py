@@ -42,7 +42,7 @@ class TrainState:
 def init(config: Config, key: jax.Array, params: Params | None = None) -> TrainState:
     """A fresh state that starts from `params`, or from random parameters if there are none. Traceable."""
     params = parameters.init(key, config.model) if params is None else params
-    tx = optimizer.make(config.optimizer, config.training.num_steps)
+    tx = optimizer.make(config)
     # A copy: parameters and average are donated to the step together and must not share buffers.
     ema = jax.tree.map(jnp.copy, params) if config.optimizer.ema_decay else None
     return TrainState(

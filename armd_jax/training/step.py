@@ -72,8 +72,8 @@ def make_train_step(placement: Placement, rewarm: Rewarm | None = None) -> jax.s
     rewarm: the second warm-up of a run that was continued.
     """
     config, mesh = placement.config, placement.mesh
-    tx = optimizer.make(config.optimizer, config.training.num_steps, rewarm)
-    rate = optimizer.learning_rate(config.optimizer, config.training.num_steps, rewarm)
+    tx = optimizer.make(config, rewarm)
+    rate = optimizer.learning_rate(config, rewarm)
 
     def train_step(state: TrainState, tokens_BN: jax.Array) -> tuple[TrainState, Metrics]:
         task = draw_task(config, state.step, tokens_BN.shape[1])

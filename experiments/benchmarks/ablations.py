@@ -8,7 +8,8 @@ Tables:
     aggregator        prefix aggregators in the identity order and under the quickstart's curriculum with its strided
                       steps; bits per byte left to right, in strided orders and in random orders
     optimizer         AdamW and Muon at equal tokens, and Muon again with as many steps as fit AdamW's time
-    width             the best learning rate at widths 128, 256 and 512
+    width             the best learning rate at widths 128, 256 and 512; rates are those of the quickstart's width, and
+                      optimizer.base_width makes them fit the others
 
 Every choice is trained at every learning rate with seed 0, and at its own best rate with the other seeds. With
 --results, finished trainings are kept and taken from the file, so that an interrupted table is continued. Changes to
@@ -137,8 +138,8 @@ TABLES: dict[TableName, Table] = {
             for width in (128, 256, 512)
         ),
         arms=(AR, IDENTITY),
-        rates=(1.25e-3, 2.5e-3, 5e-3, 1e-2),
-        steps=120,
+        rates=(1.5e-3, 3e-3, 6e-3, 1.2e-2),
+        steps=100,
     ),
 }
 

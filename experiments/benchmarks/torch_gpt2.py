@@ -49,12 +49,12 @@ class Gpt2Learner:
                 {"params": tables, "weight_decay": 0.0, "factor": settings.embedding_rate},
                 {"params": others, "weight_decay": 0.0, "factor": 1.0},
             ],
-            lr=settings.learning_rate,
+            lr=optimizer.peak_rate(config),
             betas=(settings.beta1, settings.beta2),
             eps=settings.epsilon,
             fused=True,
         )
-        schedule = optimizer.learning_rate(settings, config.training.num_steps)
+        schedule = optimizer.learning_rate(config)
         self._rates = np.asarray(jax.vmap(schedule)(jnp.arange(config.training.num_steps)), float)
 
     def update(self, tokens_BN: np.ndarray) -> None:

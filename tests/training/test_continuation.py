@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from armd_jax import config as configs
-from armd_jax.config import Config, OptimizerConfig
+from armd_jax.config import Config
 from armd_jax.errors import UserError
 from armd_jax.training import continuation, metrics, optimizer, train
 from armd_jax.training.optimizer import Rewarm
@@ -54,7 +54,7 @@ def test_what_jumps_is_refused_without_a_flag(tmp_path, fields, was, now, step, 
         assert continuation.of(tmp_path, old, new, step, 5) == going_on
         assert bool(going_on.changes) == (now < was and step < now or was == 1000)
         return
-    rates = [optimizer.learning_rate(config.optimizer, config.training.num_steps) for config in (old, new)]
+    rates = [optimizer.learning_rate(config) for config in (old, new)]
     before, after = float(rates[0](min(step, was - 1))), float(rates[1](step))
     jump = rf"at step {step} the learning rate would jump from {before:.3g} to {after:.3g}; give --rewarm"
     with pytest.raises(UserError, match=jump):
@@ -74,8 +74,8 @@ def test_phases_that_change_are_said(tmp_path):
 
 def test_the_second_warm_up_rises_from_where_the_rate_was():
     """Linearly, to the rate that the schedule has by then; before and after it, nothing is different."""
-    config = OptimizerConfig(learning_rate=1.0, warmup_steps=4, schedule="cosine")
-    plain, rewarmed = (optimizer.learning_rate(config, 40, rewarm) for rewarm in (None, Rewarm(20, 5, 0.01)))
+    config = _config(40, schedule="cosine")
+    plain, rewarmed = (optimizer.learning_rate(config, rewarm) for rewarm in (None, Rewarm(20, 5, 0.01)))
     expected = np.array([float(plain(at)) for at in range(40)])
     for number in range(4):
         expected[20 + number] = 0.01 + (number + 1) / 5 * (expected[20 + number] - 0.01)
@@ -136,7 +136,7 @@ def test_a_rewarmed_run_goes_on_as_if_nothing_had_happened(tmp_path, monkeypatch
     train.train(config(16), runs[1], progress=False)  # the same command, with or without the flag
     assert rows(runs[0]) == rows(runs[1]) and whole.steps_done == 8
     rates = [row["train/learning_rate"] for row in rows(runs[0])]
-    plain = optimizer.learning_rate(config(16).optimizer, 16)
+    plain = optimizer.learning_rate(config(16))
     assert rates[7] < rates[8] < rates[9] < float(plain(9)) and rates[15] == pytest.approx(float(plain(15)), rel=1e-5)
     changes = [json.loads(line).get("changes") for line in (runs[0] / "events.jsonl").read_text().splitlines()]
     assert [text for text in changes if text and text.endswith(" over 6 steps")]

@@ -160,7 +160,7 @@ def test_rollback_to_the_last_good_checkpoint(tmp_path, corpus, poisoned):
     config = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, schedule="cosine"))
     poisoned.update(range(6, 10))  # updates 7 to 10; the run finds out while update 11 is under way
     result = train.train(config, tmp_path / "run", progress=False)
-    rate = optimizer.learning_rate(config.optimizer, 16)
+    rate = optimizer.learning_rate(config)
     for at, row in _rows(tmp_path / "run").items():  # as if nothing had been skipped: the cosine reaches its end
         assert row["train/learning_rate"] == pytest.approx(float(rate(at - 1)), rel=1e-5)
     assert ("rollback", 11) in _events(tmp_path / "run")

@@ -10,7 +10,7 @@ import pytest
 
 from armd_jax import config as configs
 from armd_jax import names, typed
-from armd_jax.config import Config, OptimizerConfig
+from armd_jax.config import Config, OptimizerConfig, TrainingConfig
 from armd_jax.core import axes, parameters
 from armd_jax.training import optimizer, sharding, state
 
@@ -26,7 +26,7 @@ def _gradients(model: configs.ModelConfig = MODEL) -> parameters.Params:
 
 
 def _update(config: OptimizerConfig, params: parameters.Params, grads: parameters.Params) -> parameters.Params:
-    tx = optimizer.make(config, 10)
+    tx = optimizer.make(Config(optimizer=config))
     return jax.jit(lambda p, g: tx.update(g, tx.init(p), p)[0])(params, grads)
 
 
@@ -116,13 +116,32 @@ def test_vectors_of_tokens_have_a_rate_of_their_own():
         assert seen == optimizer.TOKEN_VECTORS
 
 
+@pytest.mark.parametrize("kind", typed.choices(names.OptimizerKind))
+def test_the_rate_is_in_inverse_proportion_to_the_width(kind):
+    """With a base width, both optimizers and what is reported; at the base width itself, not a bit is different."""
+    grads = _gradients()
+    params = jax.tree.map(jnp.ones_like, grads)
+    for base, factor in ((0, 1.0), (MODEL.width, 1.0), (MODEL.width // 4, 0.25), (4 * MODEL.width, 4.0)):
+        updates, rates = [], []
+        for settings in (dataclasses.replace(MUON, kind=kind, embedding_rate=3.0),) * 2:
+            if updates:
+                settings = dataclasses.replace(settings, base_width=base)
+            config = Config(model=MODEL, optimizer=settings, training=TrainingConfig(num_steps=10))
+            tx = optimizer.make(config)
+            updates.append(jax.jit(lambda g, tx=tx: tx.update(g, tx.init(params), params)[0])(grads))
+            rates.append(float(optimizer.learning_rate(config)(0)))
+        assert rates[1] == factor * rates[0]
+        for plain, scaled in zip(jax.tree.leaves(updates[0]), jax.tree.leaves(updates[1]), strict=True):
+            np.testing.assert_array_equal(scaled, factor * plain)  # exact, because all factors are powers of two
+
+
 @pytest.mark.parametrize(("size", "kept"), [(10.0, 0.5), (0.1, 0.1)])
 def test_long_gradients_are_cut(size, kept):
     """To the norm of `clip_norm`, over all parameters together; shorter ones stay as they are."""
     grads = _gradients()
     norm = float(optax.global_norm(grads))
     grads = jax.tree.map(lambda leaf: size * leaf / norm, grads)
-    tx = optimizer.make(dataclasses.replace(MUON, kind="adamw", clip_norm=0.5), 10)
+    tx = optimizer.make(Config(optimizer=dataclasses.replace(MUON, kind="adamw", clip_norm=0.5)))
     opt_state = jax.jit(lambda g: tx.update(g, tx.init(g), g)[1])(grads)
     moment = optax.tree_utils.tree_get(opt_state, "mu")  # after the first update (1 - beta1) times the gradient
     for found, grad in zip(jax.tree.leaves(moment), jax.tree.leaves(grads), strict=True):
@@ -134,8 +153,9 @@ def test_schedules_are_at_the_step_that_is_asked_for():
     grads = _gradients()
     params = jax.tree.map(jnp.ones_like, grads)
     for kind in typed.choices(names.OptimizerKind):
-        config = dataclasses.replace(MUON, kind=kind, schedule="cosine", clip_norm=1.0)
-        tx, rate = optimizer.make(config, 10), optimizer.learning_rate(config, 10)
+        settings = dataclasses.replace(MUON, kind=kind, schedule="cosine", clip_norm=1.0)
+        config = Config(optimizer=settings, training=TrainingConfig(num_steps=10))
+        tx, rate = optimizer.make(config), optimizer.learning_rate(config)
         update = jax.jit(lambda g, s, at, tx=tx: tx.update(g, optimizer.at_step(s, at), params))
         opt_state = tx.init(params)
         first, _ = update(grads, opt_state, jnp.int32(0))

@@ -17,7 +17,7 @@ import pytest
 from armd_jax import config as configs
 from armd_jax import order
 from armd_jax.cli import main as cli
-from armd_jax.config import Config, OptimizerConfig
+from armd_jax.config import Config, OptimizerConfig, TrainingConfig
 from armd_jax.core import objective, parameters
 from armd_jax.data import loader
 from armd_jax.errors import UserError
@@ -333,8 +333,8 @@ def test_learning_rate_schedules():
     """Linear warm-up from the first step, then constant, cosine to its final fraction, or flat with a linear end."""
 
     def rates(**fields):
-        config = OptimizerConfig(learning_rate=1.0, warmup_steps=4, **fields)
-        schedule = optimizer.learning_rate(config, 24)
+        settings = OptimizerConfig(learning_rate=1.0, warmup_steps=4, **fields)
+        schedule = optimizer.learning_rate(Config(optimizer=settings, training=TrainingConfig(num_steps=24)))
         return np.array([float(schedule(at)) for at in range(25)])
 
     for fields in ({}, {"schedule": "cosine"}, {"schedule": "wsd"}):
@@ -375,7 +375,7 @@ def test_weight_decay_is_for_matrices_only():
     params = jax.tree.map(
         lambda leaf: jnp.ones(leaf.shape), jax.eval_shape(lambda: parameters.init(jax.random.key(0), model))
     )
-    tx = optimizer.make(OptimizerConfig(learning_rate=0.5, warmup_steps=0, weight_decay=0.25), 10)
+    tx = optimizer.make(Config(optimizer=OptimizerConfig(learning_rate=0.5, warmup_steps=0, weight_decay=0.25)))
     updates = jax.jit(lambda p: tx.update(jax.tree.map(jnp.zeros_like, p), tx.init(p), p)[0])(params)
     shrunk = set()
     for path, update in jax.tree_util.tree_leaves_with_path(updates):
