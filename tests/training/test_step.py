@@ -64,6 +64,25 @@ def test_every_batch_of_an_evaluation_has_masks_of_its_own():
 
 
 @pytest.mark.slow
+def test_the_rate_is_that_of_the_step_whatever_was_skipped():
+    """An optimizer that has made no update yet takes the rate of step 9 at step 9, which is what the step reports."""
+    config = _config()
+    config = dataclasses.replace(
+        config, optimizer=dataclasses.replace(config.optimizer, learning_rate=0.1, warmup_steps=20)
+    )
+    placed = _placed(config)
+    before = state.create(config, placed.mesh)
+    before = dataclasses.replace(before, step=jnp.int32(9))
+    params = jax.tree.map(np.asarray, before.params)
+    after, metrics = step.make_train_step(placed)(before, TOKENS)
+    moves = jax.tree.map(lambda new, old: float(np.abs(new - old).max()), after.params, params)
+    moved = max(jax.tree.leaves(moves))
+    # Adam's first update of a weight is the rate itself, and the warm-up gives each step a rate of its own.
+    assert moved == pytest.approx(float(metrics["train/learning_rate"]), rel=1e-3)
+    assert moved == pytest.approx(0.1 * 10 / 20, rel=1e-3)
+
+
+@pytest.mark.slow
 def test_the_penalty_of_the_partition_is_a_mean_over_tokens():
     """`training.z_loss` adds that many times the mean squared log-partition, however large the batch is."""
     config = _config()
