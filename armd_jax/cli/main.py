@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from armd_jax import files, streams
-from armd_jax.cli import checkpoints, export, prepare, report, sample, train
+from armd_jax.cli import checkpoints, compilation_cache, export, prepare, report, sample, train
 from armd_jax.cli import compile as compile_verb
 from armd_jax.cli import eval as eval_verb
 from armd_jax.cli.arguments import failed
@@ -75,6 +75,7 @@ def _run(argv: Sequence[str] | None, output: streams.Forgiving) -> int:
 def _run_verb(args: argparse.Namespace, rest: Sequence[str]) -> int:
     """Runs the verb. If memory runs out, says how many bytes were asked for and what to lower."""
     verb = VERBS[args.verb]
+    compilation_cache.settle()  # before a verb imports JAX
     try:
         return verb.run(args, rest)
     except Exception as error:

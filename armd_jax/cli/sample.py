@@ -37,6 +37,9 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--top-p", type=float, default=None, help="draw from the nucleus of this probability only")
     parser.add_argument("--prompt", default="", help="text to continue")
     parser.add_argument("--suffix", default="", help="text to end with; what lies between is filled in")
+    parser.add_argument(
+        "--ignore-end", action="store_true", help="draw and show what comes behind an end-of-text token as well"
+    )
     parser.add_argument("--seed", type=int, default=0)
     add_out(parser, "samples.json")
 
@@ -69,5 +72,6 @@ def run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
         seed=args.seed,
         sampler=args.sampler,
         steps=steps,
+        stop_at_end=not args.ignore_end,
     )
     return show_and_keep(args, drawn, samples.as_text(drawn), args.run, results.SAMPLES_FILE)

@@ -5,6 +5,7 @@ state, compiled with one option of our own (`_OPTIONS`). Nothing is allocated. `
 """
 
 import dataclasses
+import functools
 import math
 import pathlib
 import re
@@ -14,6 +15,7 @@ from typing import Any, TypeVar, assert_never
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from armd_jax.compilation import collectives, costs, roofline, topology
@@ -23,9 +25,12 @@ from armd_jax.compilation.result import CollectiveTotal, CompileResult, Memory, 
 from armd_jax.compilation.topology import Topology
 from armd_jax.config import Config, MeshConfig
 from armd_jax.core import flops, order, parameters
+from armd_jax.core.parameters import Params
 from armd_jax.errors import UserError
 from armd_jax.inference import sampler, schedule
 from armd_jax.inference.draw import Draw
+from armd_jax.inference.sampler import SamplingState
+from armd_jax.inference.schedule import Schedule
 from armd_jax.names import CompiledProgram
 from armd_jax.training import divisibility, placement, sharding, state, step
 from armd_jax.training.state import TrainState
@@ -173,7 +178,9 @@ def lower_train_step(config: Config, mesh: Mesh) -> jax.stages.Lowered:
 
 
 def lower_sampler(config: Config, mesh: Mesh, batch: int, streams: int) -> jax.stages.Lowered:
-    """Lowers `inference.sampler.generate` of whole rows on shapes alone. Rows are spread like those of a batch.
+    """Lowers the loop of `inference.sampler.advance` over whole rows, on shapes alone.
+
+    Rows are spread like those of a batch. The number of calls is known here, so that costs can be counted.
 
     Raises UserError if the length does not divide into the streams, or the rows do not divide over the mesh.
     """
@@ -185,14 +192,23 @@ def lower_sampler(config: Config, mesh: Mesh, batch: int, streams: int) -> jax.s
     model = config.model.for_platform("tpu")
     params = jax.eval_shape(lambda key: parameters.unstack(parameters.init(key, model)), jax.random.key(0))
     everywhere, rows = sharding.replicated(mesh), sharding.batch_sharding(mesh)
-    plan = schedule.strided(batch, length, streams)
-    plan = dataclasses.replace(_shapes(plan, everywhere), order=_shapes(plan.order, rows))
-    return sampler.generate.lower(
+    plan = schedule.strided(np.full((batch, length), schedule.FREE), streams, length)
+    seeds = jax.ShapeDtypeStruct(plan.first_B.shape, jnp.int32)
+    began = jax.eval_shape(
+        functools.partial(sampler.begin, config=model), params, plan=plan, seed_B=seeds, stream_B=seeds
+    )
+
+    def by_row(leaf: jax.Array) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=rows if leaf.ndim else everywhere)
+
+    def sample(params: Params, plan: Schedule, began: SamplingState, draw: Draw) -> SamplingState:
+        step = lambda _, state: sampler.draw_block(params, model, plan, state, draw, jnp.int32(-1))  # noqa: E731
+        return jax.lax.fori_loop(0, schedule.num_calls(length, streams), step, began)
+
+    return jax.jit(sample, donate_argnums=2).lower(
         jax.tree.map(_shapes, params, sharding.param_shardings(mesh, params)),
-        model,
-        _shapes(jax.eval_shape(lambda: jax.random.key(0)), everywhere),
-        jax.ShapeDtypeStruct((batch, length), jnp.int32, sharding=rows),
-        plan,
+        jax.tree.map(by_row, plan),
+        jax.tree.map(by_row, began),
         _shapes(jax.eval_shape(Draw.make), everywhere),
     )
 

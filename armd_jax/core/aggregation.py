@@ -56,8 +56,8 @@ class PrefixSum(nn.Module):
         g_code_BGP = sinusoidal(rows.g_positions_BG, config.positional_width)
         x_code_BXP = sinusoidal(rows.x_positions_BX, config.positional_width) if self.positional else None
         codes = (x_code_BXP, g_code_BGP if self.positional else None)
-        from_start = jnp.zeros_like(strict_BG)
-        sum_BGD = _weighted_prefix(x_BXD, *codes, from_start, strict_BG, rows.x_start, attention_chunk(config))
+        first_BG = jnp.broadcast_to(0 if rows.first_B is None else rows.first_B[:, None], strict_BG.shape)
+        sum_BGD = _weighted_prefix(x_BXD, *codes, first_BG, strict_BG, rows.x_start, attention_chunk(config))
         if decoding:
             assert state is not None
             seen_BXD = x_BXD.astype(jnp.float32)
@@ -70,7 +70,7 @@ class PrefixSum(nn.Module):
                 sum_BGD = sum_BGD + state[:, None]
                 state = state + seen_BXD.sum(axis=1)
         if not self.positional:
-            sum_BGD = sum_BGD / strict_BG[..., None]
+            sum_BGD = sum_BGD / (strict_BG - first_BG)[..., None]
         start = nn.initializers.constant(self.gain)
         scaled_BGD = nn.RMSNorm(epsilon=1e-6, dtype=jnp.float32, scale_init=start, name="norm")(sum_BGD)
         return (scaled_BGD + _position(config)(g_code_BGP)).astype(dtype), state

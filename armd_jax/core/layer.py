@@ -31,21 +31,14 @@ class StackInputs:
 
     rotary: cos and sin of RoPE for all rows. len_BQ: int32, how many keys each query sees, counted from the start of
     the context. start: key index of the first row that gives keys. valid_BT: bool, False for padding rows, which enter
-    no cache; None: all rows are valid.
+    no cache; None: all rows are valid. first_B: int32, key index before which a cache has only padding; None: 0.
     """
 
     rotary: tuple[jax.Array, jax.Array]
     len_BQ: jax.Array
     start: jax.Array | int = 0
     valid_BT: jax.Array | None = None
-
-    @property
-    def is_first_call(self) -> bool:
-        """Whether the call's own rows are all that the cache holds after it. Long evidence then needs no N x N scores.
-
-        Only a Python number can say so: later calls of a sampling loop have a traced `start`.
-        """
-        return isinstance(self.start, int) and self.start == 0
+    first_B: jax.Array | None = None
 
 
 def make_norm(config: ModelConfig, name: str) -> nn.Module:
@@ -129,13 +122,12 @@ class Layer(nn.Module):
         if cache is not None:
             start, valid = inputs.start, inputs.valid_BT
             cache = (write(cache[0], k_BTHK, start, valid, "BHKT"), write(cache[1], v_BTHK, start, valid, "BHTK"))
-        if cache is None and context.attend is not None:
+            mixed_BQHK = cached_attention(q_BQHK, *cache, inputs.len_BQ, inputs.first_B)
+        elif context.attend is not None:
             mixed_BQHK = context.attend(q_BQHK, k_BTHK, v_BTHK, inputs.len_BQ, self.group)
-        elif cache is None or inputs.is_first_call:
+        else:
             chunk = attention_chunk(config)
             mixed_BQHK = attention(q_BQHK, k_BTHK, v_BTHK, inputs.len_BQ, config.plain_attention, chunk)
-        else:
-            mixed_BQHK = cached_attention(q_BQHK, *cache, inputs.len_BQ)
         if isinstance(w_o, Panels):
             return linear(mixed_BQHK.reshape(*mixed_BQHK.shape[:2], width), w_o), cache
         return jnp.einsum("BQHK,HKD->BQD", mixed_BQHK, w_o), cache

@@ -70,7 +70,9 @@ def forward(
             Layer(config, "causal", num_keys=g_BGD.shape[1]),
             params["causal"],
             g_BGD,
-            StackInputs(rotary_table(rows.g_positions_BG, config), rows.g_len_BG, rows.g_start, rows.g_valid_BG),
+            StackInputs(
+                rotary_table(rows.g_positions_BG, config), rows.g_len_BG, rows.g_start, rows.g_valid_BG, rows.first_B
+            ),
             context,
             first_layer=num_two,
             caches=None if cache is None else cache.g_kv,
@@ -152,7 +154,7 @@ def _two_stream_layers(
             Layer(config, "two_stream", num_keys=num_x),
             params["two_stream"],
             h_BRD,
-            StackInputs(rotary, lens_BR, rows.x_start, rows.x_valid_BX),
+            StackInputs(rotary, lens_BR, rows.x_start, rows.x_valid_BX, rows.first_B),
             context,
             first_layer=0,
             caches=caches and caches[:-1],
@@ -161,7 +163,7 @@ def _two_stream_layers(
         Layer(config, "last_two_stream", num_keys=num_x, first_query=num_x),
         [params["last_two_stream"]],
         h_BRD,
-        StackInputs(rotary, rows.g_strict_len_BG, rows.x_start, rows.x_valid_BX),
+        StackInputs(rotary, rows.g_strict_len_BG, rows.x_start, rows.x_valid_BX, rows.first_B),
         context,
         first_layer=num_two - 1,
         caches=caches and caches[-1:],

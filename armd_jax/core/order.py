@@ -12,7 +12,7 @@ pure and can be traced, so orders are drawn on the device, inside the jitted tra
 
 import dataclasses
 from collections.abc import Sequence
-from typing import assert_never
+from typing import Any, assert_never
 
 import flax.struct
 import jax
@@ -109,18 +109,7 @@ def strided(batch: int, length: int, streams: jax.Array | int, evidence: np.ndar
     num_free = length - int(evidence.sum())
     if not isinstance(streams, jax.core.Tracer):
         check_streams(length, int(streams), num_free)
-    rank = jnp.arange(num_free)
-    if num_free:
-        short, longer = num_free // streams, num_free % streams
-        in_longer = rank < longer * (short + 1)
-        # Both branches of the selects are evaluated, so the unused one must not divide by zero either.
-        past = rank - longer * (short + 1)
-        stream = jnp.where(in_longer, rank // (short + 1), longer + past // jnp.maximum(short, 1))
-        depth = jnp.where(in_longer, rank % (short + 1), past % jnp.maximum(short, 1))
-        index = depth * streams + stream  # has no gaps: longer streams come first, so only the last group is smaller
-        block = jnp.where(depth == 0, stream + 1, streams + depth)
-    else:
-        index = block = rank
+    index, block = in_streams(num_free, streams)
     free = np.flatnonzero(~evidence)
     num_evidence = length - num_free
     positions = jnp.zeros((length,), jnp.int32).at[num_evidence + index].set(jnp.asarray(free, jnp.int32))
@@ -132,6 +121,27 @@ def strided(batch: int, length: int, streams: jax.Array | int, evidence: np.ndar
         block_BN=jnp.broadcast_to(blocks, (batch, length)),
         weight_BN=jnp.ones((batch, length), jnp.float32),
     )
+
+
+def in_streams(num_free: int, streams: Any) -> tuple[Any, Any]:
+    """Where each of R = `num_free` positions comes in S streams: the generation index (from 0) and the block (from 1).
+
+    Both are int [R]: NumPy arrays, or JAX's if S is traced. A plain number above R is taken as R.
+    """
+    xp = jnp if isinstance(streams, jax.core.Tracer) else np
+    rank = xp.arange(num_free)
+    if not num_free:
+        return rank, rank
+    if xp is np:
+        streams = min(int(streams), num_free)
+    short, longer = num_free // streams, num_free % streams
+    in_longer = rank < longer * (short + 1)
+    # Both branches of the selects are evaluated, so the unused one must not divide by zero either.
+    past = rank - longer * (short + 1)
+    stream = xp.where(in_longer, rank // (short + 1), longer + past // xp.maximum(short, 1))
+    depth = xp.where(in_longer, rank % (short + 1), past % xp.maximum(short, 1))
+    # The index has no gaps: longer streams come first, so that only the last group is smaller.
+    return depth * streams + stream, xp.where(depth == 0, stream + 1, streams + depth)
 
 
 def check_streams(length: int, streams: int, num_free: int) -> None:

@@ -35,24 +35,27 @@ class Rows:
     g_start: jax.Array | int = 0  # generation index of the first row of G
     x_valid_BX: jax.Array | None = None  # bool, False for padding rows, which enter no cache; None: all are valid
     g_valid_BG: jax.Array | None = None  # likewise
+    # int32, context index of the start token, before which all is padding; None: 0. Keys of G begin at the same index.
+    first_B: jax.Array | None = None
 
 
 def rows_for_training(tokens_BN: jax.Array, order: Order, mask: BlockMask) -> Rows:
     """All rows of a sequence at once. tokens_BN: int32, at natural positions."""
     generated_BN = jnp.take_along_axis(tokens_BN, order.positions_BN, axis=1)
     positions_BN = order.positions_BN + 1
-    rank_BN = ranks(order)
+    index_BN = ranks(order) + 1
     start = jnp.full_like(generated_BN[:, :1], START)
+    context_BT = jnp.concatenate([start, generated_BN], axis=1)
     return Rows(
-        x_tokens_BX=jnp.concatenate([start, generated_BN[:, :-1]], axis=1),
+        x_tokens_BX=context_BT[:, :-1],
         x_positions_BX=jnp.concatenate([jnp.zeros_like(start), positions_BN[:, :-1]], axis=1),
         x_len_BX=mask.x_len_BN,
         g_positions_BG=positions_BN,
         g_strict_len_BG=mask.strict_len_BN,
         g_previous_len_BG=mask.previous_len_BN,
         g_len_BG=mask.g_len_BN,
-        g_left_BG=neighbours(generated_BN, rank_BN, order.positions_BN - 1, mask.strict_len_BN),
-        g_right_BG=neighbours(generated_BN, rank_BN, order.positions_BN + 1, mask.strict_len_BN),
+        g_left_BG=neighbours(context_BT, index_BN, order.positions_BN - 1, mask.strict_len_BN),
+        g_right_BG=neighbours(context_BT, index_BN, order.positions_BN + 1, mask.strict_len_BN),
     )
 
 
@@ -62,21 +65,21 @@ def ranks(order: Order) -> jax.Array:
 
 
 def neighbours(
-    generated_BN: jax.Array, rank_BN: jax.Array, positions_BG: jax.Array, strict_len_BG: jax.Array
+    context_BT: jax.Array, index_BN: jax.Array, positions_BG: jax.Array, strict_len_BG: jax.Array
 ) -> jax.Array:
     """int32 [B, G]: the tokens at natural positions beside targets, if targets may see them.
 
-    generated_BN: int32 in generation order. Tokens that are not there yet may hold anything.
-    rank_BN: see `ranks`.
+    context_BT: int32, the start token and then the tokens in generation order, as rows of X have them. Tokens that are
+        not there yet may be anything.
+    index_BN: int32, the context index of every natural position.
     positions_BG: int32, the natural position that is asked for, by target; it may lie outside the sequence.
     strict_len_BG: how many rows of X, the start token among them, each target sees.
     Returns START before the first position, and UNSEEN if the target sees no token at that position.
     """
-    length = rank_BN.shape[1]
-    rank_BG = jnp.take_along_axis(rank_BN, jnp.clip(positions_BG, 0, length - 1), axis=1)
-    tokens_BG = jnp.take_along_axis(generated_BN, rank_BG, axis=1)
-    # Token r in generation order is row r + 1 of X.
-    seen_BG = (positions_BG < length) & (rank_BG + 1 < strict_len_BG)
+    length = index_BN.shape[1]
+    index_BG = jnp.take_along_axis(index_BN, jnp.clip(positions_BG, 0, length - 1), axis=1)
+    tokens_BG = jnp.take_along_axis(context_BT, index_BG, axis=1, mode="clip")
+    seen_BG = (positions_BG < length) & (index_BG < strict_len_BG)
     return jnp.where(positions_BG < 0, START, jnp.where(seen_BG, tokens_BG, UNSEEN))
 
 

@@ -96,7 +96,8 @@ class Sample:
     streams: S; None if a denoiser wrote it, which has a sampler and a number of steps instead (first-hitting sampling
     has no choice of steps). num_calls: network calls (NFE) for the whole batch. tokens_per_second: of the whole batch.
     tokens: ids, at natural positions; pieces: a short text for each of them; calls: the number (from 1) of the network
-    call that made each of them, 0 if it was given.
+    call that made each of them, 0 if it was given. cut: how many tokens were drawn from the first end-of-text on, which
+    are no part of the text.
     """
 
     streams: int | None = typed.field(None, absent_if_none=True)
@@ -108,6 +109,7 @@ class Sample:
     tokens: tuple[int, ...] = ()
     pieces: tuple[str, ...] = ()
     calls: tuple[int, ...] = ()
+    cut: int = 0
 
     @property
     def way(self) -> tuple[int, str, int]:

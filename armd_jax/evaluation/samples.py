@@ -13,7 +13,6 @@ import numpy as np
 from armd_jax.errors import UserError
 from armd_jax.evaluation.results import Sample, Samples
 from armd_jax.inference import denoise
-from armd_jax.inference.draw import Draw
 from armd_jax.inference.language_model import LanguageModel
 from armd_jax.names import DenoisingSampler
 
@@ -32,6 +31,7 @@ def draw(
     seed: int = 0,
     sampler: DenoisingSampler | None = None,
     steps: Sequence[int] = (),
+    stop_at_end: bool = True,
 ) -> Samples:
     """Draws `batch` texts of `length` tokens in each of the numbers of streams, or of steps if the model is a denoiser.
 
@@ -39,13 +39,14 @@ def draw(
 
     streams: of an ARMD. sampler, steps: of a denoiser, whose streams are empty; see `inference.denoise`.
     temperature, top_k, top_p: see `LanguageModel.generate`.
+    stop_at_end: whether a text ends at its first end-of-text token.
     prompt, suffix: text at the beginning and at the end; the tokens between them are generated.
     Raises UserError if prompt and suffix are longer than `length`, or if `lm.generate` cannot take the settings.
     """
     if lm.tokenizer is None:
         raise UserError("this model has no tokenizer: use lm.generate")
-    lm.check_shape(batch, length, seed)
-    Draw.make(temperature, top_k, top_p)
+    if not 1 <= length <= lm.config.max_length:
+        raise UserError(f"length={length}: must be in 1 .. {lm.config.max_length}, the model's max_length")
     tokenizer = lm.tokenizer
     before, after = tokenizer.encode(prompt), tokenizer.encode(suffix)
     if len(before) + len(after) > length:
@@ -70,21 +71,25 @@ def draw(
             seed=seed,
             sampler=way.sampler,
             steps=way.steps,
+            stop_at_end=stop_at_end,
         )
         generate()  # compiles
         begin = time.perf_counter()
         out = generate()
         seconds = time.perf_counter() - begin
-        for tokens, calls in zip(out.tokens_BN.tolist(), out.call_BN.tolist(), strict=True):
+        drawn = int((out.call_BN > 0).sum())
+        for row, end in enumerate(out.end_B.tolist()):
+            tokens, calls = out.tokens_BN[row, :end].tolist(), out.call_BN[row, :end].tolist()
             samples.append(
                 dataclasses.replace(
                     way,
                     num_calls=out.num_calls,
-                    tokens_per_second=batch * free / seconds,
+                    tokens_per_second=drawn / seconds,
                     text=tokenizer.decode(tokens),
                     tokens=tuple(tokens),
                     pieces=tuple(tokenizer.token_text(token) for token in tokens),
                     calls=tuple(calls),
+                    cut=int((out.call_BN[row, end:] > 0).sum()),
                 )
             )
     return Samples(

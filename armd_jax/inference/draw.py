@@ -39,9 +39,9 @@ class Draw:
             raise UserError(f"top_p={top_p}: must be in (0, 1]")
         greedy = temperature < _GREEDY
         return cls(
-            temperature=jnp.float32(1.0 if greedy else temperature),
+            temperature=jax.device_put(np.float32(1.0 if greedy else temperature)),
             # A nucleus of everything, as float32 sees it, is none.
-            top_p=None if top_p is None or np.float32(top_p) == 1 else jnp.float32(top_p),
+            top_p=None if top_p is None or np.float32(top_p) == 1 else jax.device_put(np.float32(top_p)),
             greedy=greedy,
             top_k=top_k,
         )
@@ -49,6 +49,7 @@ class Draw:
     def __call__(self, key: jax.Array, logits_BSV: jax.Array) -> jax.Array:
         """Tokens [B, S] int32 from float32 logits.
 
+        key: one for all rows, or [B], one for each row, whose tokens then do not depend on the other rows.
         The Gumbel noise is the accurate one: plain float32 noise never reaches the tail and makes samples too cold.
         """
         if self.greedy:
@@ -99,7 +100,11 @@ def _categorical(key: jax.Array, logits_BSV: jax.Array) -> jax.Array:
     logits_BSCW = logits_BSV.reshape(*logits_BSV.shape[:-1], groups, size)
     mass_BSC = jax.nn.logsumexp(logits_BSCW, axis=-1)
     # One draw of noise serves both steps: on CPU the generator costs by how often it runs.
-    noise = jax.random.gumbel(key, (*logits_BSV.shape[:-1], groups + size), mode="high")
+    shape = (*logits_BSV.shape[:-1], groups + size)
+    if key.ndim:
+        noise = jax.vmap(lambda row_key: jax.random.gumbel(row_key, shape[1:], mode="high"))(key)
+    else:
+        noise = jax.random.gumbel(key, shape, mode="high")
     group_BS = jnp.argmax(mass_BSC + noise[..., :groups], axis=-1)
     inside_BSW = jnp.take_along_axis(logits_BSCW, group_BS[..., None, None], axis=2)[:, :, 0]
     entry_BS = jnp.argmax(inside_BSW + noise[..., groups:], axis=-1)

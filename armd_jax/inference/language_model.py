@@ -2,8 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable
 
 import flax.struct
 import jax
@@ -12,19 +11,23 @@ import numpy as np
 
 from armd_jax import typed
 from armd_jax.config import ModelConfig, check_model
-from armd_jax.core import objective, parameters
-from armd_jax.core import order as orders
+from armd_jax.core import parameters
 from armd_jax.core.kernels.panels import few_rows
 from armd_jax.core.order import Order
 from armd_jax.core.parameters import Params
 from armd_jax.core.sizes import activation_dtype
 from armd_jax.data.tokenizers import Tokenizer
 from armd_jax.errors import UserError
-from armd_jax.inference import denoise, likelihood, schedule
+from armd_jax.inference import denoise, likelihood, requests, schedule
 from armd_jax.inference import sampler as strided
 from armd_jax.inference.draw import Draw
+from armd_jax.inference.requests import Ids, PerRow
 from armd_jax.names import DenoisingSampler
 
+NO_END = -1  # in place of an end-of-text token, if there is none
+
+# Each compiled as one program, and not as one for every shape of a parameter.
+_unstack = jax.jit(parameters.unstack)
 _in_panels = jax.jit(parameters.in_panels, static_argnums=(1, 2))
 
 
@@ -39,8 +42,12 @@ class Generation:
         float32 and up to 0.022 nats if activations are bfloat16 (the default on accelerators). None for a denoiser,
         which gives no probability to a text.
     order: the order that was used; None for a denoiser, whose calls `call_BN` tells.
-    num_calls: the number of function evaluations (NFE), that is of network calls.
-    call_BN: int32, the number (from 1) of the call that made each token; 0 at evidence.
+    num_calls: the number of function evaluations (NFE), that is of network calls that drew tokens. Evidence is read
+        before them, in calls of many tokens, which are not counted.
+    call_BN: int32, the number (from 1) of the call that made each token; 0 at evidence, -1 where no token was asked for
+        or made: behind the end of a shorter row, and in one stream behind an end-of-text.
+    end_B: int32, where each text ends: the position of the first end-of-text that was generated, and the row's length
+        if there is none. Tokens behind it are no part of the text.
     """
 
     tokens_BN: np.ndarray
@@ -48,6 +55,18 @@ class Generation:
     order: Order | None
     num_calls: int
     call_BN: np.ndarray
+    end_B: np.ndarray
+
+
+def _lengths(known_BN: np.ndarray) -> np.ndarray:
+    """int32 [B]: how many positions each row has."""
+    return (known_BN != schedule.ABSENT).sum(axis=1).astype(np.int32)
+
+
+def _ends(tokens_BN: np.ndarray, known_BN: np.ndarray, end: int) -> np.ndarray:
+    """int32 [B]: the position of the first generated end-of-text of each row, or its length."""
+    ends_BN = (known_BN == schedule.FREE) & (tokens_BN == end)
+    return np.where(ends_BN.any(axis=1), ends_BN.argmax(axis=1), _lengths(known_BN)).astype(np.int32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +91,7 @@ class LanguageModel:
 
     @functools.cached_property
     def _layers(self) -> Params:
-        return parameters.unstack(self.params)
+        return _unstack(self.params)
 
     @functools.cached_property
     def _panels(self) -> dict[tuple[bool, bool], Params]:
@@ -98,7 +117,7 @@ class LanguageModel:
         Raises UserError if the model is a denoiser.
         """
         self._check_has_orders("logits")
-        return likelihood.logits(self.params, self.config, self._check(tokens_BN, order), order)
+        return self._score(likelihood.logits, tokens_BN, order)
 
     def log_prob(self, tokens_BN: np.ndarray | jax.Array, order: Order) -> jax.Array:
         """[B, N] float32, nats, at natural positions. The sum over a row is log p(tokens) under the order.
@@ -106,135 +125,144 @@ class LanguageModel:
         Raises UserError if the model is a denoiser.
         """
         self._check_has_orders("log_prob")
-        return likelihood.log_prob(self.params, self.config, self._check(tokens_BN, order), order)
+        return self._score(likelihood.log_prob, tokens_BN, order)
 
     def generate(
         self,
-        batch: int = 1,
-        length: int | None = None,
+        batch: int | None = None,
+        length: PerRow | None = None,
         streams: int = 1,
         temperature: float = 1.0,
         top_k: int | None = None,
         top_p: float | None = None,
-        prompt: Sequence[int] | np.ndarray | None = None,
-        evidence_BN: np.ndarray | None = None,
-        seed: int = 0,
+        prompt: Ids | None = None,
+        evidence_BN: Ids | None = None,
+        seed: PerRow = 0,
         sampler: DenoisingSampler | None = None,
         steps: int | None = None,
+        max_new_tokens: PerRow | None = None,
+        stop_at_end: bool = True,
     ) -> Generation:
-        """Samples `batch` sequences of `length` tokens (default: the model's max_length).
+        """Samples a batch of texts, each of which may have a prompt, known places and a length of its own.
 
-        streams: number of parallel streams S of an ARMD. The number of network calls is S + N/S - 1, or
-            S + ceil(R/S) - 1 with evidence and R positions to generate.
-        sampler, steps: of a denoiser, see `inference.denoise`; by default first_hitting, and one step per token.
+        The result of a row does not depend on the other rows, up to rounding. Sizes are rounded up to a few, so that
+        texts of other lengths need no new compilation.
 
-        prompt: token ids [P] or [B, P].
-        evidence_BN: int32 [B, length] (or [length]), known ids, and -1 where to generate; the same places in every row.
-        temperature: 0 takes the likeliest token.
+        batch: number of texts; default: as many as the other arguments have rows.
+        length: tokens of each text, with what is known; a number, or one per text. Default: that of `evidence_BN`, or
+            the model's max_length.
+        streams: number of parallel streams S of an ARMD. R tokens are drawn by S + ceil(R / S) - 1 network calls. If a
+            text has fewer free places than S, it has as many streams as places.
+        temperature: 0 takes the likeliest token. top_k, top_p: see `inference.draw`.
+        prompt: token ids to begin with: [P] for all texts, or a list of ids for each.
+        evidence_BN: known ids, and -1 where to generate: [N] for all texts, or such a list for each.
+        seed: a number, or one per text. With one number, text b has the b-th random numbers of it; a text with a seed
+            of its own is what `generate` with one text and this seed gives.
+        sampler, steps: of a denoiser, see `inference.denoise`; by default first_hitting, and one step per token. All
+            texts have to know the same places.
+        max_new_tokens: instead of a length, how many tokens follow each prompt.
+        stop_at_end: whether the end-of-text token ends a text (see `Generation.end_B`); in one stream, nothing is drawn
+            after it.
         Raises UserError if the arguments do not fit one another.
         """
-        length = self.config.max_length if length is None else length
-        self.check_shape(batch, length, seed)
+        config = self.config
         draw = Draw.make(temperature, top_k, top_p)
-        known_BN = self._evidence(batch, length, prompt, evidence_BN)
-        known_N = known_BN[0] >= 0
-        if ((known_BN >= 0) != known_N).any():
-            raise UserError("evidence_BN: the places to generate (-1) must be the same in every row")
-        if not self.config.has_orders:
+        asked = (batch, length, prompt, evidence_BN, max_new_tokens, seed)
+        known_BN = requests.known_rows(config.max_length, config.vocab_size, *asked)
+        seed_B, stream_B = requests.seeds(seed, len(known_BN))
+        end = self.tokenizer.end_of_text if stop_at_end and self.tokenizer is not None else NO_END
+        if not config.has_orders:
             if streams != 1:
                 raise UserError(f"streams={streams}: a denoiser has no streams; choose sampler and steps instead")
-            return self._denoise(known_BN, draw, seed, sampler or "first_hitting", steps)
+            return self._denoise(known_BN, draw, seed, sampler or "first_hitting", steps, end)
         if sampler is not None or steps is not None:
             raise UserError("sampler and steps belong to a denoiser (model.kind); choose streams instead")
-        orders.check_streams(length, streams, int((~known_N).sum()))
-        plan = schedule.strided(batch, length, streams, known_N)
-        order = plan.order
-        if plan.num_evidence == length:  # nothing to generate: no call, only the score that every position is promised
-            tokens_BN = known_BN.astype(np.int32)
-            log_prob_BN = np.asarray(self.log_prob(tokens_BN, order))
-            return Generation(tokens_BN, log_prob_BN, order, 0, np.zeros_like(tokens_BN))
-        generated_BN = jnp.take_along_axis(jnp.asarray(np.maximum(known_BN, 0), jnp.int32), order.positions_BN, axis=1)
-        loop_params = self._loop_params(batch * streams)
-        key = jax.random.key(seed)
-        state = strided.generate(self._layers, self.config, key, generated_BN, plan, draw, loop_params)
-        tokens_BN, log_prob_BN, call_BN = (
-            np.asarray(objective.to_natural(order, a)) for a in (state.tokens_BN, state.log_prob_BN, plan.call_BN)
+        requests.check_streams(known_BN, streams)
+        order, call_BN = schedule.order_of(known_BN, streams)
+        if not call_BN.any():  # nothing to generate: no call, only the score that every position is promised
+            tokens_BN = np.maximum(known_BN, 0).astype(np.int32)
+            log_prob_BN = np.where(known_BN >= 0, np.asarray(self.log_prob(tokens_BN, order)), 0.0)
+            return Generation(tokens_BN, log_prob_BN, order, 0, call_BN, _lengths(known_BN))
+        plan = schedule.strided(known_BN, streams, config.max_length)
+        rows = len(plan.first_B)
+        pad = (0, rows - len(known_BN))
+        state = strided.begin(self._layers, config, plan, np.pad(seed_B, pad), np.pad(stream_B, pad))
+        loop_params = self._loop_params(rows * streams) or self._layers
+        state = strided.advance(loop_params, config, plan, state, draw, np.int32(end), plan.num_calls)
+        return self._generation(known_BN, order, call_BN, plan, state, end)
+
+    @staticmethod
+    def _generation(
+        known_BN: np.ndarray,
+        order: Order,
+        call_BN: np.ndarray,
+        plan: schedule.Schedule,
+        state: strided.SamplingState,
+        end: int,
+    ) -> Generation:
+        """What the sampler made, at natural positions."""
+        batch, length = known_BN.shape
+        index_BN = np.minimum(np.asarray(plan.index_BW)[:batch, :length], plan.context_BT.shape[1] - 1)
+        num_calls = int(state.call)
+        tokens_BN, log_prob_BN = (
+            np.take_along_axis(np.asarray(a)[:batch], index_BN, axis=1) for a in (state.context_BT, state.log_prob_BT)
         )
-        return Generation(tokens_BN, log_prob_BN, order, int(state.num_calls), call_BN)
+        end_B = _ends(tokens_BN, known_BN, end)
+        absent_BN = known_BN == schedule.ABSENT
+        if plan.streams == 1:
+            # What an end in one stream left undrawn. With several streams, all places are drawn.
+            absent_BN |= (known_BN == schedule.FREE) & (np.arange(length) > end_B[:, None])
+        filled_BN = np.where(absent_BN, max(end, 0), tokens_BN).astype(np.int32)
+        return Generation(
+            filled_BN,
+            np.where(absent_BN, np.float32(0), log_prob_BN),
+            order,
+            num_calls,
+            np.where(absent_BN, -1, call_BN),
+            end_B,
+        )
 
     def _denoise(
-        self, known_BN: np.ndarray, draw: Draw, seed: int, sampler: DenoisingSampler, steps: int | None
+        self,
+        known_BN: np.ndarray,
+        draw: Draw,
+        seed: PerRow,
+        sampler: DenoisingSampler,
+        steps: int | None,
+        end: int,
     ) -> Generation:
         typed.check_choice(DenoisingSampler, sampler, "sampler")
-        tokens_BN, known_N = np.maximum(known_BN, 0).astype(np.int32), known_BN[0] >= 0
-        key = jax.random.key(seed)
+        known_N = known_BN[0] >= 0
+        if ((known_BN >= 0) != known_N).any() or (known_BN == schedule.ABSENT).any():
+            raise UserError("a denoiser (model.kind) takes texts of one length that know the same places")
+        if np.ndim(seed):
+            raise UserError("seed: a denoiser (model.kind) takes one number for all texts")
+        tokens_BN = np.maximum(known_BN, 0).astype(np.int32)
+        key = jax.random.key(int(seed))  # type: ignore[arg-type]
         out = denoise.generate(self._layers, self.config, key, tokens_BN, known_N, draw, sampler, steps)
-        return Generation(out.tokens_BN, None, None, out.num_calls, out.call_BN)
+        return Generation(out.tokens_BN, None, None, out.num_calls, out.call_BN, _ends(out.tokens_BN, known_BN, end))
 
     def _check_has_orders(self, what: str) -> None:
         if not self.config.has_orders:
             raise UserError(f"{what}: a denoiser (model.kind) scores no order; armd eval reports its bound (ELBO)")
 
-    @staticmethod
-    def _whole_numbers(name: str, ids: Sequence[Any] | np.ndarray | jax.Array) -> np.ndarray:
-        try:
-            ids = np.asarray(ids)
-        except ValueError as error:
-            raise UserError(f"{name}: its rows differ in length") from error
-        if ids.size and not np.issubdtype(ids.dtype, np.integer):
-            raise UserError(
-                f"{name}: expected token ids, whole numbers (lm.tokenizer.encode gives a text's), got {ids.dtype}"
-            )
-        return ids.astype(np.int64)
+    def _score(self, score: Callable[..., jax.Array], tokens_BN: np.ndarray | jax.Array, order: Order) -> jax.Array:
+        """A function of `likelihood` for tokens and an order, whose sizes are rounded up so that few are compiled.
 
-    def _check(self, tokens_BN: np.ndarray | jax.Array, order: Order) -> jax.Array:
-        tokens_BN = self._whole_numbers("tokens", tokens_BN)
+        Positions that are added come last in the order, where no other sees them.
+        """
+        tokens_BN = requests.whole_numbers("tokens", tokens_BN)
         if tokens_BN.ndim != 2:
             raise UserError(f"tokens: expected [B, N], got shape {tokens_BN.shape}")
         if tokens_BN.shape != order.shape:
             raise UserError(f"tokens have shape {tokens_BN.shape}, but the order was made for {order.shape}")
         if tokens_BN.shape[1] > self.config.max_length:
             raise UserError(f"length {tokens_BN.shape[1]} exceeds the model's max_length={self.config.max_length}")
-        self._check_ids("tokens", tokens_BN, low=0)
-        return jnp.asarray(tokens_BN, jnp.int32)
-
-    def _check_ids(self, name: str, ids: np.ndarray, low: int) -> None:
-        wrong = (ids < low) | (ids >= self.config.vocab_size)
-        if wrong.any():
-            raise UserError(f"{name}: id {ids[wrong][0]} is outside the vocabulary of {self.config.vocab_size}")
-
-    def check_shape(self, batch: int, length: int, seed: int) -> None:
-        """Raises UserError if `generate` could not take these."""
-        if batch < 1:
-            raise UserError(f"batch={batch}: must be at least 1")
-        if not 1 <= length <= self.config.max_length:
-            raise UserError(f"length={length}: must be in 1 .. {self.config.max_length}, the model's max_length")
-        if not 0 <= seed < 2**31:
-            raise UserError(f"seed={seed}: must be in [0, 2**31)")
-
-    def _evidence(
-        self,
-        batch: int,
-        length: int,
-        prompt: Sequence[int] | np.ndarray | None,
-        evidence_BN: np.ndarray | None,
-    ) -> np.ndarray:
-        """Known ids [B, N] int64, and -1 at positions that are to be generated."""
-        known_BN = np.full((batch, length), -1, np.int64)
-        if prompt is not None and evidence_BN is not None:
-            raise UserError("prompt and evidence_BN: give one of the two; a prompt can be written into the evidence")
-        if prompt is not None:
-            ids = self._whole_numbers("prompt", prompt)
-            if ids.ndim not in (1, 2) or (ids.ndim == 2 and ids.shape[0] != batch):
-                raise UserError(f"prompt: expected ids [P] or [{batch}, P], got shape {ids.shape}")
-            if ids.shape[-1] > length:
-                raise UserError(f"prompt: {ids.shape[-1]} tokens are longer than length={length}")
-            self._check_ids("prompt", ids, low=0)
-            known_BN[:, : ids.shape[-1]] = ids
-        if evidence_BN is not None:
-            ids = self._whole_numbers("evidence_BN", evidence_BN)
-            if ids.shape not in ((batch, length), (length,)):
-                raise UserError(f"evidence_BN: expected shape {(batch, length)}, got {ids.shape}")
-            self._check_ids("evidence_BN", ids, low=-1)
-            known_BN[:] = ids
-        return known_BN
+        requests.check_ids("tokens", tokens_BN, low=0, vocab_size=self.config.vocab_size)
+        batch, length = tokens_BN.shape
+        rows, width = schedule.round_up(batch), schedule.round_up(length, self.config.max_length)
+        padded = schedule.pad(order, rows, width)
+        tokens = np.pad(tokens_BN.astype(np.int32), ((0, rows - batch), (0, width - length)))
+        scores = score(self.params, self.config, tokens, padded)
+        # A slice is a program of its own for every shape.
+        return scores if scores.shape[:2] == (batch, length) else jax.device_put(np.asarray(scores)[:batch, :length])

@@ -1,16 +1,18 @@
-"""Strided block-parallel sampling (paper section on SBP): one jitted function, one network call per block.
+"""Strided block-parallel sampling (paper section on SBP): jitted functions, one network call per block.
 
-Evidence comes first in the order, then the S stream heads one by one, then groups of S. The rows of a call are the X
-rows of the block that was just sampled and the G rows of the next one. The first call also takes the X and G rows of
-all evidence:
+Evidence comes first in the order and is read in chunks by `begin`. Then `advance` draws the S stream heads one by one,
+and groups of S after them. The rows of a call are the X rows of the block that was drawn before and the G rows of the
+next one:
 
-    call        1              2        3 (S = 2)          4
-    X rows      start, e1, e2  head 1   head 2, -          group 1   (written to the caches)
-    G rows      e1, e2, head 1 head 2   group 1            group 2   (sampled, except evidence)
+    call        1         2        3 (S = 2)          4
+    X rows      last e    head 1   head 2, -          group 1   (written to the caches)
+    G rows      head 1    head 2   group 1            group 2   (drawn)
 
-The same `network.forward` as in training does the work, with a cache.
+The same `network.forward` as in training does the work, with a cache. Each row of a batch has evidence, free positions
+and random numbers of its own (`inference.schedule`).
 """
 
+import dataclasses
 import functools
 
 import flax.struct
@@ -18,169 +20,191 @@ import jax
 import jax.numpy as jnp
 
 from armd_jax.config import ModelConfig
-from armd_jax.core import block_mask, network, objective
 from armd_jax.core import cache as caches
+from armd_jax.core import network, objective
 from armd_jax.core.cache import Cache
 from armd_jax.core.parameters import Params
-from armd_jax.core.rows import START, Rows, neighbours, ranks
+from armd_jax.core.rows import Rows, neighbours
 from armd_jax.core.sizes import activation_dtype
 from armd_jax.inference.draw import Draw
 from armd_jax.inference.schedule import Schedule
 
+# Evidence tokens that one network call reads. Fewer would use a processor badly, more would waste the last chunk.
+_CHUNK = {"cpu": 32}
+_CHUNK_OF_ACCELERATORS = 128
+
 
 @flax.struct.dataclass
 class SamplingState:
-    """Everything that the sampling loop carries. Sequences are in generation order with S spare places at the end."""
+    """Everything that the sampling loop carries.
+
+    context_BT: int32, as in the schedule, with what was drawn. log_prob_BT: float32, the log-probability of each token.
+    call: int32 scalar, how many calls have drawn tokens. ended_B: bool, True if a row's text has ended. key_B: random
+    keys, one per row.
+    """
 
     cache: Cache
-    tokens_BN: jax.Array  # int32
-    log_prob_BN: jax.Array  # float32
-    num_calls: jax.Array  # int32, network calls made
+    context_BT: jax.Array
+    log_prob_BT: jax.Array
+    call: jax.Array
+    ended_B: jax.Array
+    key_B: jax.Array
 
 
 @functools.partial(jax.jit, static_argnames="config")
-def generate(
-    params: Params,
-    config: ModelConfig,
-    key: jax.Array,
-    tokens_BN: jax.Array,
-    schedule: Schedule,
-    draw: Draw,
-    loop_params: Params | None = None,
-) -> SamplingState:
-    """Samples every position of the schedule that is not evidence.
+def begin(params: Params, config: ModelConfig, plan: Schedule, seed_B: jax.Array, stream_B: jax.Array) -> SamplingState:
+    """Reads the evidence of all rows, in chunks.
 
-    params: `unstack`ed. tokens_BN: int32 in generation order, with the evidence filled in.
-    loop_params: the same parameters in a layout for the few rows of all calls but the first (`parameters.in_panels`);
-        the first call has the rows of the evidence too.
+    params: `unstack`ed. seed_B, stream_B: int32, what the random numbers of each row are made from.
     """
-    loop_params = params if loop_params is None else loop_params
-    num_calls = schedule.start_C.shape[0]
-    call_keys = jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.arange(num_calls))
-    positions_BN = _spare(schedule.order.positions_BN + 1, schedule.streams)
-    rank_BN = ranks(schedule.order)  # outside the loop: sorting costs more than a small network's call
-    state = _first_call(params, config, call_keys[0], tokens_BN, positions_BN, rank_BN, schedule, draw)
-
-    def step(call: jax.Array, state: SamplingState) -> SamplingState:
-        return _next_call(loop_params, config, call_keys[call], call, state, positions_BN, rank_BN, schedule, draw)
-
-    state = jax.lax.fori_loop(1, num_calls, step, state)
-    length = tokens_BN.shape[1]
-    return state.replace(tokens_BN=state.tokens_BN[:, :length], log_prob_BN=state.log_prob_BN[:, :length])
-
-
-def _sample(
-    params: Params, config: ModelConfig, key: jax.Array, h_BSD: jax.Array, draw: Draw
-) -> tuple[jax.Array, jax.Array]:
-    """Tokens drawn from final hidden states, and the model's own log-probability of each; both [B, S]."""
-    logits_BSV = network.head_logits(params, config, h_BSD)
-    tokens_BS = draw(key, logits_BSV)
-    chosen = jnp.take_along_axis(logits_BSV, tokens_BS[..., None], axis=-1)[..., 0]
-    return tokens_BS, chosen - jax.nn.logsumexp(logits_BSV, axis=-1)
-
-
-def _first_call(
-    params: Params,
-    config: ModelConfig,
-    key: jax.Array,
-    tokens_BN: jax.Array,
-    positions_BN: jax.Array,
-    rank_BN: jax.Array,
-    schedule: Schedule,
-    draw: Draw,
-) -> SamplingState:
-    """Start token and evidence as X rows; evidence and the first head, which is sampled, as G rows."""
-    batch, length = tokens_BN.shape
-    num_evidence, streams = schedule.num_evidence, schedule.streams
-    mask = block_mask.build(schedule.order)
-    first = slice(0, num_evidence + 1)
-    natural_BG = schedule.order.positions_BN[:, first]
-    start_B1 = jnp.full((batch, 1), START, jnp.int32)
-    rows = Rows(
-        x_tokens_BX=jnp.concatenate([start_B1, tokens_BN[:, :num_evidence]], axis=1),
-        x_positions_BX=jnp.concatenate([jnp.zeros_like(start_B1), positions_BN[:, :num_evidence]], axis=1),
-        x_len_BX=mask.x_len_BN[:, first],
-        g_positions_BG=positions_BN[:, first],
-        g_strict_len_BG=mask.strict_len_BN[:, first],
-        g_previous_len_BG=mask.previous_len_BN[:, first],
-        g_len_BG=mask.g_len_BN[:, first],
-        g_left_BG=neighbours(tokens_BN, rank_BN, natural_BG - 1, mask.strict_len_BN[:, first]),
-        g_right_BG=neighbours(tokens_BN, rank_BN, natural_BG + 1, mask.strict_len_BN[:, first]),
-    )
-    empty = caches.empty(config, activation_dtype(config), batch, length + streams)
-    h_BGD, cache = network.forward(params, config, rows, empty)
-    assert cache is not None
-    head_B1, log_prob_B1 = _sample(params, config, key, h_BGD[:, -1:], draw)
-    if num_evidence:
-        known, _ = objective.token_log_probs(params, config, h_BGD[:, :-1], tokens_BN[:, :num_evidence])
-        log_prob_B1 = jnp.concatenate([known, log_prob_B1], axis=1)
-    return SamplingState(
-        cache=cache,
-        tokens_BN=_spare(tokens_BN, streams).at[:, num_evidence].set(head_B1[:, 0]),
-        log_prob_BN=jnp.zeros((batch, length + streams), jnp.float32).at[:, first].set(log_prob_B1),
-        num_calls=jnp.int32(1),
+    batch, capacity = plan.context_BT.shape
+    size = min(_CHUNK.get(jax.default_backend(), _CHUNK_OF_ACCELERATORS), capacity - 1)
+    state = SamplingState(
+        cache=caches.empty(config, activation_dtype(config), batch, capacity),
+        context_BT=plan.context_BT,
+        log_prob_BT=jnp.zeros((batch, capacity), jnp.float32),
+        call=jnp.int32(0),
+        ended_B=jnp.zeros((batch,), bool),
+        key_B=jax.vmap(lambda seed, stream: jax.random.fold_in(jax.random.key(seed), stream))(seed_B, stream_B),
     )
 
+    def step(number: jax.Array, state: SamplingState) -> SamplingState:
+        return _read(params, config, plan, number * size, size, state)
 
-def _next_call(
+    return jax.lax.fori_loop(0, -(-plan.num_evidence // size), step, state)
+
+
+@functools.partial(jax.jit, static_argnames="config", donate_argnames="state")
+def advance(
     params: Params,
     config: ModelConfig,
-    key: jax.Array,
-    call: jax.Array,
+    plan: Schedule,
     state: SamplingState,
-    positions_BN: jax.Array,
-    rank_BN: jax.Array,
-    schedule: Schedule,
     draw: Draw,
+    end: jax.Array,
+    until: jax.Array,
 ) -> SamplingState:
-    """The block sampled by call `call` - 1 as X rows, and the next block, which is sampled, as G rows."""
-    batch, streams = state.tokens_BN.shape[0], schedule.streams
-    x_start, x_count = schedule.start_C[call - 1], schedule.count_C[call - 1]
-    g_start, g_count = schedule.start_C[call], schedule.count_C[call]
+    """Draws tokens until every row is complete, or `until` calls (int32 scalar) have drawn some.
 
-    def take(a: jax.Array, start: jax.Array) -> jax.Array:
-        return jax.lax.dynamic_slice_in_dim(a, start, streams, axis=1)
+    params: `unstack`ed, and possibly `parameters.in_panels`, because the calls have few rows.
+    end: int32 scalar, the end-of-text token. With one stream, a row that draws it is complete. -1: there is none.
+    """
 
-    def every(value: jax.Array) -> jax.Array:
-        return jnp.full((batch, streams), value, jnp.int32)
+    def unfinished(state: SamplingState) -> jax.Array:
+        going_on_B = ~state.ended_B & (state.call < plan.free_B)
+        return (state.call < jnp.minimum(plan.num_calls, until)) & jnp.any(going_on_B)
 
-    def beside(offset: int) -> jax.Array:
-        # A natural position is one less than the position that the network is given.
-        positions_BS = take(positions_BN, g_start) - 1 + offset
-        return neighbours(state.tokens_BN, rank_BN, positions_BS, every(g_start + 1))
+    return jax.lax.while_loop(unfinished, lambda state: draw_block(params, config, plan, state, draw, end), state)
 
-    x_valid = jnp.broadcast_to(jnp.arange(streams) < x_count, (batch, streams))
-    g_valid = jnp.broadcast_to(jnp.arange(streams) < g_count, (batch, streams))
+
+def _take(a_BT: jax.Array, start: jax.Array, size: int) -> jax.Array:
+    return jax.lax.dynamic_slice_in_dim(a_BT, start, size, axis=1)
+
+
+def _put(a_BT: jax.Array, new_BS: jax.Array, start: jax.Array, valid_BS: jax.Array) -> jax.Array:
+    """The array with new values from `start` on; what is not valid stays."""
+    kept_BS = jnp.where(valid_BS, new_BS, _take(a_BT, start, new_BS.shape[1]))
+    return jax.lax.dynamic_update_slice_in_dim(a_BT, kept_BS, start, axis=1)
+
+
+def _beside(plan: Schedule, state: SamplingState, positions_BG: jax.Array, strict_BG: jax.Array) -> list[jax.Array]:
+    """The left and the right neighbour of every target."""
+    # A natural position is one less than the position that the network is given.
+    natural_BG = positions_BG - 1
+    context_BT, index_BW = state.context_BT, plan.index_BW
+    return [neighbours(context_BT, index_BW, natural_BG + offset, strict_BG) for offset in (-1, 1)]
+
+
+def _read(
+    params: Params, config: ModelConfig, plan: Schedule, first: jax.Array, size: int, state: SamplingState
+) -> SamplingState:
+    """Context tokens `first` .. `first` + size - 1 as X rows, and the evidence after each of them as G rows."""
+    batch, capacity = plan.context_BT.shape
+    # The last chunk begins earlier if it would not fit, and what it then repeats is not valid.
+    start = jnp.minimum(first, capacity - 1 - size)
+    index_BC = jnp.broadcast_to(start + jnp.arange(size), (batch, size))
+    valid_BC = (index_BC >= first) & (index_BC >= plan.first_B[:, None]) & (index_BC < plan.num_evidence)
+    g_positions_BC = _take(plan.positions_BT, start + 1, size)
+    left_BC, right_BC = _beside(plan, state, g_positions_BC, index_BC + 1)
     rows = Rows(
-        x_tokens_BX=take(state.tokens_BN, x_start),
-        x_positions_BX=take(positions_BN, x_start),
-        x_len_BX=every(x_start + x_count + 1),
-        g_positions_BG=take(positions_BN, g_start),
-        g_strict_len_BG=every(g_start + 1),
-        g_previous_len_BG=every(x_start + 1),
-        g_len_BG=every(g_start + g_count),
-        g_left_BG=beside(-1),
-        g_right_BG=beside(1),
-        x_start=x_start + 1,
-        g_start=g_start,
-        x_valid_BX=x_valid,
-        g_valid_BG=g_valid,
+        x_tokens_BX=_take(state.context_BT, start, size),
+        x_positions_BX=_take(plan.positions_BT, start, size),
+        x_len_BX=index_BC + 1,
+        g_positions_BG=g_positions_BC,
+        g_strict_len_BG=index_BC + 1,
+        g_previous_len_BG=index_BC,
+        g_len_BG=index_BC + 1,
+        g_left_BG=left_BC,
+        g_right_BG=right_BC,
+        x_start=start,
+        g_start=start,
+        x_valid_BX=valid_BC,
+        g_valid_BG=valid_BC,
+        first_B=plan.first_B,
+    )
+    h_BCD, cache = network.forward(params, config, rows, state.cache)
+    assert cache is not None
+    log_prob_BC, _ = objective.token_log_probs(params, config, h_BCD, _take(state.context_BT, start + 1, size))
+    return dataclasses.replace(
+        state, cache=cache, log_prob_BT=_put(state.log_prob_BT, log_prob_BC, start + 1, valid_BC)
+    )
+
+
+def _block(plan: Schedule, call: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Context index at which the block of a call (from 0) begins, and int32 [B], how many tokens each row has in it.
+
+    What lies before the first block is the last token of the evidence, or the start token.
+    """
+    streams = plan.streams
+    offset = jnp.where(call < streams, call, streams + (call - streams) * streams)
+    count_B = jnp.clip(plan.free_B - offset, 0, jnp.where(call < streams, 1, streams))
+    return plan.num_evidence + 1 + offset, jnp.where(call < 0, 1, count_B)
+
+
+def draw_block(
+    params: Params, config: ModelConfig, plan: Schedule, state: SamplingState, draw: Draw, end: jax.Array
+) -> SamplingState:
+    """The block of the call before as X rows, and the next block, which is drawn, as G rows."""
+    batch, streams = plan.context_BT.shape[0], plan.streams
+    x_start, x_count_B = _block(plan, state.call - 1)
+    g_start, g_count_B = _block(plan, state.call)
+
+    def every(value_B: jax.Array) -> jax.Array:
+        return jnp.broadcast_to(jnp.reshape(value_B, (-1, 1)), (batch, streams)).astype(jnp.int32)
+
+    x_valid_BS = jnp.arange(streams) < x_count_B[:, None]
+    g_valid_BS = (jnp.arange(streams) < g_count_B[:, None]) & ~state.ended_B[:, None]
+    g_positions_BS = _take(plan.positions_BT, g_start, streams)
+    left_BS, right_BS = _beside(plan, state, g_positions_BS, every(g_start))
+    rows = Rows(
+        x_tokens_BX=_take(state.context_BT, x_start, streams),
+        x_positions_BX=_take(plan.positions_BT, x_start, streams),
+        x_len_BX=every(x_start + x_count_B),
+        g_positions_BG=g_positions_BS,
+        g_strict_len_BG=every(g_start),
+        g_previous_len_BG=every(x_start),
+        g_len_BG=every(g_start - 1 + g_count_B),
+        g_left_BG=left_BS,
+        g_right_BG=right_BS,
+        x_start=x_start,
+        g_start=g_start - 1,  # keys of G have no start token
+        x_valid_BX=x_valid_BS,
+        g_valid_BG=g_valid_BS,
+        first_B=plan.first_B,
     )
     h_BSD, cache = network.forward(params, config, rows, state.cache)
     assert cache is not None
-    tokens_BS, log_prob_BS = _sample(params, config, key, h_BSD, draw)
-
-    def put(a: jax.Array, new: jax.Array) -> jax.Array:
-        return jax.lax.dynamic_update_slice_in_dim(a, jnp.where(g_valid, new, take(a, g_start)), g_start, axis=1)
-
-    return SamplingState(
+    logits_BSV = network.head_logits(params, config, h_BSD)
+    key_B = jax.vmap(jax.random.fold_in, (0, None))(state.key_B, state.call)
+    tokens_BS = draw(key_B, logits_BSV)
+    chosen_BS = jnp.take_along_axis(logits_BSV, tokens_BS[..., None], axis=-1)[..., 0]
+    log_prob_BS = chosen_BS - jax.nn.logsumexp(logits_BSV, axis=-1)
+    ended_B = jnp.any(g_valid_BS & (tokens_BS == end), axis=1) if streams == 1 else False
+    return dataclasses.replace(
+        state,
         cache=cache,
-        tokens_BN=put(state.tokens_BN, tokens_BS),
-        log_prob_BN=put(state.log_prob_BN, log_prob_BS),
-        num_calls=state.num_calls + 1,
+        context_BT=_put(state.context_BT, tokens_BS, g_start, g_valid_BS),
+        log_prob_BT=_put(state.log_prob_BT, log_prob_BS, g_start, g_valid_BS),
+        call=state.call + 1,
+        ended_B=state.ended_B | ended_B,
     )
-
-
-def _spare(a_BN: jax.Array, streams: int) -> jax.Array:
-    """The array with S more places, so that a block of S can be cut out wherever a shorter last block begins."""
-    return jnp.pad(a_BN, ((0, 0), (0, streams)))

@@ -39,37 +39,40 @@ def chips(axes: plt.Axes, x: float, y: float, words: list[str], colors: list[str
 
 def main() -> None:
     """Writes the picture beside this file."""
-    plan = schedule.strided(1, len(WORDS), 2, np.arange(len(WORDS)) < PROMPT)
-    in_order = [WORDS[position] for position in np.asarray(plan.order.positions_BN[0])]
-    starts, counts = np.asarray(plan.start_C), np.asarray(plan.count_C)
+    known_1N = np.where(np.arange(len(WORDS)) < PROMPT, 0, schedule.FREE)[None]
+    order, call_1N = schedule.order_of(known_1N, 2)
+    positions = np.asarray(order.positions_BN[0])
+    in_order = [WORDS[position] for position in positions]
+    _, starts, counts = np.unique(call_1N[0, positions[PROMPT:]], return_index=True, return_counts=True)
+    starts += PROMPT
     x_lane, x_cache, g_lane, g_cache, text_lane = LANES.values()
 
-    figure, axes = plt.subplots(figsize=(16, 5.6))
+    figure, axes = plt.subplots(figsize=(18.5, 5.6))
     for label, y in LANES.items():
         axes.text(-0.4, y + 0.36, label, ha="right", va="center", fontsize=10.5, color=INK)
+    context = ["start", *in_order]
+    # (title, where the rows of X begin and end in the context, where those of G begin and end in the order)
+    columns = [("reading the prompt", 0, PROMPT, 0, PROMPT)]
     for call, (start, count) in enumerate(zip(starts, counts, strict=True)):
-        left = call * WIDTH
-        first = call == 0
-        # The X rows are the block that the call before made known; the first call reads start token and prompt.
-        read = ["start", *in_order[:PROMPT]] if first else in_order[starts[call - 1] : start]
-        kept = [] if first else ["start", *in_order[: starts[call - 1]]]
-        predicted = in_order[start : start + count]
-        given = in_order[:PROMPT] if first else []
-        axes.text(left, 7.5, f"call {call + 1}", fontsize=13, fontweight="bold", color=INK)
+        columns.append((f"call {call + 1}", columns[-1][2], start + 1, start, start + count))
+    for number, (title, x_start, x_end, g_start, g_end) in enumerate(columns):
+        left = number * WIDTH
+        read, kept, before, new = context[x_start:x_end], context[:x_start], in_order[:g_start], in_order[g_start:g_end]
+        # What the prompt's rows of G predict is known already: it is scored, and nothing is drawn.
+        color = ORANGE if number else PALE
+        axes.text(left, 7.5, title, fontsize=13, fontweight="bold", color=INK)
         chips(axes, left, x_lane, read, [BLUE] * len(read))
         chips(axes, left, x_cache, kept + read, [PALE] * len(kept) + [BLUE] * len(read))
-        chips(axes, left, g_lane, given + predicted, [PALE] * len(given) + [ORANGE] * len(predicted))
-        before = [] if first else in_order[:start]
-        g_colors = [PALE] * len(before + given) + [ORANGE] * len(predicted)
-        chips(axes, left, g_cache, before + given + predicted, g_colors)
-        known = set(in_order[: start + count])
-        colors = [ORANGE if word in predicted else PALE if word in known else GREY for word in WORDS]
+        chips(axes, left, g_lane, new, [color] * len(new))
+        chips(axes, left, g_cache, before + new, [PALE] * len(before) + [color] * len(new))
+        known = set(in_order[:g_end])
+        colors = [color if word in new else PALE if word in known else GREY for word in WORDS]
         chips(axes, left, text_lane, [word if word in known else "" for word in WORDS], colors)
-        if call + 1 < len(starts):
+        if number + 1 < len(columns):
             arrow = {"arrowstyle": "-|>", "color": ORANGE, "lw": 1.6, "connectionstyle": "arc3,rad=0.12"}
-            tail = left + (len(given) + count) * 1.05 + 0.05
+            tail = left + len(new) * 1.05 + 0.05
             axes.annotate("", xy=(left + WIDTH - 0.1, x_lane + 0.36), xytext=(tail, g_lane + 0.36), arrowprops=arrow)
-    axes.set(xlim=(-5.6, len(starts) * WIDTH - 0.9), ylim=(-0.7, 8.2))
+    axes.set(xlim=(-5.6, len(columns) * WIDTH - 0.9), ylim=(-0.7, 8.2))
     axes.axis("off")
     figure.subplots_adjust(left=0.005, right=0.995, top=0.99, bottom=0.01)
     figure.savefig(pathlib.Path(__file__).with_suffix(".png"), dpi=100, metadata={"Software": None})

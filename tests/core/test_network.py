@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -83,19 +82,6 @@ def test_gradients_of_a_frequent_token_add_up(toy):
     in_bfloat16 = functools.partial(look_up, jnp.bfloat16, lambda table: table)
     gradient = jax.grad(lambda table_VD: in_bfloat16(table_VD, tokens_BN).astype(jnp.float32).sum())(jnp.ones((3, 2)))
     np.testing.assert_array_equal(gradient, [[5_000, 5_000], [0, 0], [0, 0]])
-
-
-@pytest.mark.slow
-def test_long_evidence_takes_no_square_of_scores(toy):
-    """The first call of decoding attends in chunks, as training does: no array has queries x keys numbers."""
-    config = _five_layers(toy, max_length=256, attention_chunk=32)
-    params = parameters.unstack(parameters.init(jax.random.key(0), config))
-    drawn = order.left_to_right(1, 200)
-    rows = rows_for_training(jnp.zeros((1, 200), jnp.int32), drawn, block_mask.build(drawn))
-    cache = caches.empty(config, jnp.float32, 1, 256)
-    jaxpr = jax.make_jaxpr(lambda params: network.forward(params, config, rows, cache))(params)
-    sizes = [math.prod(v.aval.shape[-2:]) for e in toy.equations(jaxpr) for v in e.outvars if v.aval.ndim >= 2]
-    assert max(sizes) < 200 * 200
 
 
 @pytest.mark.slow

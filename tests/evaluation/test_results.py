@@ -18,7 +18,7 @@ SCORE_KEYS = ["nats_per_token", "perplexity_per_token", "perplexity_per_word", "
 EVALUATION_KEYS = ["split", "lossless", "documents", "bytes", "words", "tokens", "rows", "left_to_right"]
 EVALUATION_KEYS += ["random_orders", "strided", "elbo", "unigram", "xz_bits_per_byte", "seed"]
 SAMPLES_KEYS = ["length", "batch", "temperature", "top_k", "top_p", "seed", "hardware", "samples"]
-SAMPLE_KEYS = ["streams", "num_calls", "tokens_per_second", "text", "tokens", "pieces", "calls"]
+SAMPLE_KEYS = ["streams", "num_calls", "tokens_per_second", "text", "tokens", "pieces", "calls", "cut"]
 
 SAMPLES = Samples(
     length=4,

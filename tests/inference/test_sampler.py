@@ -15,6 +15,7 @@ from armd_jax.config import ModelConfig
 from armd_jax.core import network, parameters
 from armd_jax.core.cache import Cache
 from armd_jax.errors import UserError
+from armd_jax.inference import sampler, schedule
 from armd_jax.inference.draw import Draw
 from armd_jax.inference.language_model import Generation, LanguageModel
 from armd_jax.names import AggregatorKind
@@ -139,20 +140,36 @@ def test_every_kind_of_cache_entry_matters(monkeypatch, kind):
 @pytest.mark.slow
 @pytest.mark.parametrize(("streams", "kind"), [(1, "none"), (4, "none"), (2, "infill"), (4, "prompt")])
 def test_number_of_network_calls(monkeypatch, streams, kind):
-    """The network itself counts S + N/S - 1 calls, S + ceil(R/S) - 1 with evidence, and `num_calls` says the same."""
+    """The network itself counts S + N/S - 1 calls, S + ceil(R/S) - 1 with evidence, and `num_calls` says the same.
+
+    Evidence that fits into one chunk is read by one more call.
+    """
     forward, count = network.forward, []
 
     def counted(*args, **rest):
         jax.debug.callback(lambda: count.append(1))
         return forward(*args, **rest)
 
-    lm = _model(_config(rope_base=6000.0, num_layers=2, two_stream_layers=1))
+    # A rope_base of its own: nothing that another test compiled is used.
+    places = len(EVIDENCE[kind])
+    lm = _model(_config(rope_base=6000.0 + 10 * places + streams, num_layers=2, two_stream_layers=1))
     with monkeypatch.context() as patch:
         patch.setattr(network, "forward", counted)
         out = lm.generate(BATCH, streams=streams, evidence_BN=_evidence(kind))
         jax.effects_barrier()
-    free = LENGTH - len(EVIDENCE[kind])
-    assert len(count) == out.num_calls == streams + -(-free // streams) - 1
+    assert out.num_calls == streams + -(-(LENGTH - places) // streams) - 1
+    assert len(count) == out.num_calls + (places > 0)
+
+
+@pytest.mark.slow
+def test_long_evidence_takes_no_square_of_scores():
+    """It is read in chunks: what the program needs beside its result is far below N x N numbers per head."""
+    config = _config(max_length=2048)
+    plan = schedule.strided(np.full((1, 2048), 1) - 2 * (np.arange(2048) > 2000), 1, 2048)
+    params = jax.eval_shape(lambda: parameters.unstack(parameters.init(jax.random.key(0), config)))
+    seeds = np.zeros(1, np.int32)
+    memory = sampler.begin.lower(params, config, plan, seeds, seeds).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < 4 * 2048**2 / 2
 
 
 def test_nothing_to_generate_makes_no_call():
@@ -243,14 +260,22 @@ def test_seeds_make_samples():
         ({"prompt": [-1]}, "id -1"),
         ({"evidence_BN": np.full((BATCH, LENGTH), -2)}, "id -2"),
         ({"prompt": [0] * 10, "streams": 4}, "streams=4"),
-        ({"evidence_BN": np.eye(BATCH, LENGTH, dtype=np.int32) - 1}, "same in every row"),
         ({"temperature": -1.0}, "temperature"),
         ({"top_p": 0.0}, "top_p"),
         ({"top_k": 0}, "top_k"),
         ({"batch": 0}, "batch"),
         ({"prompt": "abc"}, "prompt: expected token ids"),
         ({"prompt": [1.5, 2.0]}, "prompt: expected token ids"),
-        ({"prompt": [[1, 2], [3]]}, "prompt: its rows differ in length"),
+        ({"prompt": [[1, 2], [3]]}, "2 and 4 texts were asked for"),
+        ({"prompt": [[1, 2], [[3]]], "batch": 2}, "prompt: expected ids .* got a row of shape"),
+        ({"prompt": [1], "max_new_tokens": 12}, "row 0: a prompt of 1 tokens and max_new_tokens=12 are longer than 12"),
+        ({"prompt": [1], "max_new_tokens": -1}, "max_new_tokens=-1"),
+        ({"prompt": [1], "max_new_tokens": 2, "length": 3}, "max_new_tokens and length: give one of the two"),
+        ({"evidence_BN": [-1, 2], "length": 3}, "row 0 has 2 places, but length=3"),
+        ({"length": [3, 4]}, "2 and 4 texts were asked for"),
+        ({"seed": [[1, 2], [3, 4]]}, "seed: expected a number, or one for each of the 4 texts"),
+        ({"seed": -1}, "seed=-1"),
+        ({"seed": [0, 0, 0, 2**31]}, "seed=2147483648"),
         ({"evidence_BN": np.zeros((BATCH, LENGTH))}, "evidence_BN: expected token ids"),
     ],
 )
