@@ -38,6 +38,7 @@ COMMANDS = [
     (f"{EVAL} --out=s3://bucket/figures", "--out"),
     ("sample --run=S3://bucket/run", "--run"),
     ("sample --run=here --out=gs://bucket/samples", "--out"),
+    ("sample --run=here --prompts=gs://bucket/prompts.jsonl --out=new", "--prompts"),
     ("export --run=gs://bucket/run --out=new", "--run"),
     ("export --run=here --out=gs://bucket/export", "--out"),
     ("checkpoints --run=dbfs:/mnt/run", "--run"),

@@ -366,7 +366,7 @@ RUNS = [
 ]
 
 PROMPTS = [
-    ("--streams=3", r"length=64 is not divisible by streams=3"),
+    ("--streams=65", r"streams=65 exceeds the 64 positions left to generate"),
     ("--streams=", r"--streams='': expected whole numbers"),
     ("--streams=1,x", r"--streams='1,x': expected whole numbers"),
     ("--streams=0", r"expected whole numbers from 1"),

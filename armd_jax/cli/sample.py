@@ -4,8 +4,8 @@ import argparse
 import re
 from collections.abc import Sequence
 
-from armd_jax import typed
-from armd_jax.cli.arguments import add_out, add_run, check_out, show_and_keep, whole_numbers
+from armd_jax import files, typed
+from armd_jax.cli.arguments import add_out, add_run, check_out, file, show, show_and_keep, whole_numbers
 from armd_jax.errors import UserError
 from armd_jax.names import DenoisingSampler
 
@@ -35,19 +35,32 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--temperature", type=float, default=1.0, help="0: always the likeliest token")
     parser.add_argument("--top-k", type=int, default=None, help="draw from the k likeliest tokens only")
     parser.add_argument("--top-p", type=float, default=None, help="draw from the nucleus of this probability only")
+    parser.add_argument("--max-new-tokens", type=int, default=None, help="instead of a length: tokens after the prompt")
     parser.add_argument("--prompt", default="", help="text to continue")
     parser.add_argument("--suffix", default="", help="text to end with; what lies between is filled in")
     parser.add_argument(
         "--ignore-end", action="store_true", help="draw and show what comes behind an end-of-text token as well"
     )
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--prompts",
+        type=file,
+        default=None,
+        metavar="FILE.jsonl",
+        help='a file of prompts, one object per line: {"prompt": "…"}, or {"text": "The [[5]] sat."} with gaps. A text'
+        " for each is appended to --out=FILE.jsonl, and the same command continues if it was interrupted",
+    )
     add_out(parser, "samples.json")
 
 
 def run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
     """Draws the samples, prints them, and keeps them in the run if it can be written."""
     del overrides
+    if args.prompts is not None:
+        return _complete(args)
     check_out(args)
+    if args.length is not None and args.max_new_tokens is not None:
+        raise UserError("--length and --max-new-tokens: give one of the two")
     streams = None if args.streams is None else whole_numbers(args.streams, "--streams")
     steps = [] if args.steps is None else whole_numbers(args.steps, "--steps")
     for flag, text in (("--prompt", args.prompt), ("--suffix", args.suffix)):
@@ -73,5 +86,48 @@ def run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
         sampler=args.sampler,
         steps=steps,
         stop_at_end=not args.ignore_end,
+        max_new_tokens=args.max_new_tokens,
     )
     return show_and_keep(args, drawn, samples.as_text(drawn), args.run, results.SAMPLES_FILE)
+
+
+def _complete(args: argparse.Namespace) -> int:
+    """Writes a text for every prompt of a file."""
+    for flag, given in (
+        ("--prompt", args.prompt),
+        ("--suffix", args.suffix),
+        ("--sampler", args.sampler),
+        ("--steps", args.steps),
+        ("--length", args.length),
+    ):
+        if given:
+            raise UserError(
+                f"{flag} does not go together with --prompts; its lines and --max-new-tokens say what to write"
+            )
+    if args.out is None:
+        raise UserError("--prompts needs --out=FILE.jsonl, the file to write the texts into")
+    if args.out.is_dir():
+        raise UserError(f"--out={args.out}: is a folder; with --prompts it has to be a file")
+    if reason := files.unwritable(args.out.parent):
+        raise UserError(f"--out={args.out}: {reason}")
+    streams = [1] if args.streams is None else whole_numbers(args.streams, "--streams")
+    if len(streams) > 1:
+        raise UserError(f"--streams={args.streams}: with --prompts, give one number of streams")
+
+    from armd_jax.evaluation import completions
+    from armd_jax.interop.load import load
+    from armd_jax.training import sharding
+
+    lm = load(args.run, not args.no_ema, args.mesh and sharding.make_mesh(args.mesh))
+    settings = completions.Settings(
+        streams=streams[0],
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        max_new_tokens=args.max_new_tokens,
+        seed=args.seed,
+        stop_at_end=not args.ignore_end,
+    )
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    summary = completions.complete(lm, args.prompts, args.out, settings, args.batch, progress=not args.json)
+    return show(args, summary, completions.as_text(summary, args.out))

@@ -32,6 +32,7 @@ def draw(
     sampler: DenoisingSampler | None = None,
     steps: Sequence[int] = (),
     stop_at_end: bool = True,
+    max_new_tokens: int | None = None,
 ) -> Samples:
     """Draws `batch` texts of `length` tokens in each of the numbers of streams, or of steps if the model is a denoiser.
 
@@ -40,15 +41,20 @@ def draw(
     streams: of an ARMD. sampler, steps: of a denoiser, whose streams are empty; see `inference.denoise`.
     temperature, top_k, top_p: see `LanguageModel.generate`.
     stop_at_end: whether a text ends at its first end-of-text token.
+    max_new_tokens: instead of `length`, how many tokens stand between prompt and suffix.
     prompt, suffix: text at the beginning and at the end; the tokens between them are generated.
     Raises UserError if prompt and suffix are longer than `length`, or if `lm.generate` cannot take the settings.
     """
     if lm.tokenizer is None:
         raise UserError("this model has no tokenizer: use lm.generate")
-    if not 1 <= length <= lm.config.max_length:
-        raise UserError(f"length={length}: must be in 1 .. {lm.config.max_length}, the model's max_length")
     tokenizer = lm.tokenizer
     before, after = tokenizer.encode(prompt), tokenizer.encode(suffix)
+    if max_new_tokens is not None:
+        if max_new_tokens < 0:
+            raise UserError(f"--max-new-tokens={max_new_tokens}: must be at least 0")
+        length = len(before) + max_new_tokens + len(after)
+    if not 1 <= length <= lm.config.max_length:
+        raise UserError(f"length={length}: must be in 1 .. {lm.config.max_length}, the model's max_length")
     if len(before) + len(after) > length:
         raise UserError(
             f"--prompt and --suffix: their {len(before)} + {len(after)} tokens are longer than length={length}"

@@ -5,7 +5,6 @@ from typing import Any
 
 import numpy as np
 
-from armd_jax.core import order as orders
 from armd_jax.errors import UserError
 from armd_jax.inference.schedule import ABSENT, FREE
 
@@ -116,11 +115,12 @@ def seeds(seed: PerRow, rows: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def check_streams(known_BN: np.ndarray, streams: int) -> None:
-    """Raises UserError if there are more streams than free places in any row, or a row does not divide into them."""
-    length_B, free_B = ((known_BN != ABSENT).sum(axis=1), (known_BN == FREE).sum(axis=1))
-    for length, free in zip(length_B.tolist(), free_B.tolist(), strict=True):
-        if free >= streams or free == free_B.max():
-            orders.check_streams(length, streams, free)
+    """Raises UserError if there are more streams than free places in any row."""
+    free = int((known_BN == FREE).sum(axis=1).max())
+    if streams < 1:
+        raise UserError(f"streams={streams}: must be at least 1")
+    if 0 < free < streams:
+        raise UserError(f"streams={streams} exceeds the {free} positions left to generate: use fewer streams")
 
 
 def check_ids(name: str, ids: np.ndarray, low: int, vocab_size: int) -> None:

@@ -25,7 +25,7 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 LENGTH, BATCH, VOCAB = 12, 4, 5
 TOLERANCE = 1e-4
 EVIDENCE = {"none": (), "prompt": (0, 1, 2), "infill": (0, 3, 4, 8, 11)}
-CASES = list(itertools.product((1, 2, 4), EVIDENCE))
+CASES = [*itertools.product((1, 2, 4), EVIDENCE), (5, "none")]  # 12 tokens do not divide into 5 streams
 VARIANTS = list(itertools.product(typed.choices(AggregatorKind), (0, 2, 3)))
 
 
@@ -252,7 +252,7 @@ def test_seeds_make_samples():
 @pytest.mark.parametrize(
     ("options", "names"),
     [
-        ({"streams": 5}, "12"),
+        ({"streams": 13}, "streams=13 exceeds the 12 positions"),
         ({"streams": 0}, "streams=0"),
         ({"length": 13}, "max_length"),
         ({"prompt": [0] * 13}, "longer"),
