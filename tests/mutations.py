@@ -105,8 +105,8 @@ MUTATIONS = (
     Mutation(
         "long gradients are cut",
         "training/optimizer.py",
-        "if config.clip_norm else update",
-        "if config.clip_norm > 1e9 else update",
+        "if settings.clip_norm else update",
+        "if settings.clip_norm > 1e9 else update",
         "training/test_optimizer.py::test_long_gradients_are_cut",
     ),
     Mutation(
@@ -283,9 +283,44 @@ MUTATIONS = (
     Mutation(
         "every call of the sampler draws anew",
         "inference/sampler.py",
-        "_next_call(loop_params, config, call_keys[call], call,",
-        "_next_call(loop_params, config, call_keys[0], call,",
+        "(state.key_B, state.call)",
+        "(state.key_B, 0)",
         "inference/test_sampler.py",
+    ),
+    Mutation(
+        "every text of a batch has random numbers of its own",
+        "inference/requests.py",
+        "np.arange(rows) if np.ndim(seed) == 0 else np.zeros(rows)",
+        "np.zeros(rows)",
+        "inference/test_ragged.py::test_rows_of_one_seed_differ",
+    ),
+    Mutation(
+        "nobody sees the padding before a shorter text",
+        "core/kernels/attention.py",
+        "seen_ZQT &= index_T >= jnp.repeat(first_B, heads)[:, None, None]",
+        "pass",
+        "inference/test_ragged.py::test_a_row_does_not_depend_on_the_others_with_any_aggregator",
+    ),
+    Mutation(
+        "padding enters no state of an aggregator",
+        "core/aggregation.py",
+        "x_BXD = jnp.where(rows.x_valid_BX[..., None], x_BXD, 0)",
+        "pass",
+        "inference/test_ragged.py::test_a_last_chunk_that_does_not_fit",
+    ),
+    Mutation(
+        "nothing is drawn behind the end of a text",
+        "inference/sampler.py",
+        "ended_B=state.ended_B | ended_B",
+        "ended_B=state.ended_B & ended_B",
+        "inference/test_ragged.py::test_calls_stop_when_every_text_has_ended",
+    ),
+    Mutation(
+        "a text of many prompts depends on its line alone",
+        "evaluation/completions.py",
+        "seed=[request.seed for request in chosen]",
+        "seed=settings.seed",
+        "evaluation/test_completions.py::test_batches_change_no_text",
     ),
 )
 

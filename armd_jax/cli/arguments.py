@@ -26,7 +26,7 @@ def folder(text: str) -> pathlib.Path:
 
 
 def file(text: str) -> pathlib.Path:
-    """The type of an argument that names a file to write."""
+    """The type of an argument that names a file."""
     return _path(text, "file")
 
 
@@ -79,9 +79,9 @@ def read_config(args: argparse.Namespace, overrides: Sequence[str]) -> Config:
     return from_config_dict(values)
 
 
-def add_out(parser: argparse.ArgumentParser, what: str) -> None:
-    """`--out`, for whoever wants what is kept of the results in another place than the run."""
-    parser.add_argument("--out", default=None, type=folder, help=f"folder to write {what} into; default: the run")
+def add_out(parser: argparse.ArgumentParser, what: str, more: str = "") -> None:
+    """`--out`, for whoever wants what is kept of the results in another place than the run. more: for its help."""
+    parser.add_argument("--out", default=None, type=folder, help=f"folder to write {what} into; default: the run{more}")
 
 
 def check_out(args: argparse.Namespace) -> None:

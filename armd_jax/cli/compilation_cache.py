@@ -29,8 +29,9 @@ def settle() -> None:
 
 def default_folder() -> pathlib.Path:
     """A folder in the user's cache, which programs for another kind of processor do not share."""
-    caches = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
-    return pathlib.Path(caches) / "armd-jax" / "programs" / _processor()
+    named = pathlib.Path(os.environ.get("XDG_CACHE_HOME", ""))
+    caches = named if named.is_absolute() else pathlib.Path.home() / ".cache"  # as the XDG specification says
+    return caches / "armd-jax" / "programs" / _processor()
 
 
 def _processor() -> str:

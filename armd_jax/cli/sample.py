@@ -5,7 +5,16 @@ import re
 from collections.abc import Sequence
 
 from armd_jax import files, typed
-from armd_jax.cli.arguments import add_out, add_run, check_out, file, show, show_and_keep, whole_numbers
+from armd_jax.cli.arguments import (
+    add_out,
+    add_run,
+    check_out,
+    check_seed,
+    file,
+    show,
+    show_and_keep,
+    whole_numbers,
+)
 from armd_jax.errors import UserError
 from armd_jax.names import DenoisingSampler
 
@@ -50,7 +59,7 @@ def add(parser: argparse.ArgumentParser) -> None:
         help='a file of prompts, one object per line: {"prompt": "…"}, or {"text": "The [[5]] sat."} with gaps. A text'
         " for each is appended to --out=FILE.jsonl, and the same command continues if it was interrupted",
     )
-    add_out(parser, "samples.json")
+    add_out(parser, "samples.json", "; with --prompts, the file to append to")
 
 
 def run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
@@ -110,6 +119,9 @@ def _complete(args: argparse.Namespace) -> int:
         raise UserError(f"--out={args.out}: is a folder; with --prompts it has to be a file")
     if reason := files.unwritable(args.out.parent):
         raise UserError(f"--out={args.out}: {reason}")
+    check_seed(args.seed)
+    if args.max_new_tokens is not None and args.max_new_tokens < 0:
+        raise UserError(f"--max-new-tokens={args.max_new_tokens}: must be at least 0")
     streams = [1] if args.streams is None else whole_numbers(args.streams, "--streams")
     if len(streams) > 1:
         raise UserError(f"--streams={args.streams}: with --prompts, give one number of streams")

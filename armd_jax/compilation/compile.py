@@ -192,7 +192,7 @@ def lower_sampler(config: Config, mesh: Mesh, batch: int, streams: int) -> jax.s
     model = config.model.for_platform("tpu")
     params = jax.eval_shape(lambda key: parameters.unstack(parameters.init(key, model)), jax.random.key(0))
     everywhere, rows = sharding.replicated(mesh), sharding.batch_sharding(mesh)
-    plan = schedule.strided(np.full((batch, length), schedule.FREE), streams, length)
+    plan = schedule.strided(np.full((batch, length), schedule.FREE), streams, length, rows=batch)
     seeds = jax.ShapeDtypeStruct(plan.first_B.shape, jnp.int32)
     began = jax.eval_shape(
         functools.partial(sampler.begin, config=model), params, plan=plan, seed_B=seeds, stream_B=seeds

@@ -57,12 +57,12 @@ class PrefixSum(nn.Module):
         x_code_BXP = sinusoidal(rows.x_positions_BX, config.positional_width) if self.positional else None
         codes = (x_code_BXP, g_code_BGP if self.positional else None)
         first_BG = jnp.broadcast_to(0 if rows.first_B is None else rows.first_B[:, None], strict_BG.shape)
+        if rows.x_valid_BX is not None:  # what is not valid is padding, or in the state already
+            x_BXD = jnp.where(rows.x_valid_BX[..., None], x_BXD, 0)
         sum_BGD = _weighted_prefix(x_BXD, *codes, first_BG, strict_BG, rows.x_start, attention_chunk(config))
         if decoding:
             assert state is not None
             seen_BXD = x_BXD.astype(jnp.float32)
-            if rows.x_valid_BX is not None:
-                seen_BXD = jnp.where(rows.x_valid_BX[..., None], seen_BXD, 0.0)
             if x_code_BXP is not None:
                 sum_BGD = sum_BGD + jnp.einsum("BGP,BPD->BGD", g_code_BGP, state)
                 state = state + jnp.einsum("BXP,BXD->BPD", x_code_BXP, seen_BXD)
@@ -70,7 +70,7 @@ class PrefixSum(nn.Module):
                 sum_BGD = sum_BGD + state[:, None]
                 state = state + seen_BXD.sum(axis=1)
         if not self.positional:
-            sum_BGD = sum_BGD / (strict_BG - first_BG)[..., None]
+            sum_BGD = sum_BGD / jnp.maximum(strict_BG - first_BG, 1)[..., None]  # padding sees nothing
         start = nn.initializers.constant(self.gain)
         scaled_BGD = nn.RMSNorm(epsilon=1e-6, dtype=jnp.float32, scale_init=start, name="norm")(sum_BGD)
         return (scaled_BGD + _position(config)(g_code_BGP)).astype(dtype), state

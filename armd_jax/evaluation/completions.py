@@ -1,23 +1,25 @@
 """Texts that continue prompts or fill gaps, from a .jsonl file into another, which an interrupted command continues."""
 
 import dataclasses
+import hashlib
 import json
 import pathlib
 import re
 import time
 from typing import Any
 
+import jax
 import numpy as np
 from tqdm import tqdm
 
 from armd_jax import files
 from armd_jax.data.tokenizers import Tokenizer
-from armd_jax.errors import UserError
+from armd_jax.errors import UserError, shown
 from armd_jax.inference.language_model import Generation, LanguageModel
 from armd_jax.inference.schedule import FREE
 
 # A gap of so many tokens: [[5]], [[1 token]], [[8 tokens]].
-_GAP = re.compile(r"\[\[(\d{1,6})(?: tokens?)?\]\]")
+_GAP = re.compile(r"\[\[([0-9]{1,1000})(?: tokens?)?\]\]")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,11 +40,20 @@ class Settings:
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """One text that is asked for. row: the line's object. known: token ids, and FREE where to generate."""
+    """One text that is asked for.
+
+    row: the line's object. known: token ids, and FREE where to generate. gaps: where each gap begins and ends.
+    """
 
     row: dict[str, Any]
     known: tuple[int, ...]
+    gaps: tuple[tuple[int, int], ...]
     seed: int
+
+    @property
+    def digest(self) -> str:
+        """What tells this text from others of the same settings."""
+        return hashlib.sha256(json.dumps([self.known, self.gaps, self.seed]).encode()).hexdigest()[:16]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,9 +87,10 @@ def complete(
     if batch < 1:
         raise UserError(f"--batch={batch}: must be at least 1")
     requests = read(prompts, lm.tokenizer, settings, lm.config.max_length)
+    of_all = dataclasses.asdict(settings) | {"model": _fingerprint(lm)}
+    done = _done(out, of_all, {_key(request.row): request.digest for request in requests})
     files.drop_partial_line(out)
-    done = _done(out, settings)
-    waiting = [request for request in requests if json.dumps(request.row["id"]) not in done]
+    waiting = [request for request in requests if _key(request.row) not in done]
     # The longest come first: if memory does not suffice, that shows at once.
     waiting.sort(key=lambda request: len(request.known), reverse=True)
     tokens = sum(request.known.count(FREE) for request in waiting)
@@ -98,7 +110,7 @@ def complete(
             )
             seconds += time.perf_counter() - began
             drawn += int((made.call_BN > 0).sum())
-            rows = [_row(lm.tokenizer, request, made, at, settings) for at, request in enumerate(chosen)]
+            rows = [_row(lm.tokenizer, request, made, at, of_all) for at, request in enumerate(chosen)]
             files.append(out, "".join(json.dumps(row) + "\n" for row in rows))
             bar.update(sum(request.known.count(FREE) for request in chosen))
     return Summary(len(waiting), len(requests) - len(waiting), drawn, seconds, drawn / seconds if seconds else 0.0)
@@ -108,11 +120,13 @@ def read(file: pathlib.Path, tokenizer: Tokenizer, settings: Settings, max_lengt
     """The lines of a file of prompts. Raises UserError if one cannot be used, or two have the same id.
 
     A line is an object with `prompt`, a text to continue, and possibly `suffix`, a text to end with, or with `text`,
-    which has gaps such as `[[8 tokens]]`. It may have an `id` (by default the number of the line), `max_new_tokens` and
-    `seed` (by default that of the settings plus the number of the line). Whatever else it has is passed on.
+    which has gaps such as `[[8 tokens]]`. It may have an `id` (by default the number of the line), with a prompt
+    `max_new_tokens`, and a `seed` (by default made from that of the settings and the number of the line). Whatever else
+    it has is passed on.
     """
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        # Not `splitlines`: a text may hold other separators of lines than this one.
+        lines = file.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--prompts={file}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
     requests: list[Request] = []
@@ -122,15 +136,16 @@ def read(file: pathlib.Path, tokenizer: Tokenizer, settings: Settings, max_lengt
             continue
         try:
             row = _checked(json.loads(line), number)
-            known = _known(row, tokenizer, settings.max_new_tokens, max_length)
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise UserError(f"{file}:{number}: is not a JSON object: {error}") from error
+            known, gaps = _known(row, tokenizer, settings.max_new_tokens, max_length)
         except UserError as error:
             raise UserError(f"{file}:{number}: {error}") from error
-        before = places.setdefault(json.dumps(row["id"]), number)
+        except (ValueError, RecursionError) as error:  # not only JSONDecodeError: a number may have too many digits
+            raise UserError(f"{file}:{number}: is not a JSON object: {error}") from error
+        before = places.setdefault(_key(row), number)
         if before != number:
-            raise UserError(f"{file}:{number}: has the id {row['id']!r} of line {before}; ids have to differ")
-        requests.append(Request(row, known, row.get("seed", (settings.seed + number - 1) % 2**31)))
+            raise UserError(f"{file}:{number}: has the id {shown(row['id'])} of line {before}; ids have to differ")
+        drawn = hashlib.sha256(f"{settings.seed} {number}".encode()).digest()
+        requests.append(Request(row, known, gaps, row.get("seed", int.from_bytes(drawn[:4], "big") >> 1)))
     if not requests:
         raise UserError(f"--prompts={file}: has no prompts")
     return requests
@@ -153,68 +168,98 @@ def _checked(row: Any, number: int) -> dict[str, Any]:
         ("max_new_tokens", (int,), "a whole number"),
         ("seed", (int,), "a whole number"),
     ):
-        if name in row and (not isinstance(row[name], kinds) or isinstance(row[name], bool)):
-            raise UserError(f"{name}={row[name]!r}: expected {what}")
+        value = row.get(name)
+        if name in row and (not isinstance(value, kinds) or isinstance(value, bool)):
+            raise UserError(f"{name}={shown(value)}: expected {what}")
+        if isinstance(value, str) and re.search("[\ud800-\udfff]", value):
+            raise UserError(f"{name}={shown(value)}: is not UTF-8 text")
     for name in ("max_new_tokens", "seed"):
         if name in row and not 0 <= row[name] < 2**31:
             raise UserError(f"{name}={row[name]}: must be in [0, 2**31)")
     return row
 
 
-def _known(row: dict[str, Any], tokenizer: Tokenizer, max_new_tokens: int | None, max_length: int) -> tuple[int, ...]:
-    """The ids of a line's text, and FREE in its gaps."""
+def _known(
+    row: dict[str, Any], tokenizer: Tokenizer, max_new_tokens: int | None, max_length: int
+) -> tuple[tuple[int, ...], tuple[tuple[int, int], ...]]:
+    """The ids of a line's text with FREE in its gaps, and where each gap begins and ends."""
+    parts: list[list[int] | int]
     if "text" in row:
-        known = with_gaps(row["text"], tokenizer)
+        parts = with_gaps(row["text"], tokenizer)
     else:
         before, after = tokenizer.encode(row["prompt"]), tokenizer.encode(row.get("suffix", ""))
-        room = max_length - len(before) - len(after)
         more = row.get("max_new_tokens", max_new_tokens)
-        known = [*before, *[FREE] * (max(room, 0) if more is None else more), *after]
-    if len(known) > max_length:
-        raise UserError(f"its {len(known)} tokens are more than {max_length}, the model's max_length")
+        parts = [before, max(max_length - len(before) - len(after), 0) if more is None else more, after]
+    # Summed up before a list is made: a gap may claim to be larger than memory.
+    length = sum(part if isinstance(part, int) else len(part) for part in parts)
+    if length > max_length:
+        raise UserError(f"its {length} tokens are more than {max_length}, the model's max_length")
+    known: list[int] = []
+    gaps = []
+    for part in parts:
+        if isinstance(part, int):
+            gaps.append((len(known), len(known) + part))
+        known += [FREE] * part if isinstance(part, int) else part
     if FREE not in known:
         raise UserError(f"leaves nothing to generate within {max_length} tokens, the model's max_length")
-    return tuple(known)
+    return tuple(known), tuple(gaps)
 
 
-def with_gaps(text: str, tokenizer: Tokenizer) -> list[int]:
-    """The ids of a text with gaps such as `[[5]]` or `[[8 tokens]]`, and FREE for each token of a gap."""
-    known: list[int] = []
-    for number, part in enumerate(_GAP.split(text)):
-        known += [FREE] * int(part) if number % 2 else tokenizer.encode(part)
-    return known
+def with_gaps(text: str, tokenizer: Tokenizer) -> list[list[int] | int]:
+    """The ids of the parts of a text, and between them the sizes of its gaps, such as `[[5]]` or `[[8 tokens]]`."""
+    return [int(part) if number % 2 else tokenizer.encode(part) for number, part in enumerate(_GAP.split(text))]
 
 
-def _done(out: pathlib.Path, settings: Settings) -> set[str]:
-    """The ids of the rows that a file has. Raises UserError if they were drawn with other settings."""
+def _key(row: dict[str, Any]) -> str:
+    """The id of a line in a form in which 1 is not "1"."""
+    return json.dumps(row["id"])
+
+
+def _fingerprint(lm: LanguageModel) -> str:
+    """A digest of the first numbers of every parameter, by which the weights of two models differ."""
+    first = [np.asarray(leaf.ravel()[:16]).tobytes() for leaf in jax.tree.leaves(lm.params)]
+    return hashlib.sha256(b"".join(first)).hexdigest()[:16]
+
+
+def _done(out: pathlib.Path, of_all: dict[str, Any], digests: dict[str, str]) -> set[str]:
+    """The ids of the rows that a file has.
+
+    of_all: what all rows have in common. digests: of the requests, by id. Raises UserError if the file holds anything
+    else than texts of these requests that were drawn in this way.
+    """
+    if not out.exists():
+        return set()
+    content = out.read_bytes()
+    # A last line without its end was cut short by a kill. It is ours if lines of ours stand before it.
+    rows = files.read_json_lines(out)[: content.count(b"\n")]
     done = set()
-    for number, row in enumerate(files.read_json_lines(out), start=1):
-        if "id" not in row or row.get("settings") != dataclasses.asdict(settings):
+    for number in range(1, max(content.count(b"\n"), 1 if content else 0) + 1):
+        row = rows[number - 1] if number <= len(rows) else {}
+        if "id" not in row or row.get("settings") != of_all or digests.get(_key(row)) != row.get("request"):
             raise UserError(
-                f"--out={out}: line {number} is no text that was drawn with these settings; name another file"
+                f"--out={out}: line {number} is no text of these prompts that this model drew with these settings; name"
+                " another file"
             )
-        done.add(json.dumps(row["id"]))
+        done.add(_key(row))
     return done
 
 
-def _row(tokenizer: Tokenizer, request: Request, made: Generation, at: int, settings: Settings) -> dict[str, Any]:
+def _row(tokenizer: Tokenizer, request: Request, made: Generation, at: int, of_all: dict[str, Any]) -> dict[str, Any]:
     """The line of a finished text: what was asked for, the text, and what was written into each gap."""
     assert made.log_prob_BN is not None
-    end = int(made.end_B[at])
-    tokens, length = made.tokens_BN[at], len(request.known)
-    free = np.asarray(request.known) == FREE
+    end, tokens, length = int(made.end_B[at]), made.tokens_BN[at], len(request.known)
     drawn = made.call_BN[at, :length] > 0
-    inside = np.arange(length) < end
-    edges = np.flatnonzero(np.diff(free.astype(int), prepend=0, append=0))
-    gaps = [range(start, stop) for start, stop in zip(edges[::2], edges[1::2], strict=True)]
+    inside = drawn & (np.arange(length) < end)
+    filled = [tokenizer.decode(tokens[start : min(stop, end)].tolist()) for start, stop in request.gaps]
     return request.row | {
         "text": tokenizer.decode(tokens[:end].tolist()),
-        "filled": [tokenizer.decode([int(tokens[place]) for place in gap if place < end]) for gap in gaps],
+        "filled": filled,
         "ended": end < length,
-        "num_tokens": int((drawn & inside).sum()),
+        "num_tokens": int(inside.sum()),
         "num_cut": int((drawn & ~inside).sum()),
-        "log_prob": float(made.log_prob_BN[at, :length][free & inside].sum()),
-        "settings": dataclasses.asdict(settings),
+        "log_prob": float(made.log_prob_BN[at, :length][inside].sum()),
+        "request": request.digest,
+        "settings": of_all,
     }
 
 

@@ -63,6 +63,8 @@ def draw(
     evidence[: len(before)] = before
     evidence[length - len(after) :] = after
     free = length - len(before) - len(after)
+    if too_many := [count for count in streams if count > free > 0]:
+        raise UserError(f"streams={too_many[0]} exceeds the {free} positions left to generate: use fewer streams")
     samples = []
     for way in _ways(lm, streams, sampler, steps, free):
         generate = functools.partial(

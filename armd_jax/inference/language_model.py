@@ -36,11 +36,11 @@ class Generation:
     """What `LanguageModel.generate` returns. Arrays are at natural positions.
 
     tokens_BN: int32.
-    log_prob_BN: float32, the model's log-probability of each token given all earlier blocks, at evidence positions too.
-        It is the model's own, before temperature and truncation, and equal to `lm.log_prob(tokens_BN, order)` up to
-        rounding, because a cache adds up the same numbers in another order: measured differences are up to 3e-6 nats in
-        float32 and up to 0.022 nats if activations are bfloat16 (the default on accelerators). None for a denoiser,
-        which gives no probability to a text.
+    log_prob_BN: float32, the model's log-probability of each token given all earlier blocks, at evidence positions too,
+        and 0 where there is no token (`call_BN` is -1). It is the model's own, before temperature and truncation, and
+        equal to `lm.log_prob(tokens_BN, order)` up to rounding, because a cache adds up the same numbers in another
+        order: measured differences are up to 3e-6 nats in float32 and up to 0.022 nats if activations are bfloat16 (the
+        default on accelerators). None for a denoiser, which gives no probability to a text.
     order: the order that was used; None for a denoiser, whose calls `call_BN` tells.
     num_calls: the number of function evaluations (NFE), that is of network calls that drew tokens. Evidence is read
         before them, in calls of many tokens, which are not counted.
@@ -67,6 +67,32 @@ def _ends(tokens_BN: np.ndarray, known_BN: np.ndarray, end: int) -> np.ndarray:
     """int32 [B]: the position of the first generated end-of-text of each row, or its length."""
     ends_BN = (known_BN == schedule.FREE) & (tokens_BN == end)
     return np.where(ends_BN.any(axis=1), ends_BN.argmax(axis=1), _lengths(known_BN)).astype(np.int32)
+
+
+def _generation(
+    known_BN: np.ndarray,
+    tokens_BN: np.ndarray,
+    log_prob_BN: np.ndarray,
+    order: Order,
+    call_BN: np.ndarray,
+    num_calls: int,
+    end: int,
+    streams: int,
+) -> Generation:
+    """What was generated, all at natural positions, with what the fields say at places where nothing was."""
+    end_B = _ends(tokens_BN, known_BN, end)
+    absent_BN = known_BN == schedule.ABSENT
+    if streams == 1:
+        # What an end in one stream left undrawn. With several streams, all places are drawn.
+        absent_BN = absent_BN | (known_BN == schedule.FREE) & (np.arange(known_BN.shape[1]) > end_B[:, None])
+    return Generation(
+        np.where(absent_BN, max(end, 0), tokens_BN).astype(np.int32),
+        np.where(absent_BN, np.float32(0), log_prob_BN),
+        order,
+        num_calls,
+        np.where(absent_BN, -1, call_BN),
+        end_B,
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,50 +203,25 @@ class LanguageModel:
             return self._denoise(known_BN, draw, seed, sampler or "first_hitting", steps, end)
         if sampler is not None or steps is not None:
             raise UserError("sampler and steps belong to a denoiser (model.kind); choose streams instead")
-        requests.check_streams(known_BN, streams)
+        if streams < 1:
+            raise UserError(f"streams={streams}: must be at least 1")
         order, call_BN = schedule.order_of(known_BN, streams)
         if not call_BN.any():  # nothing to generate: no call, only the score that every position is promised
             tokens_BN = np.maximum(known_BN, 0).astype(np.int32)
-            log_prob_BN = np.where(known_BN >= 0, np.asarray(self.log_prob(tokens_BN, order)), 0.0)
-            return Generation(tokens_BN, log_prob_BN, order, 0, call_BN, _lengths(known_BN))
+            log_prob_BN = np.asarray(self.log_prob(tokens_BN, order))
+            return _generation(known_BN, tokens_BN, log_prob_BN, order, call_BN, 0, end, streams)
         plan = schedule.strided(known_BN, streams, config.max_length)
         rows = len(plan.first_B)
         pad = (0, rows - len(known_BN))
         state = strided.begin(self._layers, config, plan, np.pad(seed_B, pad), np.pad(stream_B, pad))
         loop_params = self._loop_params(rows * streams) or self._layers
         state = strided.advance(loop_params, config, plan, state, draw, np.int32(end), plan.num_calls)
-        return self._generation(known_BN, order, call_BN, plan, state, end)
-
-    @staticmethod
-    def _generation(
-        known_BN: np.ndarray,
-        order: Order,
-        call_BN: np.ndarray,
-        plan: schedule.Schedule,
-        state: strided.SamplingState,
-        end: int,
-    ) -> Generation:
-        """What the sampler made, at natural positions."""
         batch, length = known_BN.shape
         index_BN = np.minimum(np.asarray(plan.index_BW)[:batch, :length], plan.context_BT.shape[1] - 1)
-        num_calls = int(state.call)
         tokens_BN, log_prob_BN = (
             np.take_along_axis(np.asarray(a)[:batch], index_BN, axis=1) for a in (state.context_BT, state.log_prob_BT)
         )
-        end_B = _ends(tokens_BN, known_BN, end)
-        absent_BN = known_BN == schedule.ABSENT
-        if plan.streams == 1:
-            # What an end in one stream left undrawn. With several streams, all places are drawn.
-            absent_BN |= (known_BN == schedule.FREE) & (np.arange(length) > end_B[:, None])
-        filled_BN = np.where(absent_BN, max(end, 0), tokens_BN).astype(np.int32)
-        return Generation(
-            filled_BN,
-            np.where(absent_BN, np.float32(0), log_prob_BN),
-            order,
-            num_calls,
-            np.where(absent_BN, -1, call_BN),
-            end_B,
-        )
+        return _generation(known_BN, tokens_BN, log_prob_BN, order, call_BN, int(state.call), end, streams)
 
     def _denoise(
         self,
@@ -263,6 +264,4 @@ class LanguageModel:
         rows, width = schedule.round_up(batch), schedule.round_up(length, self.config.max_length)
         padded = schedule.pad(order, rows, width)
         tokens = np.pad(tokens_BN.astype(np.int32), ((0, rows - batch), (0, width - length)))
-        scores = score(self.params, self.config, tokens, padded)
-        # A slice is a program of its own for every shape.
-        return scores if scores.shape[:2] == (batch, length) else jax.device_put(np.asarray(scores)[:batch, :length])
+        return score(self.params, self.config, tokens, padded)[:batch, :length]

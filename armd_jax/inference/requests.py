@@ -32,18 +32,22 @@ def known_rows(
         raise UserError("prompt and evidence_BN: give one of the two; a prompt can be written into the evidence")
     name = "prompt" if evidence is None else "evidence_BN"
     given = _rows(name, prompt if evidence is None else evidence, low=0 if evidence is None else -1, high=vocab_size)
-    counts = {len(given) if len(given) > 1 else 1, batch or 1}
-    counts |= {np.size(value) for value in (length, max_new_tokens, seed) if value is not None}
-    if len(counts - {1}) > 1:
-        several = " and ".join(str(count) for count in sorted(counts - {1}))
+    numbers = {
+        what: _per_row(what, value)
+        for what, value in (("length", length), ("max_new_tokens", max_new_tokens), ("seed", seed))
+        if value is not None
+    }
+    counts = {len(given), batch or 1, *(len(each) for each in numbers.values())} - {1}
+    if len(counts) > 1:
+        several = " and ".join(map(str, sorted(counts)))
         raise UserError(
             f"{several} texts were asked for: batch, and the rows of prompt, evidence_BN, length, max_new_tokens and"
             " seed, have to agree on one number"
         )
-    rows = max(counts)
+    rows = max(counts, default=1)
     if len(given) == 1:
         given = given * rows
-    lengths = _lengths(max_length, name, given, length, max_new_tokens)
+    lengths = _lengths(max_length, name, given, numbers.get("length"), numbers.get("max_new_tokens"))
     known_BN = np.full((rows, max(lengths)), ABSENT, np.int64)
     for row, (ids, total) in enumerate(zip(given, lengths, strict=True)):
         known_BN[row, :total] = FREE
@@ -51,19 +55,28 @@ def known_rows(
     return known_BN
 
 
+def seeds(seed: PerRow, rows: int) -> tuple[np.ndarray, np.ndarray]:
+    """What the random numbers of each row are made from: a seed [B] int32, and the number of the row under it."""
+    given = np.asarray(_per_row("seed", seed))
+    if ((given < 0) | (given >= 2**31)).any():
+        raise UserError(f"seed={given.min() if (given < 0).any() else given.max()}: must be in [0, 2**31)")
+    numbers = np.arange(rows) if np.ndim(seed) == 0 else np.zeros(rows)
+    return np.broadcast_to(given, (rows,)).astype(np.int32), numbers.astype(np.int32)
+
+
 def _lengths(
-    max_length: int, name: str, given: list[np.ndarray], length: PerRow | None, max_new_tokens: PerRow | None
+    max_length: int, name: str, given: list[np.ndarray], length: list[int] | None, max_new_tokens: list[int] | None
 ) -> list[int]:
-    """The length of every row, which is at least that of its known ids."""
+    """The length of every row, at least that of its known ids. A list of numbers has one for all rows, or all."""
     rows = len(given)
     if max_new_tokens is not None:
         if length is not None or name == "evidence_BN":
             other = "length" if length is not None else "evidence_BN"
             raise UserError(f"max_new_tokens and {other}: give one of the two")
-        new = np.broadcast_to(whole_numbers("max_new_tokens", max_new_tokens), (rows,))
-        if (new < 0).any():
-            raise UserError(f"max_new_tokens={new.min()}: must be at least 0")
-        lengths = [len(ids) + int(more) for ids, more in zip(given, new, strict=True)]
+        if min(max_new_tokens) < 0:
+            raise UserError(f"max_new_tokens={min(max_new_tokens)}: must be at least 0")
+        new = max_new_tokens * (rows if len(max_new_tokens) == 1 else 1)
+        lengths = [len(ids) + more for ids, more in zip(given, new, strict=True)]
         for row, total in enumerate(lengths):
             if total > max_length:
                 raise UserError(
@@ -73,7 +86,7 @@ def _lengths(
     elif length is None:
         lengths = [len(ids) if name == "evidence_BN" else max_length for ids in given]
     else:
-        lengths = np.broadcast_to(whole_numbers("length", length), (rows,)).tolist()
+        lengths = length * (rows if len(length) == 1 else 1)
     for row, (ids, total) in enumerate(zip(given, lengths, strict=True)):
         if not 1 <= total <= max_length:
             raise UserError(f"length={total}: must be in 1 .. {max_length}, the model's max_length")
@@ -88,39 +101,26 @@ def _rows(name: str, ids: Ids | None, low: int, high: int) -> list[np.ndarray]:
     """The rows of ids, int64; one without ids if there are none."""
     if ids is None:
         return [np.zeros((0,), np.int64)]
-    if isinstance(ids, str | bytes):
-        raise UserError(f"{name}: expected token ids, whole numbers (lm.tokenizer.encode gives a text's), got a text")
+    if isinstance(ids, str | bytes) or not hasattr(ids, "__len__") or getattr(ids, "ndim", 1) == 0:
+        raise UserError(
+            f"{name}: expected token ids, whole numbers (lm.tokenizer.encode gives a text's), got {ids!r:.40}"
+        )
     several = any(isinstance(row, Sequence) or getattr(row, "ndim", 0) for row in ids)
     rows = [whole_numbers(name, row) for row in (ids if several else [ids])]
     for row in rows:
         if row.ndim != 1:
             raise UserError(f"{name}: expected ids [N], or a list of ids for each text, got a row of shape {row.shape}")
         check_ids(name, row, low, high)
-    if not rows:
-        raise UserError(f"{name}: has no rows")
     return rows
 
 
-def seeds(seed: PerRow, rows: int) -> tuple[np.ndarray, np.ndarray]:
-    """What the random numbers of each row are made from: a seed [B] int32, and the number of the row under it."""
-    if isinstance(seed, int) and not 0 <= seed < 2**31:  # NumPy would have no number that large
-        raise UserError(f"seed={seed}: must be in [0, 2**31)")
-    given = whole_numbers("seed", seed)
-    if given.ndim > 1 or (given.ndim and given.size != rows):
-        raise UserError(f"seed: expected a number, or one for each of the {rows} texts")
-    if ((given < 0) | (given >= 2**31)).any():
-        raise UserError(f"seed={given.min() if (given < 0).any() else given.max()}: must be in [0, 2**31)")
-    numbers = np.zeros(rows) if given.ndim else np.arange(rows)
-    return np.broadcast_to(given, (rows,)).astype(np.int32), numbers.astype(np.int32)
-
-
-def check_streams(known_BN: np.ndarray, streams: int) -> None:
-    """Raises UserError if there are more streams than free places in any row."""
-    free = int((known_BN == FREE).sum(axis=1).max())
-    if streams < 1:
-        raise UserError(f"streams={streams}: must be at least 1")
-    if 0 < free < streams:
-        raise UserError(f"streams={streams} exceeds the {free} positions left to generate: use fewer streams")
+def _per_row(name: str, value: PerRow) -> list[int]:
+    """A number for all texts, or one for each, as a list of one or of all. Raises UserError if it is neither."""
+    numbers: Any = value.tolist() if hasattr(value, "tolist") else value
+    numbers = list(numbers) if isinstance(numbers, Sequence) and not isinstance(numbers, str) else [numbers]
+    if not numbers or not all(isinstance(number, int) and not isinstance(number, bool) for number in numbers):
+        raise UserError(f"{name}={value!r:.40}: expected a whole number, or one for each text")
+    return numbers
 
 
 def check_ids(name: str, ids: np.ndarray, low: int, vocab_size: int) -> None:

@@ -29,7 +29,7 @@ from armd_jax.core.sizes import activation_dtype
 from armd_jax.inference.draw import Draw
 from armd_jax.inference.schedule import Schedule
 
-# Evidence tokens that one network call reads. Fewer would use a processor badly, more would waste the last chunk.
+# Evidence tokens that one network call reads. Fewer would make poor use of a processor, more would waste a last chunk.
 _CHUNK = {"cpu": 32}
 _CHUNK_OF_ACCELERATORS = 128
 

@@ -55,17 +55,18 @@ def round_up(size: int, largest: int | None = None) -> int:
     return min(rounded, largest) if largest is not None and size <= largest else rounded
 
 
-def strided(known_BN: np.ndarray, streams: int, max_length: int) -> Schedule:
+def strided(known_BN: np.ndarray, streams: int, max_length: int, rows: int | None = None) -> Schedule:
     """The schedule of strided block-parallel sampling (paper section on SBP).
 
     known_BN: int, at natural positions: known ids, FREE where to generate, ABSENT behind the end of a row. A row with
     fewer free positions than streams has as many streams as positions.
+    rows: of the layout, at least as many as there are texts; default: rounded up.
     """
     batch, length = known_BN.shape
     evidence = [np.flatnonzero(row >= 0) for row in known_BN]
     free = [np.flatnonzero(row == FREE) for row in known_BN]
     num_evidence, num_free = max(map(len, evidence)), max(map(len, free))
-    rows = round_up(batch)
+    rows = round_up(batch) if rows is None else rows
     # Powers of two alone: what a context has to spare costs little, because only attention reads it.
     width = max(_SHORTEST, 1 << (num_evidence + num_free - 1).bit_length())
     if num_evidence + num_free <= max_length:

@@ -23,7 +23,7 @@ LINES: list[dict[str, Any]] = [
     {"prompt": "the river "},
     {"id": "gap", "text": "the [[5]] moves [[1 token]]slowly", "note": ["passed on"]},
     {"id": 7, "prompt": "old stone", "suffix": " end.", "max_new_tokens": 3},
-    {"id": "again", "prompt": "the river ", "seed": 0},
+    {"id": "again", "prompt": "Ünïcödé ☃ ", "seed": 5},
     {"prompt": "", "max_new_tokens": 20},
     {"id": "ü", "prompt": "Ünïcödé ☃ ", "seed": 5},
 ]
@@ -58,19 +58,25 @@ def test_every_line_gets_its_text(tmp_path, lm):
     assert gap["text"] == f"the {first} moves {second}slowly" and gap["note"] == ["passed on"]
     assert rows[7]["text"] == f"old stone{rows[7]['filled'][0]} end."
     assert rows[1]["text"] == "the river " + rows[1]["filled"][0]
-    assert rows["again"]["filled"] == rows[1]["filled"]  # line 1 has the seed 0 + 0
+    assert rows["again"]["filled"] == rows["ü"]["filled"]
     assert rows["ü"]["text"].startswith("Ünïcödé ☃ ")
     assert sum(row["num_tokens"] + row["num_cut"] for row in rows.values()) == summary.tokens
-    known = with_gaps(LINES[1]["text"], lm.tokenizer)
-    alone = lm.generate(evidence_BN=known, seed=[1])
-    nats = np.asarray(lm.log_prob(alone.tokens_BN, alone.order))[0][np.asarray(known) == FREE].sum()
-    assert gap["log_prob"] == pytest.approx(float(nats), abs=1e-3)
+    for row in rows.values():
+        tokens = lm.tokenizer.encode(row["text"])
+        assert row["ended"] == (len(tokens) < 64 and row["num_cut"] > 0) or not row["num_cut"]
+    (request,) = [
+        one for one in completions.read(tmp_path / "prompts.jsonl", lm.tokenizer, SETTINGS, 64) if one.gaps[1:]
+    ]
+    alone = lm.generate(evidence_BN=request.known, seed=[request.seed])
+    free = np.asarray(request.known) == FREE
+    nats = np.asarray(lm.log_prob(alone.tokens_BN, alone.order))[0][free & (np.arange(len(free)) < alone.end_B[0])]
+    assert gap["log_prob"] == pytest.approx(float(nats.sum()), abs=1e-3)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("streams", [1, 3])
+@pytest.mark.parametrize("streams", [1, 4])
 def test_batches_change_no_text(tmp_path, lm, streams):
-    """One by one or all together; in several streams, gaps that are shorter than that too."""
+    """One by one or all together; also a text that has fewer places to fill than there are streams."""
     settings = dataclasses.replace(SETTINGS, streams=streams, temperature=0.7, top_k=20, stop_at_end=False)
     found = []
     for batch in (1, 6):
@@ -81,8 +87,12 @@ def test_batches_change_no_text(tmp_path, lm, streams):
 
 
 @pytest.mark.slow
-def test_an_interrupted_command_continues(tmp_path, monkeypatch, capsys, smoke_run, lm):
-    """What is there is kept, a line that was cut short is written again, and other settings are refused."""
+@pytest.mark.parametrize("cut", [1, 30])
+def test_an_interrupted_command_continues(tmp_path, monkeypatch, capsys, smoke_run, cut):
+    """What is there is kept, a line that was cut short is written again, if only its end is missing too.
+
+    Other settings are refused, and so is a file of prompts in which a line has changed.
+    """
     whole, out = tmp_path / "whole.jsonl", tmp_path / "new" / "out.jsonl"
     command = ["sample", f"--run={smoke_run}", f"--prompts={_prompts(tmp_path, LINES)}", "--max-new-tokens=12"]
     command += ["--batch=2", "--json"]
@@ -100,7 +110,7 @@ def test_an_interrupted_command_continues(tmp_path, monkeypatch, capsys, smoke_r
         patched.setattr(LanguageModel, "generate", dying)
         assert cli.main([*command, f"--out={out}"]) == 130
     assert len(_rows(out)) == 4
-    out.write_text(out.read_text()[:-30])
+    out.write_text(out.read_text()[:-cut])
     capsys.readouterr()
     assert cli.main([*command, f"--out={out}"]) == 0
     summary = json.loads(capsys.readouterr().out)
@@ -111,7 +121,11 @@ def test_an_interrupted_command_continues(tmp_path, monkeypatch, capsys, smoke_r
         assert again.pop("log_prob") == pytest.approx(row.pop("log_prob"), abs=1e-4) and again == row
     before = out.read_bytes()
     assert cli.main([*command, f"--out={out}", "--temperature=0.5"]) == 2
-    assert "line 1 is no text that was drawn with these settings" in capsys.readouterr().err
+    said = "is no text of these prompts that this model drew with these settings; name another file"
+    assert f"line 1 {said}" in capsys.readouterr().err
+    _prompts(tmp_path, [{"prompt": "the rivers "}, *LINES[1:]])
+    assert cli.main([*command, f"--out={out}"]) == 2
+    assert said in capsys.readouterr().err
     assert out.read_bytes() == before
 
 
@@ -127,10 +141,16 @@ MISTAKES = [
     ([{"prompt": "a" * 70}], r"prompts.jsonl:1: its 82 tokens are more than 64"),
     ([{"prompt": "a", "max_new_tokens": 0}], r"prompts.jsonl:1: leaves nothing to generate"),
     ([{"prompt": "a", "max_new_tokens": -1}], r"prompts.jsonl:1: max_new_tokens=-1: must be in"),
+    ([{"prompt": "a", "max_new_tokens": 2_000_000_000}], r"prompts.jsonl:1: its 2000000001 tokens are more than 64"),
+    (['{"prompt": "a", "seed": ' + "1" * 5000 + "}"], r"prompts.jsonl:1: is not a JSON object"),
+    ([{"prompt": "a", "seed": "9" * 100_000}], r"prompts.jsonl:1: seed='9+\.\.\.9+': expected a whole number$"),
     ([{"prompt": "a", "seed": True}], r"prompts.jsonl:1: seed=True: expected a whole number"),
     ([{"prompt": "a", "seed": 2**31}], r"prompts.jsonl:1: seed=2147483648: must be in"),
     ([{"id": 2, "prompt": "a"}, {"prompt": "b"}], r"prompts.jsonl:2: has the id 2 of line 1; ids have to differ"),
     ([{"id": [], "prompt": "a"}], r"prompts.jsonl:1: id=\[\]: expected a text or a whole number"),
+    ([{"prompt": "\ud800"}], r"prompts.jsonl:1: prompt='\\ud800': is not UTF-8 text"),
+    (["[" * 100_000], r"prompts.jsonl:1: is not a JSON object"),
+    ([{"prompt": "a", "seed": 10**30}], r"prompts.jsonl:1: seed=1000000000000000000000000000000: must be in"),
     ([" "], r"has no prompts"),
 ]
 
@@ -145,12 +165,36 @@ def test_a_line_that_cannot_be_used_is_named(tmp_path, lm, lines, said):
 
 
 @pytest.mark.parametrize(
+    "content", ['{"prompt": "mine"}', '{"prompt": "mine"}\n', "notes", "notes\nmore", '{"id": 1, "settings": {}}\n{"i']
+)
+def test_a_file_of_something_else_is_left_alone(tmp_path, lm, content):
+    """Even if it ends like a line that was cut short, and even if it is the file of prompts itself."""
+    out = tmp_path / "out.jsonl"
+    out.write_text(content)
+    with pytest.raises(UserError, match="line 1 is no text of these prompts .*; name another file"):
+        completions.complete(lm, _prompts(tmp_path, LINES), out, SETTINGS, 4, progress=False)
+    assert out.read_text() == content
+
+
+@pytest.mark.parametrize("line", [LINES[0], {"prompt": "a\u2028b\u0085c\x1cd", "max_new_tokens": 2}])
+def test_files_of_other_systems(tmp_path, lm, line):
+    """A byte order mark, other line ends, no line end at the end, and separators of lines inside a text."""
+    file = tmp_path / "prompts.jsonl"
+    text = json.dumps(line, ensure_ascii=False)
+    file.write_bytes(f"\ufeff{text}\r\n\r\n{text}".encode())
+    found = completions.read(file, lm.tokenizer, SETTINGS, 64)
+    assert [request.row for request in found] == [{"id": 1} | line, {"id": 3} | line]
+
+
+@pytest.mark.parametrize(
     ("flags", "said"),
     [
         (["--out=OUT", "--prompt=a"], "--prompt does not go together with --prompts"),
         (["--out=OUT", "--length=9"], "--length does not go together with --prompts"),
         (["--out=OUT", "--streams=1,2"], "--streams=1,2: with --prompts, give one number of streams"),
         (["--out=OUT", "--batch=0"], "--batch=0: must be at least 1"),
+        (["--out=OUT", "--seed=-1"], "--seed=-1: must be in"),
+        (["--out=OUT", "--max-new-tokens=-1"], "--max-new-tokens=-1: must be at least 0"),
         ([], "--prompts needs --out=FILE.jsonl"),
         (["--out=."], "--out=.: is a folder"),
         (["--out=OUT", "--prompts=missing.jsonl"], "--prompts=missing.jsonl: cannot be read: No such file"),
@@ -170,6 +214,22 @@ def test_mistakes_on_the_command_line(tmp_path, capsys, smoke_run, flags, said):
 def test_a_text_with_gaps(lm):
     """Gaps are as many tokens as they say; what is no gap is text."""
     encode = lm.tokenizer.encode
-    assert with_gaps("a[[2]]b[[1 token]][[3 tokens]]", lm.tokenizer) == [*encode("a"), -1, -1, *encode("b"), *[-1] * 4]
-    for text in ("[[ 2 ]]", "[[x]]", "[2]", "[[2 words]]", "[[-1]]"):
-        assert with_gaps(text, lm.tokenizer) == encode(text)
+    assert with_gaps("a[[2]]b[[1 token]][[3 tokens]][[0]]", lm.tokenizer) == [
+        *(encode("a"), 2, encode("b"), 1, [], 3, [], 0, []),
+    ]
+    for text in ("[[ 2 ]]", "[[x]]", "[2]", "[[2 words]]", "[[-1]]", "[[٣]]"):
+        assert with_gaps(text, lm.tokenizer) == [encode(text)]
+
+
+@pytest.mark.slow
+def test_every_gap_has_its_filling(tmp_path, lm):
+    """Side by side, without a place, or behind the end of the text, whose filling is nothing."""
+    lines = [{"id": number, "text": "a[[2]][[3]]b[[0]]c[[20]]d[[4]]", "seed": number} for number in range(12)]
+    out = tmp_path / "out.jsonl"
+    completions.complete(lm, _prompts(tmp_path, lines), out, Settings(temperature=3.0), 12, progress=False)
+    rows = _rows(out)
+    assert any(row["ended"] for row in rows.values()) and not all(row["ended"] for row in rows.values())
+    for row in rows.values():
+        one, two, none, three, four = row["filled"]
+        assert none == "" and f"a{one}{two}bc{three}d{four}".startswith(row["text"])
+        assert row["ended"] or row["text"] == f"a{one}{two}bc{three}d{four}"

@@ -93,12 +93,43 @@ def test_evidence_of_many_chunks():
     _assert_rows_are_as_alone(lm, rows, [5, 6, 7, 8], 1)
 
 
+@pytest.mark.parametrize("aggregator", typed.choices(AggregatorKind))
+@pytest.mark.parametrize(("length", "evidence"), [(100, 98), (40, 35)])
+def test_a_last_chunk_that_does_not_fit(aggregator, length, evidence):
+    """It begins earlier, and what it then reads for a second time counts once."""
+    lm = _model(aggregator, length)
+    row = np.random.default_rng(3).integers(0, VOCAB, evidence).tolist() + [-1] * (length - evidence)
+    _assert_rows_are_as_alone(lm, [row], [5], 1)
+
+
+def test_nothing_to_generate_in_texts_of_different_lengths():
+    """No call is made, every known token has its log-probability, and there is nothing behind a shorter text."""
+    lm = _model()
+    rows = [[1, 2, 3], [2, 1]]
+    out = lm.generate(evidence_BN=rows)
+    assert out.num_calls == 0 and out.call_BN.tolist() == [[0, 0, 0], [0, 0, -1]] and out.end_B.tolist() == [3, 2]
+    for row, known in enumerate(rows):
+        expected = lm.log_prob([known], order.left_to_right(1, len(known)))[0]
+        np.testing.assert_allclose(out.log_prob_BN[row, : len(known)], expected, atol=TOLERANCE)
+    assert out.log_prob_BN[1, 2] == 0
+
+
+def test_gradients_pass_through_the_score():
+    """At every size, those that are rounded up too."""
+    lm = _model()
+    tokens = np.ones((3, 7), np.int32)
+    score = lambda params: lm.replace(params=params).log_prob(tokens, order.left_to_right(3, 7)).sum()  # noqa: E731
+    found = jax.grad(score)(lm.params)
+    assert max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(found)) > 0
+
+
 def test_fewer_places_than_streams():
     """Such a text has as many streams as places, so that each place is a head; another in the batch has all streams."""
     rows = [[1, 2, -1, 3, -1], [0, -1, -1, -1, -1, -1, -1]]
     lm = _model()
     out = lm.generate(evidence_BN=rows, streams=3, seed=2)
     assert out.call_BN[0].tolist() == [0, 0, 1, 0, 2, -1, -1] and out.num_calls == 3 + 2 - 1
+    _assert_rows_are_as_alone(lm, rows, [2, 3], 3)  # alone, there are more streams than places as well
     np.testing.assert_allclose(
         out.log_prob_BN, np.where(out.call_BN < 0, 0, lm.log_prob(out.tokens_BN, out.order)), atol=TOLERANCE
     )
@@ -172,13 +203,13 @@ def test_a_text_ends_at_its_first_end_of_text(streams):
 def test_calls_stop_when_every_text_has_ended():
     """In one stream; a row of the batch that is longer than its text costs nothing."""
     lm = _with_bytes()
-    ends = lm.generate(24, seed=1).end_B
-    early = [row for row, at in enumerate(ends) if at < 40]
-    prompts = lm.generate(24, seed=1).tokens_BN
-    out = lm.generate(prompt=[prompts[row, :2].tolist() for row in early], seed=3)
-    assert out.num_calls == out.call_BN.max() < 62 or (out.end_B == 64).any()
-    one = lm.generate(1, seed=[int(seed) for seed in (11,)], temperature=1.0)
-    assert one.num_calls == min(int(one.end_B[0]) + 1, 64)
+    seeds = list(range(24))
+    ends = lm.generate(seed=seeds).end_B
+    early = [seed for seed, at in zip(seeds, ends, strict=True) if at < 40]
+    out = lm.generate(seed=early)
+    assert len(early) > 1 and out.num_calls == max(ends[early]) + 1 < 41
+    late = next(seed for seed, at in zip(seeds, ends, strict=True) if at == 64)
+    assert lm.generate(seed=[early[0], late]).num_calls == 64
 
 
 def test_an_end_in_the_prompt_ends_nothing():
