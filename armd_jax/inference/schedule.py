@@ -11,6 +11,7 @@ padding that nobody sees.
 Sizes that a compiled program depends on are rounded up to a few, so that requests of other sizes find it ready.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import flax.struct
@@ -62,10 +63,9 @@ def strided(known_BN: np.ndarray, streams: int, max_length: int, rows: int | Non
     fewer free positions than streams has as many streams as positions.
     rows: of the layout, at least as many as there are texts; default: rounded up.
     """
-    batch, length = known_BN.shape
-    evidence = [np.flatnonzero(row >= 0) for row in known_BN]
-    free = [np.flatnonzero(row == FREE) for row in known_BN]
-    num_evidence, num_free = max(map(len, evidence)), max(map(len, free))
+    batch = len(known_BN)
+    evidence_B, free_B = (known_BN >= 0).sum(axis=1), (known_BN == FREE).sum(axis=1)
+    num_evidence, num_free = int(evidence_B.max()), int(free_B.max())
     rows = round_up(batch) if rows is None else rows
     # Powers of two alone: what a context has to spare costs little, because only attention reads it.
     width = max(_SHORTEST, 1 << (num_evidence + num_free - 1).bit_length())
@@ -75,24 +75,47 @@ def strided(known_BN: np.ndarray, streams: int, max_length: int, rows: int | Non
     context_BT = np.zeros((rows, capacity), np.int32)
     positions_BT = np.zeros((rows, capacity), np.int32)
     index_BW = np.full((rows, width), capacity, np.int32)
-    first_B = np.full((rows,), num_evidence, np.int32)
-    free_B = np.zeros((rows,), np.int32)
     context_BT[:, num_evidence] = START
-    for row, (known, places, missing) in enumerate(zip(known_BN, evidence, free, strict=True)):
-        first, last = num_evidence - len(places), num_evidence + len(missing)
-        index, _ = orders.in_streams(len(missing), streams)
-        in_order = np.empty(len(places) + len(missing), int)
-        in_order[: len(places)] = places
-        in_order[len(places) + index] = missing
-        context_BT[row, first : num_evidence + 1] = [START, *known[places]]
-        positions_BT[row, first + 1 : last + 1] = in_order + 1
-        index_BW[row, in_order] = np.arange(first + 1, last + 1)
-        first_B[row], free_B[row] = first, len(missing)
+    for at, known_N in _alike(known_BN):
+        places, in_order, _ = _in_order(known_N, streams)
+        first, last = num_evidence - len(places), num_evidence + len(in_order) - len(places)
+        context_BT[at, first] = START
+        context_BT[at, first + 1 : num_evidence + 1] = known_BN[at][:, places]
+        positions_BT[at, first + 1 : last + 1] = in_order + 1
+        index_BW[np.ix_(at, in_order)] = np.arange(first + 1, last + 1)
+    pad = (0, rows - batch)
+    first_B = np.pad(num_evidence - evidence_B, pad, constant_values=num_evidence).astype(np.int32)
+    free_B = np.pad(free_B, pad).astype(np.int32)
     calls = np.int32(num_calls(num_free, streams))
     arrays: dict[str, Any] = dict(context_BT=context_BT, positions_BT=positions_BT, index_BW=index_BW)
     arrays |= dict(first_B=first_B, free_B=free_B, num_evidence=np.int32(num_evidence), num_calls=calls)
     # Unlike `jnp.asarray`, this compiles nothing for a shape that is new.
     return Schedule(**jax.device_put(arrays), streams=streams)
+
+
+def _alike(known_BN: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Rows that know the same places: their numbers, and one of them."""
+    kind_BN = np.minimum(known_BN, 0).astype(np.int8)  # 0 at evidence
+    if (kind_BN == kind_BN[0]).all():
+        yield np.arange(len(known_BN)), known_BN[0]
+        return
+    _, firsts, group_B = np.unique(kind_BN, axis=0, return_index=True, return_inverse=True)
+    for group, first in enumerate(firsts):
+        yield np.flatnonzero(group_B.reshape(-1) == group), known_BN[first]
+
+
+def _in_order(known_N: np.ndarray, streams: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of a row: the places of its evidence; all its places in generation order; the blocks (from 1) of the free ones.
+
+    The blocks are in generation order too.
+    """
+    places, free = np.flatnonzero(known_N >= 0), np.flatnonzero(known_N == FREE)
+    index, block = orders.in_streams(len(free), streams)
+    in_order, blocks = np.empty(len(places) + len(free), int), np.empty(len(free), int)
+    in_order[: len(places)] = places
+    in_order[len(places) + index] = free
+    blocks[index] = block
+    return places, in_order, blocks
 
 
 def num_calls(num_free: int, streams: int) -> int:
@@ -110,18 +133,15 @@ def order_of(known_BN: np.ndarray, streams: int) -> tuple[Order, np.ndarray]:
     positions_BN = np.empty((batch, length), np.int32)
     block_BN = np.empty((batch, length), np.int32)
     call_BN = np.zeros((batch, length), np.int32)
-    for row, known in enumerate(known_BN):
-        places, missing = np.flatnonzero(known >= 0), np.flatnonzero(known == FREE)
-        index, block = orders.in_streams(len(missing), streams)
-        real = len(places) + len(missing)
-        positions_BN[row, : len(places)] = places
-        positions_BN[row, len(places) + index] = missing
-        positions_BN[row, real:] = np.flatnonzero(known == ABSENT)
-        block_BN[row, : len(places)] = np.arange(1, len(places) + 1)
-        block_BN[row, len(places) + index] = len(places) + block
-        last = block_BN[row, real - 1] if real else 0
-        block_BN[row, real:] = last + np.arange(1, length - real + 1)
-        call_BN[row, missing] = block
+    for at, known_N in _alike(known_BN):
+        places, in_order, block = _in_order(known_N, streams)
+        absent = np.flatnonzero(known_N == ABSENT)
+        positions_BN[at] = np.concatenate([in_order, absent])
+        calls = int(block.max(initial=0))
+        ids = np.concatenate([np.zeros(len(places), int), block, calls + np.arange(1, len(absent) + 1)])
+        ids[: len(places)] = np.arange(1 - len(places), 1)
+        block_BN[at] = len(places) + ids
+        call_BN[np.ix_(at, in_order[len(places) :])] = block
     return _order(positions_BN, block_BN, np.ones((batch, length), np.float32)), call_BN
 
 
