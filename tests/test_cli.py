@@ -8,6 +8,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import types
 
 import pytest
 
@@ -284,3 +285,22 @@ def test_a_denoiser_through_all_verbs(tmp_path, capsys, corpus):
     train = ["train", *config, f"--workdir={tmp_path / 'other'}"]
     _assert_one_error(capsys, [*train, "--config.order.sbp_steps=5"], "order.sbp_steps=5", "set it to 0")
     assert _listing(run) == before and not (tmp_path / "other").exists()
+
+
+def test_only_closed_event_loops_are_kept_from_the_terminal(monkeypatch):
+    """Whatever else goes wrong where nobody can catch it is shown as before, once, however many commands were run."""
+    shown = []
+
+    def show(unraisable):
+        shown.append(unraisable)
+
+    monkeypatch.setattr(sys, "unraisablehook", show)
+    closed, other = (types.SimpleNamespace(exc_value=RuntimeError(text)) for text in ("Event loop is closed", "other"))
+    hooks = []
+    for _ in range(2):
+        assert cli.main(["sample", "--run=missing"]) == 2
+        hooks.append(sys.unraisablehook)
+    assert hooks[0] is hooks[1]
+    sys.unraisablehook(closed)
+    sys.unraisablehook(other)
+    assert shown == [other]

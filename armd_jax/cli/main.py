@@ -12,8 +12,8 @@ that the same command continues; 1 if something else failed.
 import argparse
 import io
 import sys
-from collections.abc import Sequence
-from typing import NoReturn
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
 
 from armd_jax import files, streams
 from armd_jax.cli import checkpoints, compilation_cache, export, prepare, report, sample, train
@@ -42,6 +42,8 @@ class _Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code. What it does depends on nobody who reads what it prints."""
     _escape_what_cannot_be_shown()
+    if not isinstance(sys.unraisablehook, _QuietClosedLoops):
+        sys.unraisablehook = _QuietClosedLoops(sys.unraisablehook)
     with streams.forgiving() as both:
         try:
             return _run(argv, output=both[0])
@@ -83,6 +85,22 @@ def _run_verb(args: argparse.Namespace, rest: Sequence[str]) -> int:
         if asked is None:
             raise
         return failed(f"out of memory{asked}; {verb.IF_MEMORY_RUNS_OUT}", 1)
+
+
+class _QuietClosedLoops:
+    """A hook for what goes wrong where nobody can catch it, which says nothing of "Event loop is closed".
+
+    If a save or a restore fails, Orbax closes its event loop, and TensorStore's threads then fail to report to it, some
+    fifty times, also while the process ends. The failure itself is told by who asked for the save.
+    """
+
+    def __init__(self, shows: Callable[[Any], object]) -> None:
+        self._shows = shows
+
+    def __call__(self, unraisable: Any) -> None:
+        error = unraisable.exc_value
+        if not (isinstance(error, RuntimeError) and str(error) == "Event loop is closed"):
+            self._shows(unraisable)
 
 
 def _escape_what_cannot_be_shown() -> None:
