@@ -110,7 +110,7 @@ def test_mistakes_in_the_command(tmp_path, monkeypatch, capsys, argv, words):
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        (["sample", "--streams=3"], ["length=64", "streams=3"]),
+        (["sample", "--streams=65"], ["streams=65", "64 positions"]),
         (["sample", "--length=65"], ["length=65"]),
         (["sample", f"--prompt={'a' * 65}"], ["65", "longer"]),
         (["sample", f"--prompt={'a' * 40}", f"--suffix={'b' * 40}"], ["longer"]),
