@@ -37,8 +37,9 @@ def test_a_second_command_finds_the_programs(tmp_path, smoke_run):
     first = _sample(smoke_run, tmp_path, home, **least)
     kept = _entries(home)
     assert first.returncode == 0 and any("advance" in file.name for file in kept), first.stderr
-    again = _sample(smoke_run, tmp_path, home, **least)
+    again = _sample(smoke_run, tmp_path, home, **least, JAX_LOGGING_LEVEL="DEBUG")
     assert again.returncode == 0 and _entries(home) == kept
+    assert "cache hit for 'jit_advance'" in again.stderr and "CACHE MISS for 'jit_advance'" not in again.stderr
     chosen = tmp_path / "chosen"
     assert (
         _sample(smoke_run, tmp_path, tmp_path / "other", **least, **{compilation_cache.FOLDER: str(chosen)}).returncode

@@ -200,7 +200,9 @@ class LanguageModel:
         if not config.has_orders:
             if streams != 1:
                 raise UserError(f"streams={streams}: a denoiser has no streams; choose sampler and steps instead")
-            return self._denoise(known_BN, draw, seed, sampler or "first_hitting", steps, end)
+            if np.ndim(seed):
+                raise UserError("seed: a denoiser (model.kind) takes one number for all texts")
+            return self._denoise(known_BN, draw, int(seed_B[0]), sampler or "first_hitting", steps, end)
         if sampler is not None or steps is not None:
             raise UserError("sampler and steps belong to a denoiser (model.kind); choose streams instead")
         if streams < 1:
@@ -227,7 +229,7 @@ class LanguageModel:
         self,
         known_BN: np.ndarray,
         draw: Draw,
-        seed: PerRow,
+        seed: int,
         sampler: DenoisingSampler,
         steps: int | None,
         end: int,
@@ -236,10 +238,8 @@ class LanguageModel:
         known_N = known_BN[0] >= 0
         if ((known_BN >= 0) != known_N).any() or (known_BN == schedule.ABSENT).any():
             raise UserError("a denoiser (model.kind) takes texts of one length that know the same places")
-        if np.ndim(seed):
-            raise UserError("seed: a denoiser (model.kind) takes one number for all texts")
         tokens_BN = np.maximum(known_BN, 0).astype(np.int32)
-        key = jax.random.key(int(seed))  # type: ignore[arg-type]
+        key = jax.random.key(seed)
         out = denoise.generate(self._layers, self.config, key, tokens_BN, known_N, draw, sampler, steps)
         return Generation(out.tokens_BN, None, None, out.num_calls, out.call_BN, _ends(out.tokens_BN, known_BN, end))
 
