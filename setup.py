@@ -10,6 +10,7 @@ VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "armd_jax/__init__.py").rea
 REQUIREMENTS = [
     line for line in (ROOT / "requirements.txt").read_text().splitlines() if line.strip() and not line.startswith("#")
 ]
+SERVE = ["starlette>=1.0", "uvicorn>=0.30", "prometheus_client>=0.20"]
 
 setup(
     name="armd-jax",
@@ -20,7 +21,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["armd_jax", "armd_jax.*"]),
-    package_data={"armd_jax": ["py.typed"]},
+    package_data={"armd_jax": ["py.typed", "serving/page.html"]},
     install_requires=REQUIREMENTS,
     extras_require={
         "tpu": ["jax[tpu]>=0.10"],
@@ -28,8 +29,12 @@ setup(
         "tfds": ["tensorflow-datasets>=4.9.7"],
         "tensorboard": ["tensorboardX>=2.6"],
         "wandb": ["wandb>=0.17"],
+        "serve": SERVE,
         "benchmark": ["torch>=2.4", "transformers>=4.44"],
         "test": [
+            *SERVE,
+            "openai>=1.50",
+            "playwright>=1.40",
             "pytest>=8",
             "pytest-xdist>=3.5",
             "hypothesis>=6.100",

@@ -16,8 +16,9 @@ from typing import Any, TypeGuard
 
 import ml_collections
 
-from armd_jax import files, names, typed
+from armd_jax import files, names, order_config, typed
 from armd_jax.errors import UserError
+from armd_jax.order_config import OrderConfig
 
 _LARGEST = 2**31 - 1  # steps, sizes and seeds are int32 on devices
 
@@ -166,34 +167,6 @@ class OptimizerConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class OrderConfig:
-    """The generation orders drawn during training (the paper's curriculum, and choices that it leaves open)."""
-
-    kind: names.OrderKind = "progressive"
-    permute: names.Permutation = "scatter"  # progressive: which tokens are shuffled
-    ar_steps: int = _field(9_000, at_least=0)  # progressive: left to right until this step (i_AR)
-    permute_steps: int = 48_000  # progressive: the number of shuffled tokens rises linearly until this step (i_perm) …
-    max_permuted: int = _field(32, at_least=1)  # … to this number, and stays there (rho)
-    streams: tuple[int, ...] = (1, 2, 4)  # strided: the number of streams S of each step is drawn from these
-    sbp_steps: int = 0  # the last steps of training use strided orders (strided block-parallel fine-tuning)
-    diffusion_steps: int = _field(64, at_least=1)  # masked_diffusion (diffusion blocks): T
-    noise_schedule: names.NoiseSchedule = "linear"  # masked_diffusion
-    weight: names.OrderWeight = "elbo"  # masked_diffusion: the weights gamma of the loss
-
-
-def block_patterns(order: OrderConfig) -> tuple[int, ...] | None:
-    """The block structures of the orders drawn in training, as numbers of streams; 1 means one-token blocks.
-
-    The position of each token may be drawn at random, but the blocks, and with them every mask, are those of a strided
-    order with one of these numbers of streams. None if the blocks themselves are drawn.
-    """
-    if order.kind in typed.choices(names.DrawnBlocksOrder):
-        return None
-    base = order.streams if order.kind in typed.choices(names.StridedOrder) else (1,)
-    return tuple(sorted({*base, *(order.streams if order.sbp_steps else ())}))
-
-
-@dataclasses.dataclass(frozen=True)
 class TrainingConfig:
     """The training loop."""
 
@@ -337,7 +310,10 @@ def check(config: Config) -> None:
     data, order, training = config.data, config.order, config.training
     if data.valid_fraction + data.test_fraction >= 1:
         raise UserError("data.valid_fraction + data.test_fraction: must leave something to train on")
-    _check_order(order, config)
+    if config.model.has_orders:
+        order_config.check(order, config.model.max_length, training.num_steps, config.model.attention)
+    else:
+        _check_without_orders(order)
     if training.seed >= 2**31:
         raise UserError(f"training.seed={training.seed}: must be in [0, 2**31)")
     if training.batch_size % training.microbatches:
@@ -353,42 +329,18 @@ def check(config: Config) -> None:
             raise UserError(f"mesh.{name}={size}: must be at least 1, or -1 for all devices that are left")
 
 
-def _check_order(order: OrderConfig, config: Config) -> None:
-    if not config.model.has_orders:
-        if order.sbp_steps:
-            raise UserError(
-                f"order.sbp_steps={order.sbp_steps}: model.kind='denoiser' is not trained on orders; set it to 0"
-            )
-        return
-    length, num_steps = config.model.max_length, config.training.num_steps
-    if order.permute_steps < order.ar_steps:
-        raise UserError(f"order.permute_steps={order.permute_steps}: must be at least {order.ar_steps}")
-    if not 0 <= order.sbp_steps <= num_steps:
-        raise UserError(f"order.sbp_steps={order.sbp_steps}: must be in [0, training.num_steps={num_steps}]")
-    if not order.streams:
-        raise UserError("order.streams=(): needs at least one number of streams")
-    match order:
-        case OrderConfig(kind="progressive", max_permuted=permuted) if permuted > length:
-            raise UserError(f"order.max_permuted={permuted}: cannot exceed model.max_length={length}")
-        case _:
-            pass
-    patterns = block_patterns(order)
-    if patterns is None and config.model.attention in typed.choices(names.TpuKernel):
-        raise UserError(
-            f"model.attention={config.model.attention!r}: the blocks of order.kind={order.kind!r} are drawn at random,"
-            " and this kernel has to know its mask beforehand; use auto or chunked"
-        )
-    for streams in patterns or ():
-        if streams < 1:
-            raise UserError(f"order.streams={streams}: must be at least 1")
-        if length % streams:
-            raise UserError(f"model.max_length={length} is not divisible by {streams} streams (order.streams)")
+def _check_without_orders(order: OrderConfig) -> None:
+    """Raises UserError if a field asks for orders, of which a denoiser has none."""
+    for name, value, none in (("sbp_steps", order.sbp_steps, "set it to 0"), ("mix", order.mix, "leave it empty")):
+        if value:
+            raise UserError(f"order.{name}={value}: model.kind='denoiser' is not trained on orders; {none}")
 
 
 def check_new_run(config: Config) -> None:
     """Raises UserError if a new run should not be trained like this, although older runs that were can be read."""
+    kinds = order_config.drawn_kinds(config.order)
     match config.order:
-        case OrderConfig(kind="masked_diffusion", weight="simple", noise_schedule="geometric"):
+        case OrderConfig(weight="simple", noise_schedule="geometric") if "masked_diffusion" in kinds:
             raise UserError(
                 "order.weight='simple' with order.noise_schedule='geometric': a rare step would weigh 100,000 times as"
                 " much as others, and a single token would decide an update; use weight='elbo' or another schedule"

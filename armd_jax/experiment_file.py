@@ -14,7 +14,7 @@ import pathlib
 import sys
 import warnings
 from collections.abc import Generator, Sequence
-from typing import Any
+from typing import Any, get_type_hints
 
 import ml_collections
 
@@ -145,6 +145,10 @@ def _parse(name: str, text: str, old: Any) -> Any:
             value = ast.literal_eval(text) if len(text) <= _LONGEST_VALUE else None
     except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
         value = None
+    if isinstance(old, tuple | list) and _holds_texts(name):
+        if isinstance(value, tuple | list):  # as Python writes it
+            return tuple(map(str, value))
+        return tuple(item.strip() for item in text.split(",")) if text.strip() else ()
     if isinstance(old, tuple | list):
         value = (value,) if isinstance(value, int) else value
         if isinstance(value, tuple | list) and all(type(item) is int for item in value):
@@ -155,6 +159,12 @@ def _parse(name: str, text: str, old: Any) -> Any:
     if type(value) is not type(old):
         raise UserError(f"{name}={shown(text)}: expected {type(old).__name__} (default {old!r})")
     return value
+
+
+def _holds_texts(name: str) -> bool:
+    """Whether the field with this dotted name is a tuple of texts."""
+    section, _, field = name.partition(".")
+    return bool(get_type_hints(type(getattr(Config(), section, None))).get(field) == tuple[str, ...])
 
 
 # --- what experiment files are made with ----------------------------------------------------------------------------
@@ -182,6 +192,7 @@ def shrink_to_a_minute(config: ml_collections.ConfigDict) -> ml_collections.Conf
     model.update(positional_width=16, vocab_size=0)
     order.update(ar_steps=10, permute_steps=20, max_permuted=min(order.max_permuted, 8))
     order.update(sbp_steps=10 if order.sbp_steps else 0, streams=tuple(s for s in order.streams if 64 % s == 0))
+    order.update(max_block=min(order.max_block, 64))
     training.update(num_steps=40, batch_size=8, microbatches=min(training.microbatches, 2), log_every=1)
     training.update(eval_every=20, eval_batches=2, checkpoint_every=10)
     config.optimizer.update(warmup_steps=5, ema_decay=min(config.optimizer.ema_decay, 0.9))

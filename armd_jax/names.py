@@ -25,7 +25,7 @@ Dtype = Literal["auto", "float32", "bfloat16"]
 Switch = Literal["auto", "on", "off"]
 OneTokenOrder = Literal["left_to_right", "progressive", "uniform"]  # every block is one token
 StridedOrder = Literal["strided"]  # the blocks follow from the number of streams
-DrawnBlocksOrder = Literal["masked_diffusion"]  # the blocks themselves are drawn at random
+DrawnBlocksOrder = Literal["masked_diffusion", "contiguous"]  # the blocks themselves are drawn at random
 OrderKind = Literal[OneTokenOrder, StridedOrder, DrawnBlocksOrder]
 Permutation = Literal["scatter", "window", "reinsert"]
 NoiseSchedule = Literal["linear", "cosine", "geometric"]
@@ -39,6 +39,7 @@ NamedTokenizer = Literal["sentencepiece", "bytes"]  # data.tokenizer may name th
 VocabularyTokenizerKind = Literal["bpe", "wordpiece", "tokenizer_json"]  # read from a folder of vocabulary files
 TokenizerKind = Literal[NamedTokenizer, VocabularyTokenizerKind]
 DenoisingSampler = Literal["first_hitting", "ancestral", "confidence"]
+DecodingMode = Literal["strided", "lossless", "confident"]  # of a model that is trained on orders
 CompiledProgram = Literal["train", "sample"]  # what `armd compile` compiles: the training step or the sampler
 
 SPLASH_TILE = 128  # the TPU kernel needs rows of a multiple of this length

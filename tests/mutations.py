@@ -62,8 +62,8 @@ MUTATIONS = (
     Mutation(
         "every step draws another order",
         "training/step.py",
-        "key = _key(config, _TASK, jnp.asarray(step))",
-        "key = _key(config, _TASK, jnp.int32(0))",
+        "return _key(config, _TASK, jnp.asarray(step))",
+        "return _key(config, _TASK, jnp.int32(0))",
         "training/test_step.py::test_every_step_and_seed_draws_another_task",
     ),
     Mutation(
@@ -100,7 +100,42 @@ MUTATIONS = (
         "streams = len(phases) + jnp.argmax(",
         "streams = len(phases) + 0 * jnp.argmax(",
         "training/test_faults.py::test_a_loss_is_a_spike_among_its_own_kind"
-        " core/test_order.py::test_kinds_of_steps_are_those_that_are_drawn",
+        " core/test_curriculum.py::test_kinds_of_steps_are_those_that_are_drawn",
+    ),
+    Mutation(
+        "kinds of orders that are mixed have averages of their own",
+        "core/curriculum.py",
+        "first += _num_kinds_of_part(part)",
+        "first += 0 * _num_kinds_of_part(part)",
+        "core/test_curriculum.py::test_kinds_of_steps_tell_the_kinds_of_a_mix_apart",
+    ),
+    Mutation(
+        "each kind of a mix has its share of the steps",
+        "core/curriculum.py",
+        "ends = jnp.cumsum(jnp.asarray(",
+        "ends = jnp.sort(jnp.asarray(",
+        "core/test_curriculum.py::test_shares_of_a_mix",
+    ),
+    Mutation(
+        "which kind a step draws says nothing about its order",
+        "core/curriculum.py",
+        "jax.random.uniform(jax.random.fold_in(key, _MIX))",
+        "jax.random.uniform(jax.random.split(key)[0])",
+        "core/test_curriculum.py::test_the_kind_that_is_chosen_says_nothing_about_the_order",
+    ),
+    Mutation(
+        "sizes of contiguous blocks are uniform",
+        "core/order.py",
+        "jax.random.randint(key, (batch, length), 1, max_block + 1)",
+        "jax.random.randint(key, (batch, length), 1, max_block)",
+        "core/test_order.py::test_sizes_of_contiguous_blocks_are_uniform",
+    ),
+    Mutation(
+        "drawn blocks that are mixed in have no known mask",
+        "order_config.py",
+        "if any(kind in typed.choices(names.DrawnBlocksOrder) for kind in kinds):",
+        "if kinds[0] in typed.choices(names.DrawnBlocksOrder):",
+        "test_order_config.py::test_drawn_blocks_have_no_pattern",
     ),
     Mutation(
         "long gradients are cut",
@@ -271,7 +306,7 @@ MUTATIONS = (
         "core/curriculum.py",
         "k = 1 + jnp.round(done * (config.max_permuted - 1))",
         "k = jnp.round(done * config.max_permuted)",
-        "core/test_order.py",
+        "core/test_curriculum.py",
     ),
     Mutation(
         "masked tokens weigh the inverse of their time",
@@ -304,8 +339,8 @@ MUTATIONS = (
     Mutation(
         "padding enters no state of an aggregator",
         "core/aggregation.py",
-        "x_BXD = jnp.where(rows.x_valid_BX[..., None], x_BXD, 0)",
-        "pass",
+        "return x_BXD if rows.x_valid_BX is None else jnp.where(rows.x_valid_BX[..., None], x_BXD, 0)",
+        "return x_BXD",
         "inference/test_ragged.py::test_a_last_chunk_that_does_not_fit",
     ),
     Mutation(
@@ -321,6 +356,78 @@ MUTATIONS = (
         "seed=[request.seed for request in chosen]",
         "seed=settings.seed",
         "evaluation/test_completions.py::test_batches_change_no_text",
+    ),
+    Mutation(
+        "a refused draft is replaced by what the draft left out",
+        "inference/lossless.py",
+        "jnp.log(rest_B1V), p_B1V)",
+        "p_B1V, p_B1V)",
+        "inference/test_lossless.py::test_all_sequences_have_their_left_to_right_probability",
+    ),
+    Mutation(
+        "the sum of an aggregator holds no refused draft",
+        "inference/lossless.py",
+        "(jnp.arange(streams) <= kept_B[:, None])",
+        "(jnp.arange(streams) <= state.drafts_B[:, None])",
+        "inference/test_lossless.py::test_a_row_does_not_depend_on_the_others",
+    ),
+    Mutation(
+        "a text that is complete counts its last block once",
+        "inference/chosen.py",
+        "x_valid_BX=(x_index_BS <= state.at_B[:, None]) & active_B[:, None],",
+        "x_valid_BX=x_index_BS <= state.at_B[:, None],",
+        "inference/test_chosen.py::test_the_likelihood_is_that_of_the_recorded_order",
+    ),
+    Mutation(
+        "an end in an inner stream can be banned",
+        "inference/sampler.py",
+        "jnp.where(inner_BS1 & at_end_V, ending.bias, 0)",
+        "jnp.where(at_end_V, ending.bias, 0)",
+        "inference/test_generation.py::test_inner_streams_can_be_kept_from_ending_a_text",
+    ),
+    # --- a server -----------------------------------------------------------------------------------------------------
+    Mutation(
+        "a stream never ends inside a character",
+        "serving/text.py",
+        "if whole and text.endswith(_REPLACEMENT):",
+        "if False:",
+        "serving/test_text.py",
+    ),
+    Mutation(
+        "nothing of a stop string is streamed",
+        "serving/text.py",
+        "held = max(held, next(sizes, 0))",
+        "held = 0",
+        "serving/test_text.py",
+    ),
+    Mutation(
+        "a client that goes away frees its place",
+        "serving/following.py",
+        """        gone = True
+        batcher.drop(ticket)""",
+        "        return",
+        "serving/test_app.py::test_a_full_queue_refuses_and_clients_that_leave_free_it",
+    ),
+    Mutation(
+        "a batch ends with the last of its readers",
+        "serving/batching.py",
+        "return self.unwanted or self.failure",
+        "return self.failure",
+        "serving/test_batching.py::test_nothing_is_written_for_nobody",
+    ),
+    Mutation(
+        "a short text does not wait for the others of its batch",
+        "serving/batching.py",
+        "not (made.call_BN[row, : made.end_B[row]] < 0).any()",
+        "not (made.call_BN < 0).any()",
+        "serving/test_batching.py::test_a_short_text_does_not_wait_for_a_long_one",
+    ),
+    Mutation(
+        "choices have seeds of their own",
+        "serving/api.py",
+        "(self.seed + number) % 2**31",
+        "self.seed",
+        "serving/test_api.py::test_every_form_of_a_prompt",
     ),
 )
 

@@ -44,12 +44,13 @@ COMMANDS = [
     ("checkpoints --run=dbfs:/mnt/run", "--run"),
     ("report --run=gs://bucket/run", "--run"),
     ("report --run=here --out=gs://bucket/report", "--out"),
+    ("serve --run=gs://bucket/run", "--run"),
     ("compile --topology=v5e:4x4 --config=gs://bucket/experiment.py", "--config"),
     ("compile --topology=v5e:4x4 --config={smoke} --dump-hlo=gs://bucket/program.txt", "--dump-hlo"),
 ]
 # Arguments and fields that take a text which names no file.
 OTHER_TEXTS = {"--text-field", "--coordinator", "--topology", "--streams", "--steps", "--prompt", "--suffix"}
-OTHER_TEXTS |= {"--mesh"}
+OTHER_TEXTS |= {"--mesh", "--host"}
 OTHER_FIELDS = {"data.text_field", "training.wandb_project"}
 
 

@@ -152,6 +152,10 @@ WRONG_VALUES = [
     ({"order__max_permuted": 0}, r"order\.max_permuted=0"),
     ({"order__max_permuted": 1025}, r"max_permuted=1025: cannot exceed model\.max_length=1024"),
     ({"order__diffusion_steps": 0}, r"order\.diffusion_steps=0"),
+    ({"order__max_block": 0}, r"order\.max_block=0: must be at least 1"),
+    ({"order__kind": "contiguous", "order__max_block": 1025}, r"max_block=1025: cannot exceed model\.max_length=1024"),
+    ({"order__mix": (0.25,)}, r"order\.mix=0.25: expected str, got float"),
+    ({"order__mix": "contiguous"}, r"order\.mix='contiguous': expected a kind of order and its share"),
     ({"order__sbp_steps": -1}, r"order\.sbp_steps=-1"),
     ({"order__sbp_steps": 400_001}, r"sbp_steps=400001: must be in \[0, training\.num_steps=400000\]"),
     ({"order__streams": ()}, r"order\.streams=\(\)"),
@@ -186,7 +190,9 @@ def test_possible_values_at_the_edge():
     assert {_with(model__two_stream_layers=m).model.two_stream_layers for m in (0, 12)} == {0, 12}
     _with(order__kind="strided", order__streams=(1, 2, 1024))
     _with(order__streams=(3,))  # unused: no strided phase
-    _with(order__kind="uniform", order__max_permuted=4096)
+    _with(order__kind="uniform", order__max_permuted=4096, order__max_block=4096)
+    _with(order__kind="contiguous", order__max_block=1024)
+    assert _with(order__mix="contiguous:0.999").order.mix == ("contiguous:0.999",)  # one entry is a tuple of one
     _with(order__sbp_steps=400_000, order__permute_steps=9_000, optimizer__clip_norm=0)
     _with(optimizer__ema_decay=0.0, optimizer__warmup_steps=0)
     _with(mesh__data=2, mesh__fsdp=-1)

@@ -40,6 +40,11 @@ def _message(error: pytest.ExceptionInfo[UserError]) -> str:
         ("order.streams", "1,2,4", (1, 2, 4)),
         ("order.streams", "(1, 2)", (1, 2)),
         ("order.streams", "[2]", (2,)),
+        ("order.mix", "contiguous:0.25", ("contiguous:0.25",)),
+        ("order.mix", "contiguous:0.25, uniform:0.1", ("contiguous:0.25", "uniform:0.1")),
+        ("order.mix", "('contiguous:0.25',)", ("contiguous:0.25",)),
+        ("order.mix", "()", ()),
+        ("order.mix", "", ()),
         ("mesh.fsdp", "-1", -1),
     ],
 )

@@ -16,7 +16,8 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 FOLDERS = (".", ".github", "armd_jax", "experiments", "experiments/benchmarks", "launch", "tests")
 PAGES = [page for folder in FOLDERS for page in sorted((ROOT / folder).glob("*.md"))]
 NOTEBOOK = ROOT / "experiments/tour.ipynb"
-GROUND = {"errors", "typed", "names", "files", "streams", "config", "experiment_file"}  # modules beside the rooms
+# Modules beside the rooms.
+GROUND = {"errors", "typed", "names", "files", "streams", "order_config", "config", "experiment_file"}
 
 
 def _name(page: pathlib.Path) -> str:

@@ -3,6 +3,7 @@
 import argparse
 import re
 from collections.abc import Sequence
+from typing import Any, Literal
 
 from armd_jax import files, typed
 from armd_jax.cli.arguments import (
@@ -16,7 +17,7 @@ from armd_jax.cli.arguments import (
     whole_numbers,
 )
 from armd_jax.errors import UserError
-from armd_jax.names import DenoisingSampler
+from armd_jax.names import DecodingMode, DenoisingSampler
 
 HELP = "Draw samples in one or several parallel streams, or from a denoiser, and time it."
 IF_MEMORY_RUNS_OUT = "lower --batch, --length or --streams"
@@ -25,7 +26,24 @@ IF_MEMORY_RUNS_OUT = "lower --batch, --length or --streams"
 def add(parser: argparse.ArgumentParser) -> None:
     """Declares the arguments."""
     add_run(parser)
-    parser.add_argument("--streams", default=None, help="one or more numbers of streams, such as 1,2,4,8; default: 1")
+    parser.add_argument(
+        "--streams",
+        default=None,
+        help="one or more numbers of streams, such as 1,2,4,8; default: 1. With --mode=lossless also auto: the fastest",
+    )
+    parser.add_argument(
+        "--mode",
+        default="strided",
+        choices=typed.choices(DecodingMode),
+        help="S streams side by side (the default); left to right with S - 1 drafted tokens, which changes no"
+        " probability; or up to S places at a time that the model is sure of",
+    )
+    parser.add_argument(
+        "--max-entropy",
+        type=float,
+        default=1.0,
+        help="nats up to which --mode=confident is sure of a place; default: 1",
+    )
     parser.add_argument(
         "--sampler",
         default=None,
@@ -50,6 +68,19 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--ignore-end", action="store_true", help="draw and show what comes behind an end-of-text token as well"
     )
+    parser.add_argument(
+        "--stop",
+        action="append",
+        default=None,
+        metavar="TEXT",
+        help="a text that ends what is written; may be given several times",
+    )
+    parser.add_argument(
+        "--end-bias",
+        type=float,
+        default=0.0,
+        help="added to the logit of end-of-text in all streams but the last; -inf: they never end a text",
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--prompts",
@@ -70,7 +101,9 @@ def run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
     check_out(args)
     if args.length is not None and args.max_new_tokens is not None:
         raise UserError("--length and --max-new-tokens: give one of the two")
-    streams = None if args.streams is None else whole_numbers(args.streams, "--streams")
+    streams: Sequence[int | Literal["auto"]] | None = None
+    if args.streams is not None:  # lm.generate refuses auto in modes that have no such choice
+        streams = ["auto"] if args.streams == "auto" else whole_numbers(args.streams, "--streams")
     steps = [] if args.steps is None else whole_numbers(args.steps, "--steps")
     for flag, text in (("--prompt", args.prompt), ("--suffix", args.suffix)):
         if not text.isascii() and re.search("[\ud800-\udfff]", text):
@@ -94,10 +127,23 @@ def run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
         seed=args.seed,
         sampler=args.sampler,
         steps=steps,
-        stop_at_end=not args.ignore_end,
         max_new_tokens=args.max_new_tokens,
+        mode=args.mode,
+        **_how(args),
     )
     return show_and_keep(args, drawn, samples.as_text(drawn), args.run, results.SAMPLES_FILE)
+
+
+def _how(args: argparse.Namespace) -> dict[str, Any]:
+    """What both ways of sampling are told alike. Raises UserError if a stop text is none."""
+    if any(re.search("[\ud800-\udfff]", text) for text in args.stop or ()):
+        raise UserError(f"--stop={args.stop!r}: is not UTF-8 text")
+    return {
+        "stop_at_end": not args.ignore_end,
+        "max_entropy": args.max_entropy,
+        "end_bias": args.end_bias,
+        "stop": tuple(args.stop or ()),
+    }
 
 
 def _complete(args: argparse.Namespace) -> int:
@@ -138,7 +184,8 @@ def _complete(args: argparse.Namespace) -> int:
         top_p=args.top_p,
         max_new_tokens=args.max_new_tokens,
         seed=args.seed,
-        stop_at_end=not args.ignore_end,
+        mode=args.mode,
+        **_how(args),
     )
     args.out.parent.mkdir(parents=True, exist_ok=True)
     summary = completions.complete(lm, args.prompts, args.out, settings, args.batch, progress=not args.json)

@@ -195,14 +195,15 @@ def lower_sampler(config: Config, mesh: Mesh, batch: int, streams: int) -> jax.s
     plan = schedule.strided(np.full((batch, length), schedule.FREE), streams, length, rows=batch)
     seeds = jax.ShapeDtypeStruct(plan.first_B.shape, jnp.int32)
     began = jax.eval_shape(
-        functools.partial(sampler.begin, config=model), params, plan=plan, seed_B=seeds, stream_B=seeds
+        functools.partial(sampler.begin, config=model, size=1), params, plan=plan, seed_B=seeds, stream_B=seeds
     )
 
     def by_row(leaf: jax.Array) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=rows if leaf.ndim else everywhere)
 
     def sample(params: Params, plan: Schedule, began: SamplingState, draw: Draw) -> SamplingState:
-        step = lambda _, state: sampler.draw_block(params, model, plan, state, draw, jnp.int32(-1))  # noqa: E731
+        ending = sampler.Ending(jnp.int32(-1), jnp.float32(0))
+        step = lambda _, state: sampler.draw_block(params, model, plan, state, draw, ending)  # noqa: E731
         return jax.lax.fori_loop(0, schedule.num_calls(length, streams), step, began)
 
     return jax.jit(sample, donate_argnums=2).lower(

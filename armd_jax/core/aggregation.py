@@ -1,12 +1,13 @@
 """Prefix aggregation: the first strictly causal vector of every target (paper section 4).
 
 An aggregator is a Flax module that is called with the rows of a network call, the rows of stream X, and the embeddings
-of the neighbours that it asks for, and returns G's first vectors and its own state. Its other methods say which
-neighbours it wants, what state decoding keeps for it, and what it costs. To add one, write such a module, name it in
-`names.AggregatorKind` and give `make` its case.
+of the neighbours that it asks for, and returns G's first vectors. Its other methods say which neighbours it wants, what
+state decoding keeps for it, what a neighbour alone adds to a first vector, and what it costs. To add one, write such a
+module, name it in `names.AggregatorKind` and give `make` its case.
 """
 
-from typing import assert_never
+from collections.abc import Mapping
+from typing import Any, assert_never
 
 import flax.linen as nn
 import jax
@@ -17,6 +18,7 @@ from armd_jax.core.kernels.attention import attention_chunk
 from armd_jax.core.rows import UNSEEN, Rows
 from armd_jax.core.sizes import embedding_rms
 
+Params = Mapping[str, Any]  # those of the aggregator
 Vectors = tuple[jax.Array, ...]  # one [B, G, D] for each of the neighbours that an aggregator wants
 
 
@@ -49,31 +51,40 @@ class PrefixSum(nn.Module):
     @nn.compact
     def __call__(
         self, rows: Rows, x_BXD: jax.Array, near: Vectors, state: jax.Array | None, decoding: bool
-    ) -> tuple[jax.Array, jax.Array | None]:
-        """G's first vectors [B, G, D] in x's dtype, and the state after all rows of X (None unless decoding)."""
+    ) -> jax.Array:
+        """G's first vectors [B, G, D] in x's dtype. state: before this call (None unless decoding)."""
         del near
         config, dtype, strict_BG = self.config, x_BXD.dtype, rows.g_strict_len_BG
         g_code_BGP = sinusoidal(rows.g_positions_BG, config.positional_width)
         x_code_BXP = sinusoidal(rows.x_positions_BX, config.positional_width) if self.positional else None
         codes = (x_code_BXP, g_code_BGP if self.positional else None)
         first_BG = jnp.broadcast_to(0 if rows.first_B is None else rows.first_B[:, None], strict_BG.shape)
-        if rows.x_valid_BX is not None:  # what is not valid is padding, or in the state already
-            x_BXD = jnp.where(rows.x_valid_BX[..., None], x_BXD, 0)
+        x_BXD = _valid(rows, x_BXD)
         sum_BGD = _weighted_prefix(x_BXD, *codes, first_BG, strict_BG, rows.x_start, attention_chunk(config))
         if decoding:
             assert state is not None
-            seen_BXD = x_BXD.astype(jnp.float32)
-            if x_code_BXP is not None:
+            if self.positional:
                 sum_BGD = sum_BGD + jnp.einsum("BGP,BPD->BGD", g_code_BGP, state)
-                state = state + jnp.einsum("BXP,BXD->BPD", x_code_BXP, seen_BXD)
             else:
                 sum_BGD = sum_BGD + state[:, None]
-                state = state + seen_BXD.sum(axis=1)
         if not self.positional:
             sum_BGD = sum_BGD / jnp.maximum(strict_BG - first_BG, 1)[..., None]  # padding sees nothing
         start = nn.initializers.constant(self.gain)
         scaled_BGD = nn.RMSNorm(epsilon=1e-6, dtype=jnp.float32, scale_init=start, name="norm")(sum_BGD)
-        return (scaled_BGD + _position(config)(g_code_BGP)).astype(dtype), state
+        return (scaled_BGD + _position(config)(g_code_BGP)).astype(dtype)
+
+    def state_after(self, rows: Rows, x_BXD: jax.Array, state: jax.Array) -> jax.Array:
+        """The state after the valid rows of X."""
+        seen_BXD = _valid(rows, x_BXD).astype(jnp.float32)
+        if not self.positional:
+            return state + seen_BXD.sum(axis=1)
+        x_code_BXP = sinusoidal(rows.x_positions_BX, self.config.positional_width)
+        return state + jnp.einsum("BXP,BXD->BPD", x_code_BXP, seen_BXD)
+
+    def of_left_neighbour(self, params: Params, vectors_BGD: jax.Array) -> float:
+        """Nothing: a neighbour is one among all tokens of the sum."""
+        del params, vectors_BGD
+        return 0.0
 
     def wanted(self, rows: Rows) -> tuple[jax.Array, ...]:
         """No neighbours."""
@@ -108,8 +119,8 @@ class PrecedingBlock(nn.Module):
     @nn.compact
     def __call__(
         self, rows: Rows, x_BXD: jax.Array, near: Vectors, state: jax.Array | None, decoding: bool
-    ) -> tuple[jax.Array, jax.Array | None]:
-        """G's first vectors [B, G, D] in x's dtype. There is no state."""
+    ) -> jax.Array:
+        """G's first vectors [B, G, D] in x's dtype."""
         del near, state
         low_BG, high_BG = rows.g_previous_len_BG, rows.g_strict_len_BG
 
@@ -123,7 +134,7 @@ class PrecedingBlock(nn.Module):
 
         # With one-token blocks, as in an AR model, the mean is one token, and the masked sum can be left out.
         mean_BGD = mean() if decoding else jax.lax.cond(jnp.all(high_BG - low_BG == 1), gather, mean)
-        return mean_BGD.astype(x_BXD.dtype), None
+        return mean_BGD.astype(x_BXD.dtype)
 
     def wanted(self, rows: Rows) -> tuple[jax.Array, ...]:
         """No neighbours: the preceding block is among the rows of X."""
@@ -133,6 +144,16 @@ class PrecedingBlock(nn.Module):
     def empty_state(self, batch: int) -> None:
         """No state: the preceding block is among the rows of every call."""
         del batch
+
+    def state_after(self, rows: Rows, x_BXD: jax.Array, state: jax.Array) -> jax.Array:
+        """The state, as there is none to change."""
+        del rows, x_BXD
+        return state
+
+    def of_left_neighbour(self, params: Params, vectors_BGD: jax.Array) -> float:
+        """Nothing: a first vector is that of the block before, whatever is beside the target."""
+        del params, vectors_BGD
+        return 0.0
 
     def forward_flops(self, visible: float) -> float:
         """Nothing worth counting."""
@@ -159,13 +180,12 @@ class NeighbourTokens(nn.Module):
     @nn.compact
     def __call__(
         self, rows: Rows, x_BXD: jax.Array, near: Vectors, state: jax.Array | None, decoding: bool
-    ) -> tuple[jax.Array, jax.Array | None]:
-        """G's first vectors [B, G, D] in x's dtype, and the state of the sum after all rows of X."""
+    ) -> jax.Array:
+        """G's first vectors [B, G, D] in x's dtype."""
         config, dtype = self.config, x_BXD.dtype
         if config.positional_gain:
-            first_BGD, state = PrefixSum(config, positional=True, gain=config.positional_gain, name="sum")(
-                rows, x_BXD, (), state, decoding
-            )
+            prefix_sum = PrefixSum(config, positional=True, gain=config.positional_gain, name="sum")
+            first_BGD = prefix_sum(rows, x_BXD, (), state, decoding)
         else:
             first_BGD = _position(config)(sinusoidal(rows.g_positions_BG, config.positional_width)).astype(dtype)
         as_tokens = nn.initializers.normal(embedding_rms(config))  # as long as the vectors of tokens
@@ -174,7 +194,16 @@ class NeighbourTokens(nn.Module):
             unseen_D = self.param(f"unseen_{side}", as_tokens, (config.width,)).astype(dtype)
             map_DD = self.param(side, as_layers, (config.width, config.width)).astype(dtype)
             first_BGD = first_BGD + jnp.where(ids_BG[..., None] == UNSEEN, unseen_D, vectors_BGD) @ map_DD
-        return first_BGD, state
+        return first_BGD
+
+    def state_after(self, rows: Rows, x_BXD: jax.Array, state: jax.Array) -> jax.Array:
+        """The state of the sum after the valid rows of X."""
+        return state if self._sum is None else self._sum.state_after(rows, x_BXD, state)
+
+    def of_left_neighbour(self, params: Params, vectors_BGD: jax.Array) -> jax.Array:
+        """What the left neighbour adds, through its map, in place of the vector that stands for an unseen one."""
+        dtype = vectors_BGD.dtype
+        return (vectors_BGD - params["unseen_left"].astype(dtype)) @ params["left"].astype(dtype)
 
     def wanted(self, rows: Rows) -> tuple[jax.Array, ...]:
         """Ids [B, G] of the left neighbour, and of the right one if the config wants it."""
@@ -218,6 +247,11 @@ class NeighbourTokens(nn.Module):
                 assert_never(self.config.neighbours)
 
 
+def _valid(rows: Rows, x_BXD: jax.Array) -> jax.Array:
+    """The rows of X, with zeros for those that are padding, or in the state already."""
+    return x_BXD if rows.x_valid_BX is None else jnp.where(rows.x_valid_BX[..., None], x_BXD, 0)
+
+
 def _position(config: ModelConfig) -> nn.Dense:
     """W PE + b, in float32."""
     init = nn.initializers.normal(0.02)
@@ -243,8 +277,8 @@ def _weighted_prefix(
 ) -> jax.Array:
     """The sum over context tokens low <= i < high of <g_code, x_code_i> x_i, [B, G, D] float32. No codes: weight 1.
 
-    Row 0 of x is context token `first`. The sum is a scan over chunks of rows. It adds up what may be seen and never
-    subtracts from a larger sum, because rounding would then let a hidden token leak.
+    Row 0 of x is context token `first`, one number or int32 [B]. The sum is a scan over chunks of rows. It adds up what
+    may be seen and never subtracts from a larger sum, because rounding would then let a hidden token leak.
     """
     batch, num_x, _ = x_BXD.shape
     num_chunks = -(-num_x // chunk)
@@ -257,8 +291,8 @@ def _weighted_prefix(
     @jax.checkpoint
     def step(sum_BGD: jax.Array, inputs: tuple[jax.Array, jax.Array, jax.Array | None]) -> tuple[jax.Array, None]:
         number, x, code = inputs
-        index = first + number * size + jnp.arange(size)
-        seen_BGX = (index >= low_BG[..., None]) & (index < high_BG[..., None])
+        index_BX = jnp.reshape(first, (-1, 1)) + number * size + jnp.arange(size)
+        seen_BGX = (index_BX[:, None] >= low_BG[..., None]) & (index_BX[:, None] < high_BG[..., None])
         weight_BGX = seen_BGX.astype(jnp.float32)
         if code is not None:
             weight_BGX = weight_BGX * jnp.einsum("BGP,BXP->BGX", g_code_BGP, code)

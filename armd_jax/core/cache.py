@@ -40,7 +40,7 @@ def write(
 ) -> jax.Array:
     """Writes rows at key index `start` of a buffer [B H, ...] whose axes are `axes`; padding rows change nothing.
 
-    valid_BR: bool, False for padding rows; None: all rows are valid.
+    start: one number, or int32 [B]. valid_BR: bool, False for padding rows; None: all rows are valid.
     """
     axis = axes.index("T") - 1
 
@@ -49,7 +49,23 @@ def write(
         return a.reshape(-1, *a.shape[2:])
 
     rows = as_buffer(rows_BRHK).astype(buffer.dtype)
+    valid = None
     if valid_BR is not None:
-        old = jax.lax.dynamic_slice_in_dim(buffer, start, rows.shape[axis], axis)
-        rows = jnp.where(as_buffer(jnp.broadcast_to(valid_BR[..., None, None], rows_BRHK.shape)), rows, old)
-    return jax.lax.dynamic_update_slice_in_dim(buffer, rows, start, axis)
+        valid = as_buffer(jnp.broadcast_to(valid_BR[..., None, None], rows_BRHK.shape))
+    if jnp.ndim(start):
+        batch, heads = rows_BRHK.shape[0], rows_BRHK.shape[2]
+        if batch > 1:
+            put = jax.vmap(put_at, (0, 0, 0, None, None if valid is None else 0))
+            return put(buffer, rows, jnp.repeat(jnp.asarray(start), heads), axis - 1, valid)
+        start = jnp.reshape(start, ())
+    return put_at(buffer, rows, start, axis, valid)
+
+
+def put_at(
+    buffer: jax.Array, values: jax.Array, start: jax.Array | int, axis: int, valid: jax.Array | None
+) -> jax.Array:
+    """The buffer with values from `start` on along an axis; what is not valid (None: all is) stays as it was."""
+    if valid is not None:
+        old = jax.lax.dynamic_slice_in_dim(buffer, start, values.shape[axis], axis)
+        values = jnp.where(valid, values, old)
+    return jax.lax.dynamic_update_slice_in_dim(buffer, values, start, axis)

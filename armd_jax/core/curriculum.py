@@ -1,5 +1,8 @@
 """The curriculum: which kind of order training draws at which step (paper section on the curriculum).
 
+Steps draw `order.kind`, in its phases and, at the end, in the SBP phase. `order.mix` gives a share of all steps to
+other kinds: which kind a step draws follows from its key.
+
 `_base` has one case per `names.OrderKind`. To add a kind of order, write its constructor in `core.order`, name it in
 the group of `names.OrderKind` whose block structure it has, and give `_base` its case.
 """
@@ -13,10 +16,12 @@ import jax
 import jax.numpy as jnp
 
 from armd_jax import typed
-from armd_jax.config import OrderConfig
 from armd_jax.core import order as orders
 from armd_jax.core.order import Order
 from armd_jax.names import StridedOrder
+from armd_jax.order_config import OrderConfig, mixture
+
+_MIX = 2  # folded into the key of a step, which is split in two for everything else
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +52,7 @@ class _Base:
     phases: names with the step at which each ends; the last one has no end of its own.
     shuffled: step -> how many tokens are shuffled; None if the order is not the natural one with shuffled tokens.
     bounding: (key, batch, length) -> an order under which the expected loss bounds the likelihood that the model was
-        trained for; None if training orders have single tokens as blocks and their likelihood is exact.
+        trained for; None if that is the likelihood of the natural order, token by token, which is exact.
     """
 
     describe: str
@@ -92,6 +97,12 @@ def _base(config: OrderConfig) -> _Base:
                     key, batch, length, config.diffusion_steps, config.noise_schedule
                 ),
             )
+        case "contiguous":
+            return _Base(
+                f"contiguous blocks of up to {config.max_block} tokens",
+                lambda keys, step, batch, length: orders.contiguous(keys.order, batch, length, config.max_block),
+                one_phase,
+            )
         case _:
             assert_never(config.kind)
 
@@ -109,13 +120,36 @@ def _num_streams(config: OrderConfig, keys: _Keys) -> jax.Array:
     return jax.random.choice(keys.streams, jnp.asarray(config.streams, jnp.int32))
 
 
+def _parts(config: OrderConfig) -> tuple[OrderConfig, ...]:
+    """The kinds of orders that are mixed, each as a config without a mix: first the main kind, with its SBP phase."""
+    mixed = [dataclasses.replace(config, kind=kind, sbp_steps=0, mix=()) for kind, _ in mixture(config)]
+    return dataclasses.replace(config, mix=()), *mixed
+
+
+def part_of_step(config: OrderConfig, key: jax.Array) -> jax.Array:
+    """int32: 0 if a step draws `order.kind` (or its SBP phase), and i if it draws the i-th kind of `order.mix`.
+
+    key: as for `draw`.
+    """
+    ends = jnp.cumsum(jnp.asarray([share for _, share in mixture(config)], jnp.float32))
+    chosen = jnp.sum(jax.random.uniform(jax.random.fold_in(key, _MIX)) >= ends).astype(jnp.int32)
+    return (chosen + 1) % (len(ends) + 1)  # past the last of the shares is the main kind
+
+
 def describe(config: OrderConfig) -> str:
-    """The kind of order in a few words."""
-    return _base(config).describe
+    """The kinds of orders in a few words."""
+    main, *mixed = (_base(part).describe for part in _parts(config))
+    shares = [
+        f"{words} ({100 * share:.3g}% of steps)" for words, (_, share) in zip(mixed, mixture(config), strict=True)
+    ]
+    return f"{main}, mixed with {' and '.join(shares)}" if shares else main
 
 
 def phases(config: OrderConfig, num_steps: int) -> tuple[Phase, ...]:
-    """The phases of training that have steps, first to last. A run of strided orders has no SBP phase of its own."""
+    """The phases of training that have steps, first to last. A run of strided orders has no SBP phase of its own.
+
+    They are those of `order.kind`; the kinds of a mix are drawn in all of them.
+    """
     sbp_begins = num_steps - (0 if config.kind in typed.choices(StridedOrder) else config.sbp_steps)
     found, first = [], 0
     for name, end in (*_base(config).phases, ("SBP", num_steps)):
@@ -129,7 +163,7 @@ def phases(config: OrderConfig, num_steps: int) -> tuple[Phase, ...]:
 def bounding_order(config: OrderConfig) -> DrawOrder | None:
     """(key, batch, length) -> an order whose expected loss bounds the likelihood that training aims at.
 
-    None if the training orders give exact likelihoods.
+    None if what `order.kind` aims at is the likelihood of the natural order, which is exact. A mix changes nothing.
     """
     return _base(config).bounding
 
@@ -145,8 +179,15 @@ def num_permuted(config: OrderConfig, step: jax.Array | int) -> jax.Array:
 def draw(config: OrderConfig, key: jax.Array, step: jax.Array, num_steps: int, batch: int, length: int) -> Order:
     """The order that is trained on at `step` of `num_steps`, for a batch of rows of `length` tokens.
 
+    A step that draws the main kind draws the same order that it would draw without a mix.
+
     key: already belongs to this step.
     """
+    draws = [functools.partial(_draw_part, part, key, step, num_steps, batch, length) for part in _parts(config)]
+    return draws[0]() if len(draws) == 1 else jax.lax.switch(part_of_step(config, key), draws)
+
+
+def _draw_part(config: OrderConfig, key: jax.Array, step: jax.Array, num_steps: int, batch: int, length: int) -> Order:
     keys = _Keys(*jax.random.split(key))
     base = functools.partial(_base(config).draw, keys, step, batch, length)
     if not config.sbp_steps:
@@ -157,18 +198,31 @@ def draw(config: OrderConfig, key: jax.Array, step: jax.Array, num_steps: int, b
 
 def num_kinds(config: OrderConfig) -> int:
     """How many kinds of steps there are, see `kind_of_step`. It does not depend on the number of steps."""
+    return sum(map(_num_kinds_of_part, _parts(config)))
+
+
+def _num_kinds_of_part(config: OrderConfig) -> int:
     strided = config.kind in typed.choices(StridedOrder)
     base = 0 if strided else len(_base(config).phases)
     return base + (len(config.streams) if strided or config.sbp_steps else 0)
 
 
 def kind_of_step(config: OrderConfig, key: jax.Array, step: jax.Array, num_steps: int) -> jax.Array:
-    """int32 below `num_kinds`: the phase of a step and, if its order is strided, the number of streams that is drawn.
+    """int32 below `num_kinds`: which of the mixed kinds of orders a step draws, its phase, and its number of streams.
 
-    Losses of one kind can be compared: with eight streams a loss is naturally higher than with one.
+    The phase is that of the kind itself, and strided orders have the number of streams in its place. Losses of one kind
+    of step can be compared: with eight streams a loss is naturally higher than with one.
 
     key: as for `draw`.
     """
+    kinds, first = [], 0
+    for part in _parts(config):
+        kinds.append(first + _kind_within_part(part, key, step, num_steps))
+        first += _num_kinds_of_part(part)
+    return kinds[0] if len(kinds) == 1 else jnp.stack(kinds)[part_of_step(config, key)]
+
+
+def _kind_within_part(config: OrderConfig, key: jax.Array, step: jax.Array, num_steps: int) -> jax.Array:
     strided = config.kind in typed.choices(StridedOrder)
     phases: tuple[tuple[str, int | None], ...] = () if strided else _base(config).phases
     phase = sum((jnp.asarray(step) >= end for _, end in phases if end is not None), jnp.int32(0))
@@ -180,7 +234,7 @@ def kind_of_step(config: OrderConfig, key: jax.Array, step: jax.Array, num_steps
 
 
 def shuffled_tokens(config: OrderConfig, step: jax.Array | int) -> jax.Array | None:
-    """How many tokens the orders of a step shuffle, before the SBP phase.
+    """How many tokens the orders of `order.kind` shuffle at a step, before the SBP phase.
 
     None if orders of this kind are not the natural one with some of its tokens shuffled.
     """

@@ -32,6 +32,7 @@ class StackInputs:
     rotary: cos and sin of RoPE for all rows. len_BQ: int32, how many keys each query sees, counted from the start of
     the context. start: key index of the first row that gives keys. valid_BT: bool, False for padding rows, which enter
     no cache; None: all rows are valid. first_B: int32, key index before which a cache has only padding; None: 0.
+    own_BQ: int32, the index of one more key in a cache that each query sees; None: there is none.
     """
 
     rotary: tuple[jax.Array, jax.Array]
@@ -39,6 +40,7 @@ class StackInputs:
     start: jax.Array | int = 0
     valid_BT: jax.Array | None = None
     first_B: jax.Array | None = None
+    own_BQ: jax.Array | None = None
 
 
 def make_norm(config: ModelConfig, name: str) -> nn.Module:
@@ -122,7 +124,7 @@ class Layer(nn.Module):
         if cache is not None:
             start, valid = inputs.start, inputs.valid_BT
             cache = (write(cache[0], k_BTHK, start, valid, "BHKT"), write(cache[1], v_BTHK, start, valid, "BHTK"))
-            mixed_BQHK = cached_attention(q_BQHK, *cache, inputs.len_BQ, inputs.first_B)
+            mixed_BQHK = cached_attention(q_BQHK, *cache, inputs.len_BQ, inputs.first_B, inputs.own_BQ)
         elif context.attend is not None:
             mixed_BQHK = context.attend(q_BQHK, k_BTHK, v_BTHK, inputs.len_BQ, self.group)
         else:

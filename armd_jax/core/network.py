@@ -45,20 +45,24 @@ def forward(
     cache: what earlier calls of decoding left; None in training and scoring.
     context: how the call is carried out.
     """
+    h_BGD, cache = residual_stream(params, config, rows, cache, context)
+    return normed(params, config, h_BGD), cache
+
+
+def residual_stream(
+    params: Params, config: ModelConfig, rows: Rows, cache: Cache | None = None, context: Context = PLAIN
+) -> tuple[jax.Array, Cache | None]:
+    """What `forward` returns, before the final norm."""
     num_two = config.two_stream_layers
     embedding_context = context.fold_in(config.num_layers)
     aggregator = aggregation.make(config)
     x_BXD, *near = _embed(params, config, (rows.x_tokens_BX, *aggregator.wanted(rows)), context)
     # Flax types every `apply` as a pair with collections of variables, which these modules do not return.
-    aggregated: Any = aggregator.apply(
-        {"params": params.get("aggregator", {})},
-        rows,
-        x_BXD,
-        tuple(near),
-        None if cache is None else cache.aggregate,
-        cache is not None,
+    state = None if cache is None else cache.aggregate
+    g_BGD: Any = aggregator.apply(
+        {"params": params.get("aggregator", {})}, rows, x_BXD, tuple(near), state, cache is not None
     )
-    g_BGD, aggregate = aggregated
+    aggregate = None if state is None else aggregator.state_after(rows, x_BXD, state)
     g_BGD = context.constrain(embedding_context.dropout(config.dropout, g_BGD, 1), axes.ROWS)
     x_kv: tuple[KeyValue, ...] = ()
     g_kv: tuple[KeyValue, ...] = ()
@@ -71,14 +75,42 @@ def forward(
             params["causal"],
             g_BGD,
             StackInputs(
-                rotary_table(rows.g_positions_BG, config), rows.g_len_BG, rows.g_start, rows.g_valid_BG, rows.first_B
+                rotary_table(rows.g_positions_BG, config),
+                rows.g_len_BG,
+                rows.g_start,
+                rows.g_valid_BG,
+                rows.first_B,
+                rows.g_own_BG,
             ),
             context,
             first_layer=num_two,
             caches=None if cache is None else cache.g_kv,
         )
-    h_BGD: Any = make_norm(config, "final_norm").apply({"params": params["final_norm"]}, g_BGD)
-    return h_BGD, None if cache is None else Cache(x_kv=x_kv, g_kv=g_kv, aggregate=aggregate)
+    return g_BGD, None if cache is None else Cache(x_kv=x_kv, g_kv=g_kv, aggregate=aggregate)
+
+
+def normed(params: Params, config: ModelConfig, h_BRD: jax.Array) -> jax.Array:
+    """The residual stream [B, R, D] after the final norm."""
+    h: Any = make_norm(config, "final_norm").apply({"params": params["final_norm"]}, h_BRD)
+    return h
+
+
+def aggregate_after(params: Params, config: ModelConfig, rows: Rows, state: jax.Array | None) -> jax.Array | None:
+    """The aggregator's state after the valid rows of X alone, from its state before the call."""
+    if state is None:
+        return None
+    (x_BXD,) = _embed(params, config, (rows.x_tokens_BX,), PLAIN)
+    return aggregation.make(config).state_after(rows, x_BXD, state)
+
+
+def with_left_neighbour(params: Params, config: ModelConfig, h_BRD: jax.Array, tokens_BR: jax.Array) -> jax.Array:
+    """The residual stream [B, R, D] of targets that did not see their left neighbour, as if it had been known.
+
+    What the neighbour alone adds to a target's first vector is carried over to the last. This leaves out what the
+    layers would have made of it, and costs no call. tokens_BR: int32, the left neighbours.
+    """
+    (vectors_BRD,) = _embed(params, config, (tokens_BR,), PLAIN)
+    return h_BRD + aggregation.make(config).of_left_neighbour(params.get("aggregator", {}), vectors_BRD)
 
 
 def denoise(
@@ -112,8 +144,7 @@ def denoise(
         first_layer=0,
         caches=None,
     )
-    h_BND: Any = make_norm(config, "final_norm").apply({"params": params["final_norm"]}, x_BND)
-    return h_BND
+    return normed(params, config, x_BND)
 
 
 def _embed(params: Params, config: ModelConfig, ids: tuple[jax.Array, ...], context: Context) -> tuple[jax.Array, ...]:

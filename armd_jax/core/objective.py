@@ -5,11 +5,12 @@ The task of an ARMD is a generation order:
     loss = sum over n of gamma(n) * -log p(x_n | every x_i in an earlier block)
 
 With gamma = 1, the sum is the exact negative log-likelihood if every block is a single token. If the blocks are drawn,
-its mean bounds the negative log-likelihood: by Jensen's inequality, -log of a mean over orders is at most the mean of
--log. With blocks from the masking times of a diffusion (paper section 3), the mean is the negative ELBO of a reverse
-process that remembers in which steps its tokens were filled in. Only in a network of one layer is it the sum over the
-time steps of an ordinary masked diffusion, which sees nothing but the set of known tokens: in a deeper one, the vectors
-of known tokens depend on the blocks that they came in.
+its mean bounds the negative log-likelihood of the process that draws them first: by Jensen's inequality, -log of a mean
+over orders is at most the mean of -log. With blocks from the masking times of a diffusion (paper section 3), the mean
+is the negative ELBO of a reverse process that remembers in which steps its tokens were filled in. Only in a network of
+one layer is it the sum over the time steps of an ordinary masked diffusion, which sees nothing but the set of known
+tokens: in a deeper one, the vectors of known tokens depend on the blocks that they came in. Contiguous blocks are drawn
+in training only: a model that is trained on them has an exact likelihood left to right, and is scored by that.
 
 The task of a denoiser is a corruption (`core.corruption`):
 

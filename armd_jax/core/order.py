@@ -123,6 +123,27 @@ def strided(batch: int, length: int, streams: jax.Array | int, evidence: np.ndar
     )
 
 
+def contiguous(key: jax.Array, batch: int, length: int, max_block: int, evidence: np.ndarray | None = None) -> Order:
+    """The natural order, cut into blocks of neighbouring tokens; every row has blocks of its own.
+
+    The sizes of blocks are drawn independently and uniformly from 1 .. `max_block`; the end of the row cuts the last.
+    A model that is trained on it can predict several tokens in a row at once.
+
+    max_block: the largest size, at least 1.
+    evidence: see `evidence_first`; blocks from which it takes tokens are smaller.
+    Raises UserError if max_block is below 1.
+    """
+    if max_block < 1:
+        raise UserError(f"max_block={max_block}: must be at least 1")
+    # No block needs to be longer than the row, and sums of such sizes do not overflow.
+    sizes_BN = jnp.minimum(jax.random.randint(key, (batch, length), 1, max_block + 1), length)
+    ends_BN = jnp.cumsum(sizes_BN, axis=1)  # of the blocks; those past the end of the row begin nothing
+    positions_BN = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (batch, length))
+    starts_BN = jnp.zeros((batch, length), jnp.int32).at[jnp.arange(batch)[:, None], ends_BN].set(1, mode="drop")
+    block_BN = 1 + jnp.cumsum(starts_BN, axis=1)
+    return evidence_first(Order(positions_BN, block_BN, jnp.ones((batch, length), jnp.float32)), evidence)
+
+
 def in_streams(num_free: int, streams: Any) -> tuple[Any, Any]:
     """Where each of R = `num_free` positions comes in S streams: the generation index (from 0) and the block (from 1).
 

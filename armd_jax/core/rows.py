@@ -31,12 +31,16 @@ class Rows:
     # if no earlier block holds them.
     g_left_BG: jax.Array
     g_right_BG: jax.Array
-    x_start: jax.Array | int = 0  # context index of the first row of X
-    g_start: jax.Array | int = 0  # generation index of the first row of G
+    # Context index of the first row of X, and generation index of the first row of G; one number, or int32 [B].
+    x_start: jax.Array | int = 0
+    g_start: jax.Array | int = 0
     x_valid_BX: jax.Array | None = None  # bool, False for padding rows, which enter no cache; None: all are valid
     g_valid_BG: jax.Array | None = None  # likewise
     # int32, context index of the start token, before which all is padding; None: 0. Keys of G begin at the same index.
     first_B: jax.Array | None = None
+    # int32, the index of a key of G that each target sees besides the first `g_len`, which is its own; None: its own is
+    # among those.
+    g_own_BG: jax.Array | None = None
 
 
 def rows_for_training(tokens_BN: jax.Array, order: Order, mask: BlockMask) -> Rows:

@@ -15,8 +15,10 @@ from tqdm import tqdm
 from armd_jax import files
 from armd_jax.data.tokenizers import Tokenizer
 from armd_jax.errors import UserError, shown
-from armd_jax.inference.language_model import Generation, LanguageModel
+from armd_jax.inference.generation import Generation
+from armd_jax.inference.language_model import MAX_ENTROPY, LanguageModel
 from armd_jax.inference.schedule import FREE
+from armd_jax.names import DecodingMode
 
 # A gap of so many tokens: [[5]], [[1 token]], [[8 tokens]].
 _GAP = re.compile(r"\[\[([0-9]{1,1000})(?: tokens?)?\]\]")
@@ -36,6 +38,10 @@ class Settings:
     max_new_tokens: int | None = None
     seed: int = 0
     stop_at_end: bool = True
+    mode: DecodingMode = "strided"
+    max_entropy: float = MAX_ENTROPY
+    end_bias: float = 0.0
+    stop: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +93,8 @@ def complete(
     if batch < 1:
         raise UserError(f"--batch={batch}: must be at least 1")
     requests = read(prompts, lm.tokenizer, settings, lm.config.max_length)
-    of_all = dataclasses.asdict(settings) | {"model": _fingerprint(lm)}
+    # As it is read again from the file: a tuple is a list there.
+    of_all = json.loads(json.dumps(dataclasses.asdict(settings) | {"model": _fingerprint(lm)}))
     done = _done(out, of_all, {_key(request.row): request.digest for request in requests})
     files.drop_partial_line(out)
     waiting = [request for request in requests if _key(request.row) not in done]
@@ -107,10 +114,15 @@ def complete(
                 evidence_BN=[request.known for request in chosen],
                 seed=[request.seed for request in chosen],
                 stop_at_end=settings.stop_at_end,
+                mode=settings.mode,
+                max_entropy=settings.max_entropy,
+                end_bias=settings.end_bias,
+                stop=settings.stop,
             )
             seconds += time.perf_counter() - began
             drawn += int((made.call_BN > 0).sum())
-            rows = [_row(lm.tokenizer, request, made, at, of_all) for at, request in enumerate(chosen)]
+            texts = lm.texts(made)
+            rows = [_row(lm.tokenizer, request, made, at, texts[at], of_all) for at, request in enumerate(chosen)]
             files.append(out, "".join(json.dumps(row) + "\n" for row in rows))
             bar.update(sum(request.known.count(FREE) for request in chosen))
     return Summary(len(waiting), len(requests) - len(waiting), drawn, seconds, drawn / seconds if seconds else 0.0)
@@ -244,7 +256,9 @@ def _done(out: pathlib.Path, of_all: dict[str, Any], digests: dict[str, str]) ->
     return done
 
 
-def _row(tokenizer: Tokenizer, request: Request, made: Generation, at: int, of_all: dict[str, Any]) -> dict[str, Any]:
+def _row(
+    tokenizer: Tokenizer, request: Request, made: Generation, at: int, text: str, of_all: dict[str, Any]
+) -> dict[str, Any]:
     """The line of a finished text: what was asked for, the text, and what was written into each gap."""
     assert made.log_prob_BN is not None
     end, tokens, length = int(made.end_B[at]), made.tokens_BN[at], len(request.known)
@@ -252,7 +266,7 @@ def _row(tokenizer: Tokenizer, request: Request, made: Generation, at: int, of_a
     inside = drawn & (np.arange(length) < end)
     filled = [tokenizer.decode(tokens[start : min(stop, end)].tolist()) for start, stop in request.gaps]
     return request.row | {
-        "text": tokenizer.decode(tokens[:end].tolist()),
+        "text": text,
         "filled": filled,
         "ended": end < length,
         "num_tokens": int(inside.sum()),

@@ -19,7 +19,7 @@ import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from armd_jax.config import ModelConfig, OrderConfig
+from armd_jax.config import ModelConfig
 from armd_jax.core import corruption, curriculum, objective
 from armd_jax.core import order as orders
 from armd_jax.core.context import PLAIN, Context
@@ -33,6 +33,7 @@ from armd_jax.errors import UserError
 from armd_jax.evaluation import baselines, results
 from armd_jax.evaluation.results import Elbo, Evaluation, RandomOrders, Score
 from armd_jax.inference.language_model import LanguageModel
+from armd_jax.order_config import OrderConfig
 from armd_jax.training import sharding
 
 # (key, valid_BN) -> task. A static argument of compiled functions: the same task must be the same object.

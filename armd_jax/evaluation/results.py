@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeVar, assert_never
 
 from armd_jax import files, typed
 from armd_jax.errors import UserError
-from armd_jax.names import DenoisingSampler
+from armd_jax.names import DecodingMode, DenoisingSampler
 
 EVALUATION_FILE = "eval.json"
 SAMPLES_FILE = "samples.json"
@@ -94,13 +94,15 @@ class Sample:
     """One text that a model wrote, and how.
 
     streams: S; None if a denoiser wrote it, which has a sampler and a number of steps instead (first-hitting sampling
-    has no choice of steps). num_calls: network calls (NFE) for the whole batch. tokens_per_second: of the whole batch.
+    has no choice of steps). mode: of an ARMD; None: strided.
+    num_calls: network calls (NFE) for the whole batch. tokens_per_second: of the whole batch.
     tokens: ids, at natural positions; pieces: a short text for each of them; calls: the number (from 1) of the network
     call that made each of them, 0 if it was given. cut: how many tokens were drawn from the first end-of-text on, which
     are no part of the text.
     """
 
     streams: int | None = typed.field(None, absent_if_none=True)
+    mode: DecodingMode | None = typed.field(None, absent_if_none=True)
     sampler: DenoisingSampler | None = typed.field(None, absent_if_none=True)
     steps: int | None = typed.field(None, absent_if_none=True)
     num_calls: int = 0
@@ -112,16 +114,18 @@ class Sample:
     cut: int = 0
 
     @property
-    def way(self) -> tuple[int, str, int]:
+    def way(self) -> tuple[str, int, str, int]:
         """What tells ways of writing apart, and sorts them."""
-        return self.streams or 0, self.sampler or "", self.steps or 0
+        return self.mode or "", self.streams or 0, self.sampler or "", self.steps or 0
 
     @property
     def label(self) -> str:
         """The way of writing in a few words."""
         match self.sampler:
-            case None:
+            case None if self.mode in (None, "strided"):
                 return f"S = {self.streams}"
+            case None:
+                return f"{self.mode}, S = {self.streams}"
             case "first_hitting":
                 return "first-hitting"
             case "ancestral":

@@ -5,7 +5,7 @@ import functools
 import platform
 import time
 from collections.abc import Sequence
-from typing import assert_never
+from typing import Any, Literal, assert_never
 
 import jax
 import numpy as np
@@ -14,12 +14,12 @@ from armd_jax.errors import UserError
 from armd_jax.evaluation.results import Sample, Samples
 from armd_jax.inference import denoise
 from armd_jax.inference.language_model import LanguageModel
-from armd_jax.names import DenoisingSampler
+from armd_jax.names import DecodingMode, DenoisingSampler
 
 
 def draw(
     lm: LanguageModel,
-    streams: Sequence[int],
+    streams: Sequence[int | Literal["auto"]],
     *,
     batch: int,
     length: int,
@@ -31,16 +31,16 @@ def draw(
     seed: int = 0,
     sampler: DenoisingSampler | None = None,
     steps: Sequence[int] = (),
-    stop_at_end: bool = True,
     max_new_tokens: int | None = None,
+    mode: DecodingMode = "strided",
+    **how: Any,
 ) -> Samples:
     """Draws `batch` texts of `length` tokens in each of the numbers of streams, or of steps if the model is a denoiser.
 
     Each batch is drawn twice and the second time counts, so that the speed does not include compilation.
 
-    streams: of an ARMD. sampler, steps: of a denoiser, whose streams are empty; see `inference.denoise`.
-    temperature, top_k, top_p: see `LanguageModel.generate`.
-    stop_at_end: whether a text ends at its first end-of-text token.
+    streams, mode: of an ARMD. sampler, steps: of a denoiser, whose streams are empty; see `inference.denoise`.
+    temperature, top_k, top_p, how: see `language_model.How`.
     max_new_tokens: instead of `length`, how many tokens stand between prompt and suffix.
     prompt, suffix: text at the beginning and at the end; the tokens between them are generated.
     Raises UserError if prompt and suffix are longer than `length`, or if `lm.generate` cannot take the settings.
@@ -63,37 +63,39 @@ def draw(
     evidence[: len(before)] = before
     evidence[length - len(after) :] = after
     free = length - len(before) - len(after)
-    if too_many := [count for count in streams if count > free > 0]:
+    if too_many := [count for count in streams if mode == "strided" and isinstance(count, int) and count > free > 0]:
         raise UserError(f"streams={too_many[0]} exceeds the {free} positions left to generate: use fewer streams")
     samples = []
-    for way in _ways(lm, streams, sampler, steps, free):
+    for count, way in _ways(lm, streams, mode, sampler, steps, free):
         generate = functools.partial(
             lm.generate,
             batch,
             length,
-            way.streams or 1,
-            temperature,
-            top_k,
-            top_p,
+            streams=count,
+            mode=mode,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
             evidence_BN=evidence,
             seed=seed,
             sampler=way.sampler,
             steps=way.steps,
-            stop_at_end=stop_at_end,
+            **how,
         )
         generate()  # compiles
         begin = time.perf_counter()
         out = generate()
         seconds = time.perf_counter() - begin
-        drawn = int((out.call_BN > 0).sum())
+        drawn, texts = int((out.call_BN > 0).sum()), lm.texts(out)
         for row, end in enumerate(out.end_B.tolist()):
             tokens, calls = out.tokens_BN[row, :end].tolist(), out.call_BN[row, :end].tolist()
             samples.append(
                 dataclasses.replace(
                     way,
+                    streams=None if way.streams is None else out.streams,
                     num_calls=out.num_calls,
                     tokens_per_second=drawn / seconds,
-                    text=tokenizer.decode(tokens),
+                    text=texts[row],
                     tokens=tuple(tokens),
                     pieces=tuple(tokenizer.token_text(token) for token in tokens),
                     calls=tuple(calls),
@@ -113,21 +115,27 @@ def draw(
 
 
 def _ways(
-    lm: LanguageModel, streams: Sequence[int], sampler: DenoisingSampler | None, steps: Sequence[int], free: int
-) -> list[Sample]:
-    """Samples without a text yet, one for each way in which the model is asked to write `free` tokens."""
+    lm: LanguageModel,
+    streams: Sequence[int | Literal["auto"]],
+    mode: DecodingMode,
+    sampler: DenoisingSampler | None,
+    steps: Sequence[int],
+    free: int,
+) -> list[tuple[int | Literal["auto"], Sample]]:
+    """Ways in which the model is asked to write `free` tokens: the number of streams, and a sample without a text."""
     match lm.config.kind, sampler or "first_hitting":
         case "armd", _:
             if sampler is not None or steps:
                 raise UserError("--sampler and --steps belong to a denoiser (model.kind); choose --streams instead")
-            return [Sample(streams=count) for count in streams]
-        case "denoiser", _ if streams:
-            raise UserError("--streams: a denoiser has no streams; choose --sampler and --steps instead")
+            kept = None if mode == "strided" else mode
+            return [(count, Sample(streams=0 if count == "auto" else count, mode=kept)) for count in streams]
+        case "denoiser", _ if streams or mode != "strided":
+            raise UserError("--streams, --mode: a denoiser has no streams; choose --sampler and --steps instead")
         case "denoiser", "first_hitting" if not steps:
-            return [Sample(sampler="first_hitting")]
+            return [(1, Sample(sampler="first_hitting"))]
         case "denoiser", chosen:
             return [
-                Sample(sampler=chosen, steps=denoise.number_of_steps(chosen, free, number))
+                (1, Sample(sampler=chosen, steps=denoise.number_of_steps(chosen, free, number)))
                 for number in (steps or (None,))
             ]
         case _:

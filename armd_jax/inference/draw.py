@@ -1,5 +1,8 @@
 """Drawing tokens from logits: temperature, truncation to the likeliest tokens, greedy choice."""
 
+import dataclasses
+from collections.abc import Sequence
+
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -18,9 +21,9 @@ class Draw:
 
     Exactly k tokens are kept, and the smallest nucleus, also if several tokens are equally likely.
 
-    temperature: float32 scalar. top_p: float32 scalar below 1; None: no nucleus. greedy: take the likeliest token
-    whatever the rest says. top_k: how many tokens are kept; None: all. Greedy and top-k are part of the compiled
-    program, the other two are data.
+    temperature: float32, one number for all rows, or [B, 1, 1]. top_p: likewise, at most 1; None: no nucleus. greedy:
+    take the likeliest token whatever the rest says. top_k: how many tokens are kept; None: all. Greedy and top-k are
+    part of the compiled program, the other two are data.
     """
 
     temperature: jax.Array
@@ -29,38 +32,79 @@ class Draw:
     top_k: int | None = flax.struct.field(pytree_node=False)
 
     @classmethod
-    def make(cls, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None) -> "Draw":
-        """From plain numbers; temperature 0 is greedy. Raises UserError if one of them is impossible."""
-        if not 0 <= temperature < float("inf"):
-            raise UserError(f"temperature={temperature}: must be 0 (greedy) or a positive number")
+    def make(
+        cls,
+        temperature: float | Sequence[float] = 1.0,
+        top_k: int | None = None,
+        top_p: float | Sequence[float] | None = None,
+    ) -> "Draw":
+        """From plain numbers, one for all rows or one for each; temperature 0 is greedy, for all rows alike.
+
+        Raises UserError if one of them is impossible.
+        """
+        temperatures, nuclei = np.atleast_1d(temperature), np.atleast_1d(1.0 if top_p is None else top_p)
+        for each in temperatures.tolist():
+            if not 0 <= each < float("inf"):
+                raise UserError(f"temperature={each}: must be 0 (greedy) or a positive number")
         if top_k is not None and top_k < 1:
             raise UserError(f"top_k={top_k}: must be at least 1")
-        if top_p is not None and not 0 < top_p <= 1:
-            raise UserError(f"top_p={top_p}: must be in (0, 1]")
-        greedy = temperature < _GREEDY
+        for each in nuclei.tolist():
+            if not 0 < each <= 1:
+                raise UserError(f"top_p={each}: must be in (0, 1]")
+        greedy = bool((temperatures < _GREEDY).any())
+        if greedy and (temperatures >= _GREEDY).any():
+            raise UserError("temperature: texts of one call are all greedy (0) or none of them is")
+
+        def as_data(numbers: np.ndarray) -> jax.Array:
+            numbers = numbers.astype(np.float32)
+            return jax.device_put(numbers[0] if len(numbers) == 1 else numbers[:, None, None])
+
         return cls(
-            temperature=jax.device_put(np.float32(1.0 if greedy else temperature)),
+            temperature=as_data(np.ones_like(temperatures) if greedy else temperatures),
             # A nucleus of everything, as float32 sees it, is none.
-            top_p=None if top_p is None or np.float32(top_p) == 1 else jax.device_put(np.float32(top_p)),
+            top_p=None if (nuclei.astype(np.float32) == 1).all() else as_data(nuclei),
             greedy=greedy,
             top_k=top_k,
+        )
+
+    def for_rows(self, rows: int) -> "Draw":
+        """The same for more rows, if rows have numbers of their own; those that are added get the first."""
+
+        def padded(numbers: jax.Array) -> jax.Array:
+            if not numbers.ndim:
+                return numbers
+            return jax.device_put(np.concatenate([np.asarray(numbers), np.repeat(numbers[:1], rows - len(numbers), 0)]))
+
+        return dataclasses.replace(
+            self, temperature=padded(self.temperature), top_p=None if self.top_p is None else padded(self.top_p)
         )
 
     def __call__(self, key: jax.Array, logits_BSV: jax.Array) -> jax.Array:
         """Tokens [B, S] int32 from float32 logits.
 
         key: one for all rows, or [B], one for each row, whose tokens then do not depend on the other rows.
-        The Gumbel noise is the accurate one: plain float32 noise never reaches the tail and makes samples too cold.
         """
         if self.greedy:
             return jnp.argmax(logits_BSV, axis=-1).astype(jnp.int32)
+        # One draw of noise serves both of its steps: on CPU the generator costs by how often it runs.
+        return categorical(noise(key, logits_BSV.shape[:-1], logits_BSV.shape[-1]), self._kept(logits_BSV))
+
+    def law(self, logits_BSV: jax.Array) -> jax.Array:
+        """The log-probabilities [B, S, V] with which a call draws tokens."""
+        if self.greedy:
+            likeliest_BS1 = jnp.argmax(logits_BSV, axis=-1, keepdims=True)
+            return jnp.where(jnp.arange(logits_BSV.shape[-1]) == likeliest_BS1, 0.0, -jnp.inf)
+        return jax.nn.log_softmax(self._kept(logits_BSV), axis=-1)
+
+    def _kept(self, logits_BSV: jax.Array) -> jax.Array:
+        """Logits at this temperature, -inf at tokens that are cut off."""
         logits_BSV = logits_BSV / self.temperature
         if self.top_k is not None and self.top_k < logits_BSV.shape[-1]:
             kth_BS1 = jax.lax.top_k(logits_BSV, self.top_k)[0][..., -1:]
             logits_BSV = _likeliest(logits_BSV, kth_BS1, jnp.full_like(kth_BS1, self.top_k, jnp.int32))
         if self.top_p is not None:
             logits_BSV = _nucleus(logits_BSV, self.top_p)
-        return _categorical(key, logits_BSV)
+        return logits_BSV
 
 
 def _nucleus(logits_BSV: jax.Array, top_p: jax.Array) -> jax.Array:
@@ -72,7 +116,8 @@ def _nucleus(logits_BSV: jax.Array, top_p: jax.Array) -> jax.Array:
     """
     sorted_BSV = jnp.sort(logits_BSV, axis=-1)
     mass_BSV = jnp.cumsum(jax.nn.softmax(sorted_BSV, axis=-1), axis=-1)
-    kept_BSV = (mass_BSV > 1 - top_p).at[..., -1].set(True)
+    # A nucleus of everything, which one row of several may have, keeps tokens whose mass rounds to 0 too.
+    kept_BSV = ((mass_BSV > 1 - top_p) | (top_p >= 1)).at[..., -1].set(True)
     least_BS1 = jnp.min(jnp.where(kept_BSV, sorted_BSV, jnp.inf), axis=-1, keepdims=True)
     return _likeliest(logits_BSV, least_BS1, jnp.sum(kept_BSV, axis=-1, keepdims=True, dtype=jnp.int32))
 
@@ -88,24 +133,36 @@ def _likeliest(logits_BSV: jax.Array, least_BS1: jax.Array, count_BS1: jax.Array
     return jnp.where(kept_BSV, logits_BSV, -jnp.inf)
 
 
-def _categorical(key: jax.Array, logits_BSV: jax.Array) -> jax.Array:
-    """An exact draw in two steps: a group of 128 entries by its mass, and then an entry of the group.
+def noise(key: jax.Array, shape: tuple[int, ...], vocab: int, more: int = 0) -> jax.Array:
+    """Gumbel noise [B, ..., C + W + more] for a draw of `categorical` in each place of `shape` [B, ...].
 
-    P(group) P(entry | group) is the softmax. V / 128 + 128 noise values per token take the place of V, which would cost
-    as much as the network itself if that is small. A group without mass is -inf and never drawn.
+    key: one for all rows, or [B], one for each row, whose noise then does not depend on the other rows. more: how many
+    numbers there are beyond those that a draw uses. The noise is the accurate one: plain float32 noise never reaches
+    the tail and makes samples too cold.
     """
-    vocab = logits_BSV.shape[-1]
-    size = VOCAB_MULTIPLE if vocab % VOCAB_MULTIPLE == 0 else vocab
-    groups = vocab // size
+    groups, size = _groups(vocab)
+    if not key.ndim:
+        return jax.random.gumbel(key, (*shape, groups + size + more), mode="high")
+    each = (*shape[1:], groups + size + more)
+    return jax.vmap(lambda row_key: jax.random.gumbel(row_key, each, mode="high"))(key)
+
+
+def categorical(noise_BSN: jax.Array, logits_BSV: jax.Array) -> jax.Array:
+    """Tokens [B, S] int32 drawn from the softmax of logits with the `noise` of each draw.
+
+    An exact draw in two steps: a group of 128 entries by its mass, and then an entry of the group. P(group) P(entry |
+    group) is the softmax. V / 128 + 128 noise values per token take the place of V, which would cost as much as the
+    network itself if that is small. A group without mass is -inf and never drawn.
+    """
+    groups, size = _groups(logits_BSV.shape[-1])
     logits_BSCW = logits_BSV.reshape(*logits_BSV.shape[:-1], groups, size)
-    mass_BSC = jax.nn.logsumexp(logits_BSCW, axis=-1)
-    # One draw of noise serves both steps: on CPU the generator costs by how often it runs.
-    shape = (*logits_BSV.shape[:-1], groups + size)
-    if key.ndim:
-        noise = jax.vmap(lambda row_key: jax.random.gumbel(row_key, shape[1:], mode="high"))(key)
-    else:
-        noise = jax.random.gumbel(key, shape, mode="high")
-    group_BS = jnp.argmax(mass_BSC + noise[..., :groups], axis=-1)
+    group_BS = jnp.argmax(jax.nn.logsumexp(logits_BSCW, axis=-1) + noise_BSN[..., :groups], axis=-1)
     inside_BSW = jnp.take_along_axis(logits_BSCW, group_BS[..., None, None], axis=2)[:, :, 0]
-    entry_BS = jnp.argmax(inside_BSW + noise[..., groups:], axis=-1)
+    entry_BS = jnp.argmax(inside_BSW + noise_BSN[..., groups : groups + size], axis=-1)
     return (group_BS * size + entry_BS).astype(jnp.int32)
+
+
+def _groups(vocab: int) -> tuple[int, int]:
+    """Into how many groups `categorical` cuts a vocabulary, and how many entries each has."""
+    size = VOCAB_MULTIPLE if vocab % VOCAB_MULTIPLE == 0 else vocab
+    return vocab // size, size

@@ -2,9 +2,9 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal, TypedDict, Unpack, assert_never
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,81 +18,70 @@ from armd_jax.core.parameters import Params
 from armd_jax.core.sizes import activation_dtype
 from armd_jax.data.tokenizers import Tokenizer
 from armd_jax.errors import UserError
-from armd_jax.inference import denoise, likelihood, requests, schedule
-from armd_jax.inference import sampler as strided
+from armd_jax.inference import denoise, generation, likelihood, requests, schedule
+from armd_jax.inference.chosen import Chosen
+from armd_jax.inference.decoding import Decoding, Request, Weights
 from armd_jax.inference.draw import Draw
+from armd_jax.inference.generation import NO_END, Ends, Generation
+from armd_jax.inference.lossless import Lossless, fastest
 from armd_jax.inference.requests import Ids, PerRow
-from armd_jax.names import DenoisingSampler
+from armd_jax.inference.strided import Strided
+from armd_jax.names import DecodingMode, DenoisingSampler
 
-NO_END = -1  # in place of an end-of-text token, if there is none
+MAX_ENTROPY = 1.0  # nats
 
 # Each compiled as one program, and not as one for every shape of a parameter.
 _unstack = jax.jit(parameters.unstack)
 _in_panels = jax.jit(parameters.in_panels, static_argnums=(1, 2))
 
 
-@flax.struct.dataclass
-class Generation:
-    """What `LanguageModel.generate` returns. Arrays are at natural positions.
+class How(TypedDict, total=False):
+    """How `LanguageModel.generate` draws texts.
 
-    tokens_BN: int32.
-    log_prob_BN: float32, the model's log-probability of each token given all earlier blocks, at evidence positions too,
-        and 0 where there is no token (`call_BN` is -1). It is the model's own, before temperature and truncation, and
-        equal to `lm.log_prob(tokens_BN, order)` up to rounding, because a cache adds up the same numbers in another
-        order: measured differences are up to 3e-6 nats in float32 and up to 0.022 nats if activations are bfloat16 (the
-        default on accelerators). None for a denoiser, which gives no probability to a text.
-    order: the order that was used; None for a denoiser, whose calls `call_BN` tells.
-    num_calls: the number of function evaluations (NFE), that is of network calls that drew tokens. Evidence is read
-        before them, in calls of many tokens, which are not counted.
-    call_BN: int32, the number (from 1) of the call that made each token; 0 at evidence, -1 where no token was asked for
-        or made: behind the end of a shorter row, and in one stream behind an end-of-text.
-    end_B: int32, where each text ends: the position of the first end-of-text that was generated, and the row's length
-        if there is none. Tokens behind it are no part of the text.
+    prompt: token ids to begin with: [P] for all texts, or a list of ids for each.
+    evidence_BN: known ids, and -1 where to generate: [N] for all texts, or such a list for each.
+    max_new_tokens: instead of a length, how many tokens follow each prompt.
+    mode: "strided" (default): S streams side by side, at equal distances (paper section on SBP). "lossless": left to
+        right, with the probabilities of one stream, but several tokens per call if drafts of them prove right (see
+        `inference.lossless`). "confident": in each step the places whose entropy is at most `max_entropy`, and at least
+        one; a step takes two calls (see `inference.chosen`).
+    streams: S of the mode, 1 by default. Strided: R tokens are drawn by S + ceil(R / S) - 1 network calls. If a text
+        has fewer free places than S, it has as many streams as places. Lossless: S - 1 tokens at most are drafted;
+        "auto" takes the fastest S of a short run at the first use, which `Generation.streams` tells.
+        Confident: at most S tokens are drawn in a step.
+    starts: with mode strided, in place of `streams`: the free positions where streams begin, for all texts or for each;
+        "gaps": a stream for each gap. The first free position always begins one. A stream goes up to the next.
+    max_entropy: of mode confident, in nats; default: 1.
+    temperature: 0 takes the likeliest token. top_k, top_p: see `inference.draw`. Temperature and top_p may be one
+        number per text.
+    seed: a number, or one per text. With one number, text b has the b-th random numbers of it; a text with a seed of
+        its own is what `generate` with one text and this seed gives.
+    stop_at_end: whether the end-of-text token ends a text (see `Generation.end_B`); default: yes. If texts are written
+        left to right, as in one stream, nothing is drawn after it. With several streams, all places are drawn, and an
+        end inside a stream ends the text there, however good the streams behind it are.
+    end_bias: nats that are added to the logit of the end-of-text token in all streams but the last, where an end would
+        cut off what the others write; -inf bans it there. `log_prob_BN` stays the model's own.
+    stop: strings that end a text, if they occur in what is generated. Left to right, nothing more is drawn then.
+    sampler, steps: of a denoiser, see `inference.denoise`; by default first_hitting, and one step per token. All texts
+        have to know the same places.
     """
 
-    tokens_BN: np.ndarray
-    log_prob_BN: np.ndarray | None
-    order: Order | None
-    num_calls: int
-    call_BN: np.ndarray
-    end_B: np.ndarray
-
-
-def _lengths(known_BN: np.ndarray) -> np.ndarray:
-    """int32 [B]: how many positions each row has."""
-    return (known_BN != schedule.ABSENT).sum(axis=1).astype(np.int32)
-
-
-def _ends(tokens_BN: np.ndarray, known_BN: np.ndarray, end: int) -> np.ndarray:
-    """int32 [B]: the position of the first generated end-of-text of each row, or its length."""
-    ends_BN = (known_BN == schedule.FREE) & (tokens_BN == end)
-    return np.where(ends_BN.any(axis=1), ends_BN.argmax(axis=1), _lengths(known_BN)).astype(np.int32)
-
-
-def _generation(
-    known_BN: np.ndarray,
-    tokens_BN: np.ndarray,
-    log_prob_BN: np.ndarray,
-    order: Order,
-    call_BN: np.ndarray,
-    num_calls: int,
-    end: int,
-    streams: int,
-) -> Generation:
-    """What was generated, all at natural positions, with what the fields say at places where nothing was."""
-    end_B = _ends(tokens_BN, known_BN, end)
-    absent_BN = known_BN == schedule.ABSENT
-    if streams == 1:
-        # What an end in one stream left undrawn. With several streams, all places are drawn.
-        absent_BN = absent_BN | (known_BN == schedule.FREE) & (np.arange(known_BN.shape[1]) > end_B[:, None])
-    return Generation(
-        np.where(absent_BN, max(end, 0), tokens_BN).astype(np.int32),
-        np.where(absent_BN, np.float32(0), log_prob_BN),
-        order,
-        num_calls,
-        np.where(absent_BN, -1, call_BN),
-        end_B,
-    )
+    prompt: Ids | None
+    evidence_BN: Ids | None
+    max_new_tokens: PerRow | None
+    mode: DecodingMode
+    streams: int | Literal["auto"]
+    starts: Literal["gaps"] | Ids | None
+    max_entropy: float
+    temperature: float | Sequence[float]
+    top_k: int | None
+    top_p: float | Sequence[float] | None
+    seed: PerRow
+    stop_at_end: bool
+    end_bias: float
+    stop: str | Sequence[str]
+    sampler: DenoisingSampler | None
+    steps: int | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,12 +116,17 @@ class LanguageModel:
         """
         return {}
 
-    def _loop_params(self, rows: int) -> Params | None:
-        """Parameters in the layout for calls with this many rows of each stream; None: the ordinary layout."""
-        few = few_rows(2 * rows), few_rows(rows)
+    @functools.cached_property
+    def _fastest(self) -> dict[str, int]:
+        """What `lossless.fastest` found, by number of texts and how they are drawn."""
+        return {}
+
+    def _loop_params(self, rows: int, g_rows: int) -> Params:
+        """The layout for calls with so many rows in both streams together, and in stream G."""
+        few = few_rows(rows), few_rows(g_rows)
         in_float32 = activation_dtype(self.config) == jnp.float32
         if not (any(few) and in_float32 and jax.default_backend() == "cpu"):
-            return None
+            return self._layers
         if few not in self._panels:
             self._panels[few] = _in_panels(self.params, *few)
         return self._panels[few]
@@ -153,22 +147,7 @@ class LanguageModel:
         self._check_has_orders("log_prob")
         return self._score(likelihood.log_prob, tokens_BN, order)
 
-    def generate(
-        self,
-        batch: int | None = None,
-        length: PerRow | None = None,
-        streams: int = 1,
-        temperature: float = 1.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        prompt: Ids | None = None,
-        evidence_BN: Ids | None = None,
-        seed: PerRow = 0,
-        sampler: DenoisingSampler | None = None,
-        steps: int | None = None,
-        max_new_tokens: PerRow | None = None,
-        stop_at_end: bool = True,
-    ) -> Generation:
+    def generate(self, batch: int | None = None, length: PerRow | None = None, **how: Unpack[How]) -> Generation:
         """Samples a batch of texts, each of which may have a prompt, known places and a length of its own.
 
         The result of a row does not depend on the other rows, up to rounding. Sizes are rounded up to a few, so that
@@ -177,53 +156,109 @@ class LanguageModel:
         batch: number of texts; default: as many as the other arguments have rows.
         length: tokens of each text, with what is known; a number, or one per text. Default: that of `evidence_BN`, or
             the model's max_length.
-        streams: number of parallel streams S of an ARMD. R tokens are drawn by S + ceil(R / S) - 1 network calls. If a
-            text has fewer free places than S, it has as many streams as places.
-        temperature: 0 takes the likeliest token. top_k, top_p: see `inference.draw`.
-        prompt: token ids to begin with: [P] for all texts, or a list of ids for each.
-        evidence_BN: known ids, and -1 where to generate: [N] for all texts, or such a list for each.
-        seed: a number, or one per text. With one number, text b has the b-th random numbers of it; a text with a seed
-            of its own is what `generate` with one text and this seed gives.
-        sampler, steps: of a denoiser, see `inference.denoise`; by default first_hitting, and one step per token. All
-            texts have to know the same places.
-        max_new_tokens: instead of a length, how many tokens follow each prompt.
-        stop_at_end: whether the end-of-text token ends a text (see `Generation.end_B`); in one stream, nothing is drawn
-            after it.
+        how: see `How`.
         Raises UserError if the arguments do not fit one another.
         """
+        made = self._begin(batch, length, how)
+        return made if isinstance(made, Generation) else made.advance()
+
+    def generate_stream(
+        self, batch: int | None = None, length: PerRow | None = None, **how: Unpack[How]
+    ) -> Iterator[Generation]:
+        """What `generate` returns, after every network call: what there is then, with `call_BN` -1 at what is missing.
+
+        The last item is what `generate` returns. Tokens of the newest call are those whose `call_BN` is `num_calls`.
+        With a denoiser, whose calls are one program, there is one item. Whoever stops asking saves the calls that are
+        left. Raises UserError, before the first item, if the arguments do not fit one another.
+        """
+        made = self._begin(batch, length, how)
+
+        def items() -> Iterator[Generation]:
+            if isinstance(made, Generation):
+                yield made
+                return
+            while not made.finished:
+                yield made.advance(1)
+
+        return items()
+
+    def texts(self, made: Generation) -> list[str]:
+        """The text of every row up to its end, what was given included, without a stop string that ended it.
+
+        Raises UserError if the model has no tokenizer.
+        """
+        if self.tokenizer is None:
+            raise UserError("texts: this model has no tokenizer")
+        return generation.texts(made, self.tokenizer)
+
+    def _begin(self, batch: int | None, length: PerRow | None, how: How) -> Generation | Decoding[Any]:
+        """Texts to be written call by call, or whole ones if there is nothing to write or a denoiser writes them."""
         config = self.config
-        draw = Draw.make(temperature, top_k, top_p)
-        asked = (batch, length, prompt, evidence_BN, max_new_tokens, seed)
+        if unknown := set(how) - How.__annotations__.keys():
+            raise TypeError(f"generate() has no argument {sorted(unknown)[0]!r}")
+        draw = Draw.make(how.get("temperature", 1.0), how.get("top_k"), how.get("top_p"))
+        seed, mode, streams = how.get("seed", 0), how.get("mode", "strided"), how.get("streams", 1)
+        asked = (batch, length, how.get("prompt"), how.get("evidence_BN"), how.get("max_new_tokens"), seed)
         known_BN = requests.known_rows(config.max_length, config.vocab_size, *asked)
+        requests.check_rows(draw, len(known_BN))
         seed_B, stream_B = requests.seeds(seed, len(known_BN))
-        end = self.tokenizer.end_of_text if stop_at_end and self.tokenizer is not None else NO_END
+        ends = self._ends(how)
         if not config.has_orders:
             if streams != 1:
                 raise UserError(f"streams={streams}: a denoiser has no streams; choose sampler and steps instead")
             if np.ndim(seed):
                 raise UserError("seed: a denoiser (model.kind) takes one number for all texts")
-            return self._denoise(known_BN, draw, int(seed_B[0]), sampler or "first_hitting", steps, end)
-        if sampler is not None or steps is not None:
+            sampler = how.get("sampler") or "first_hitting"
+            return self._denoise(known_BN, draw, int(seed_B[0]), sampler, how.get("steps"), ends)
+        if how.get("sampler") is not None or how.get("steps") is not None:
             raise UserError("sampler and steps belong to a denoiser (model.kind); choose streams instead")
-        if streams < 1:
+        typed.check_choice(DecodingMode, mode, "mode")
+        if streams != "auto" and streams < 1:
             raise UserError(f"streams={streams}: must be at least 1")
-        order, call_BN = schedule.order_of(known_BN, streams)
-        if not call_BN.any():  # nothing to generate: no call, only the score that every position is promised
+        if streams == "auto" and mode != "lossless":
+            raise UserError("streams='auto': belongs to mode='lossless'; other modes write other texts with other S")
+        if not (known_BN == schedule.FREE).any():  # no call, only the score that every position is promised
+            order, call_BN = schedule.order_of(known_BN, 1)
             tokens_BN = np.maximum(known_BN, 0).astype(np.int32)
+            call_BN = np.where(known_BN == schedule.ABSENT, -1, call_BN)
             log_prob_BN = np.asarray(self.log_prob(tokens_BN, order))
-            return _generation(known_BN, tokens_BN, log_prob_BN, order, call_BN, 0, end, streams)
-        plan = schedule.strided(known_BN, streams, config.max_length)
-        rows = len(plan.first_B)
-        pad = (0, rows - len(known_BN))
-        state = strided.begin(self._layers, config, plan, np.pad(seed_B, pad), np.pad(stream_B, pad))
-        loop_params = self._loop_params(rows * streams) or self._layers
-        state = strided.advance(loop_params, config, plan, state, draw, np.int32(end), plan.num_calls)
-        batch, length = known_BN.shape
-        index_BN = np.minimum(np.asarray(plan.index_BW)[:batch, :length], plan.context_BT.shape[1] - 1)
-        tokens_BN, log_prob_BN = (
-            np.take_along_axis(np.asarray(a)[:batch], index_BN, axis=1) for a in (state.context_BT, state.log_prob_BT)
-        )
-        return _generation(known_BN, tokens_BN, log_prob_BN, order, call_BN, int(state.call), end, streams)
+            return generation.collect(known_BN, tokens_BN, log_prob_BN, order, call_BN, 0, ends, in_order=True)
+        weights = Weights(self._layers, self._loop_params)
+        bias, max_entropy = how.get("end_bias", 0.0), how.get("max_entropy", MAX_ENTROPY)
+        number = 1 if streams == "auto" else streams
+        request = Request(known_BN, seed_B, stream_B, number, draw, ends, bias, max_entropy)
+        if streams == "auto":
+            # The speed depends on how many texts there are, and on how often drafts are kept.
+            case = f"{schedule.round_up(len(known_BN))} {jax.device_get(draw)}"
+            if case not in self._fastest:
+                self._fastest[case] = fastest(weights, config, request)
+            request = dataclasses.replace(request, streams=self._fastest[case])
+        starts = how.get("starts")
+        if starts is not None and (mode != "strided" or "streams" in how):
+            raise UserError("starts: belongs to mode='strided', in place of a number of streams")
+        match mode:
+            case "strided" if starts is not None:
+                places_BCS = schedule.blocks_from_starts(known_BN, requests.stream_starts(known_BN, starts))
+                return Chosen(weights, config, request, places_BCS)
+            case "strided":
+                return Strided(weights, config, request)
+            case "lossless":
+                return Lossless(weights, config, request)
+            case "confident":
+                return Chosen(weights, config, request)
+            case _:
+                assert_never(mode)
+
+    def _ends(self, how: How) -> Ends:
+        """What ends a text."""
+        stop = how.get("stop", ())
+        stop = (stop,) if isinstance(stop, str) else tuple(stop)
+        if stop and self.tokenizer is None:
+            raise UserError("stop: this model has no tokenizer, so that there is no text to look for it")
+        if not all(stop):
+            raise UserError("stop: an empty text would end every text")
+        stops_at_end = how.get("stop_at_end", True) and self.tokenizer is not None
+        return Ends(self.tokenizer.end_of_text if stops_at_end and self.tokenizer else NO_END, stop, self.tokenizer)
 
     def _denoise(
         self,
@@ -232,7 +267,7 @@ class LanguageModel:
         seed: int,
         sampler: DenoisingSampler,
         steps: int | None,
-        end: int,
+        ends: Ends,
     ) -> Generation:
         typed.check_choice(DenoisingSampler, sampler, "sampler")
         known_N = known_BN[0] >= 0
@@ -241,7 +276,8 @@ class LanguageModel:
         tokens_BN = np.maximum(known_BN, 0).astype(np.int32)
         key = jax.random.key(seed)
         out = denoise.generate(self._layers, self.config, key, tokens_BN, known_N, draw, sampler, steps)
-        return Generation(out.tokens_BN, None, None, out.num_calls, out.call_BN, _ends(out.tokens_BN, known_BN, end))
+        made = out.tokens_BN, None, None, out.call_BN, out.num_calls
+        return generation.collect(known_BN, *made, ends, in_order=False)
 
     def _check_has_orders(self, what: str) -> None:
         if not self.config.has_orders:

@@ -1,11 +1,12 @@
 """What a user asks to be written: rows of known ids and of places to fill, checked."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from armd_jax.errors import UserError
+from armd_jax.inference.draw import Draw
 from armd_jax.inference.schedule import ABSENT, FREE
 
 Ids = Sequence[int] | Sequence[Sequence[int]] | np.ndarray
@@ -62,6 +63,35 @@ def seeds(seed: PerRow, rows: int) -> tuple[np.ndarray, np.ndarray]:
         raise UserError(f"seed={given.min() if (given < 0).any() else given.max()}: must be in [0, 2**31)")
     numbers = np.arange(rows) if np.ndim(seed) == 0 else np.zeros(rows)
     return np.broadcast_to(given, (rows,)).astype(np.int32), numbers.astype(np.int32)
+
+
+def stream_starts(known_BN: np.ndarray, starts: Literal["gaps"] | Ids) -> list[np.ndarray]:
+    """The free places of each row at which streams begin. Raises UserError if a place is not free.
+
+    starts: "gaps": the first free place of each gap; or natural positions, for all texts or for each.
+    """
+    if isinstance(starts, str):
+        if starts != "gaps":
+            raise UserError(f'starts={starts!r}: expected positions, or "gaps"')
+        free_BN = known_BN == FREE
+        begins_BN = free_BN.copy()
+        begins_BN[:, 1:] &= ~free_BN[:, :-1]
+        return [np.flatnonzero(begins_N) for begins_N in begins_BN]
+    rows = _rows("starts", starts, low=0, high=known_BN.shape[1])
+    rows = rows * len(known_BN) if len(rows) == 1 else rows
+    if len(rows) != len(known_BN):
+        raise UserError(f"starts: {len(rows)} lists were given for {len(known_BN)} texts")
+    for known_N, places in zip(known_BN, rows, strict=True):
+        if wrong := [place for place in places.tolist() if known_N[place] != FREE]:
+            raise UserError(f"starts: position {wrong[0]} is not free")
+    return rows
+
+
+def check_rows(draw: Draw, rows: int) -> None:
+    """Raises UserError if temperature or top_p has numbers for another number of texts."""
+    for name, numbers in (("temperature", draw.temperature), ("top_p", draw.top_p)):
+        if numbers is not None and numbers.ndim and len(numbers) != rows:
+            raise UserError(f"{name}: {len(numbers)} numbers were given for {rows} texts")
 
 
 def _lengths(

@@ -18,6 +18,7 @@ import functools
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from armd_jax.config import ModelConfig
 from armd_jax.core import cache as caches
@@ -29,9 +30,27 @@ from armd_jax.core.sizes import activation_dtype
 from armd_jax.inference.draw import Draw
 from armd_jax.inference.schedule import Schedule
 
-# Evidence tokens that one network call reads. Fewer would make poor use of a processor, more would waste a last chunk.
-_CHUNK = {"cpu": 32}
-_CHUNK_OF_ACCELERATORS = 128
+# Evidence tokens that one network call reads: the first of these that holds all of it, or the last. Fewer would make
+# poor use of a processor, more would waste a last chunk.
+_CHUNKS = {"cpu": (8, 32)}
+_CHUNKS_OF_ACCELERATORS = (128,)
+
+
+@flax.struct.dataclass
+class Ending:
+    """What is special about the end-of-text token.
+
+    token: int32 scalar; -1: there is none. With one stream, a row that draws it is complete.
+    bias: float32 scalar, added to its logit in all streams but the last of a row; -inf: they never draw it.
+    """
+
+    token: jax.Array
+    bias: jax.Array
+
+    @classmethod
+    def make(cls, token: int = -1, bias: float = 0.0) -> "Ending":
+        """From plain numbers."""
+        return cls(*jax.device_put((np.int32(token), np.float32(bias))))
 
 
 @flax.struct.dataclass
@@ -51,14 +70,26 @@ class SamplingState:
     key_B: jax.Array
 
 
-@functools.partial(jax.jit, static_argnames="config")
-def begin(params: Params, config: ModelConfig, plan: Schedule, seed_B: jax.Array, stream_B: jax.Array) -> SamplingState:
-    """Reads the evidence of all rows, in chunks.
+def start(
+    params: Params, config: ModelConfig, plan: Schedule, seed_B: np.ndarray, stream_B: np.ndarray
+) -> SamplingState:
+    """What `begin` returns, for a plan with rows to spare. seed_B, stream_B: int32, of the texts that are asked for."""
+    rows, capacity = plan.context_BT.shape
+    pad = (0, rows - len(seed_B))
+    chunks = _CHUNKS.get(jax.default_backend(), _CHUNKS_OF_ACCELERATORS)
+    size = next((size for size in chunks if size >= int(plan.num_evidence)), chunks[-1])
+    return begin(params, config, plan, np.pad(seed_B, pad), np.pad(stream_B, pad), min(size, capacity - 1))
+
+
+@functools.partial(jax.jit, static_argnames=("config", "size"))
+def begin(
+    params: Params, config: ModelConfig, plan: Schedule, seed_B: jax.Array, stream_B: jax.Array, size: int
+) -> SamplingState:
+    """Reads the evidence of all rows, in chunks of `size` tokens, which is less than the capacity.
 
     params: `unstack`ed. seed_B, stream_B: int32, what the random numbers of each row are made from.
     """
     batch, capacity = plan.context_BT.shape
-    size = min(_CHUNK.get(jax.default_backend(), _CHUNK_OF_ACCELERATORS), capacity - 1)
     state = SamplingState(
         cache=caches.empty(config, activation_dtype(config), batch, capacity),
         context_BT=plan.context_BT,
@@ -81,20 +112,19 @@ def advance(
     plan: Schedule,
     state: SamplingState,
     draw: Draw,
-    end: jax.Array,
+    ending: Ending,
     until: jax.Array,
 ) -> SamplingState:
     """Draws tokens until every row is complete, or `until` calls (int32 scalar) have drawn some.
 
     params: `unstack`ed, and possibly `parameters.in_panels`, because the calls have few rows.
-    end: int32 scalar, the end-of-text token. With one stream, a row that draws it is complete. -1: there is none.
     """
 
     def unfinished(state: SamplingState) -> jax.Array:
         going_on_B = ~state.ended_B & (state.call < plan.free_B)
         return (state.call < jnp.minimum(plan.num_calls, until)) & jnp.any(going_on_B)
 
-    return jax.lax.while_loop(unfinished, lambda state: draw_block(params, config, plan, state, draw, end), state)
+    return jax.lax.while_loop(unfinished, lambda state: draw_block(params, config, plan, state, draw, ending), state)
 
 
 def _take(a_BT: jax.Array, start: jax.Array, size: int) -> jax.Array:
@@ -162,7 +192,7 @@ def _block(plan: Schedule, call: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def draw_block(
-    params: Params, config: ModelConfig, plan: Schedule, state: SamplingState, draw: Draw, end: jax.Array
+    params: Params, config: ModelConfig, plan: Schedule, state: SamplingState, draw: Draw, ending: Ending
 ) -> SamplingState:
     """The block of the call before as X rows, and the next block, which is drawn, as G rows."""
     batch, streams = plan.context_BT.shape[0], plan.streams
@@ -196,10 +226,10 @@ def draw_block(
     assert cache is not None
     logits_BSV = network.head_logits(params, config, h_BSD)
     key_B = jax.vmap(jax.random.fold_in, (0, None))(state.key_B, state.call)
-    tokens_BS = draw(key_B, logits_BSV)
+    tokens_BS = draw(key_B, _without_inner_ends(plan, state.call, logits_BSV, ending))
     chosen_BS = jnp.take_along_axis(logits_BSV, tokens_BS[..., None], axis=-1)[..., 0]
     log_prob_BS = chosen_BS - jax.nn.logsumexp(logits_BSV, axis=-1)
-    ended_B = jnp.any(g_valid_BS & (tokens_BS == end), axis=1) if streams == 1 else False
+    ended_B = jnp.any(g_valid_BS & (tokens_BS == ending.token), axis=1) if streams == 1 else False
     return dataclasses.replace(
         state,
         cache=cache,
@@ -208,3 +238,14 @@ def draw_block(
         call=state.call + 1,
         ended_B=state.ended_B | ended_B,
     )
+
+
+def _without_inner_ends(plan: Schedule, call: jax.Array, logits_BSV: jax.Array, ending: Ending) -> jax.Array:
+    """The logits of a block, with the bias of the end-of-text token in all streams but the last."""
+    streams = plan.streams
+    if streams == 1:
+        return logits_BSV
+    stream_S = jnp.where(call < streams, call, jnp.arange(streams))
+    inner_BS1 = (stream_S < jnp.minimum(plan.free_B, streams)[:, None] - 1)[..., None]
+    at_end_V = jnp.arange(logits_BSV.shape[-1]) == ending.token
+    return logits_BSV + jnp.where(inner_BS1 & at_end_V, ending.bias, 0)

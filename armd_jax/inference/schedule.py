@@ -56,22 +56,23 @@ def round_up(size: int, largest: int | None = None) -> int:
     return min(rounded, largest) if largest is not None and size <= largest else rounded
 
 
-def strided(known_BN: np.ndarray, streams: int, max_length: int, rows: int | None = None) -> Schedule:
+def strided(
+    known_BN: np.ndarray, streams: int, max_length: int, rows: int | None = None, spare: int | None = None
+) -> Schedule:
     """The schedule of strided block-parallel sampling (paper section on SBP).
 
     known_BN: int, at natural positions: known ids, FREE where to generate, ABSENT behind the end of a row. A row with
     fewer free positions than streams has as many streams as positions.
     rows: of the layout, at least as many as there are texts; default: rounded up.
+    spare: how many indices there are behind the last token; default: S.
     """
     batch = len(known_BN)
     evidence_B, free_B = (known_BN >= 0).sum(axis=1), (known_BN == FREE).sum(axis=1)
     num_evidence, num_free = int(evidence_B.max()), int(free_B.max())
     rows = round_up(batch) if rows is None else rows
-    # Powers of two alone: what a context has to spare costs little, because only attention reads it.
-    width = max(_SHORTEST, 1 << (num_evidence + num_free - 1).bit_length())
-    if num_evidence + num_free <= max_length:
-        width = min(width, max_length)
-    capacity = width + streams  # a block of S can be cut out wherever a shorter last block begins
+    width = width_of(known_BN, max_length)
+    # By default, a block of S can be cut out wherever a shorter last block begins.
+    capacity = width + (streams if spare is None else spare)
     context_BT = np.zeros((rows, capacity), np.int32)
     positions_BT = np.zeros((rows, capacity), np.int32)
     index_BW = np.full((rows, width), capacity, np.int32)
@@ -91,6 +92,19 @@ def strided(known_BN: np.ndarray, streams: int, max_length: int, rows: int | Non
     arrays |= dict(first_B=first_B, free_B=free_B, num_evidence=np.int32(num_evidence), num_calls=calls)
     # Unlike `jnp.asarray`, this compiles nothing for a shape that is new.
     return Schedule(**jax.device_put(arrays), streams=streams)
+
+
+def width_of(known_BN: np.ndarray, max_length: int) -> int:
+    """How many tokens the context of `strided` has room for."""
+    tokens = int((known_BN >= 0).sum(axis=1).max()) + int((known_BN == FREE).sum(axis=1).max())
+    # Powers of two alone: what a context has to spare costs little, because only attention reads it.
+    width = max(_SHORTEST, 1 << (tokens - 1).bit_length())
+    return min(width, max_length) if tokens <= max_length else width
+
+
+def lengths(known_BN: np.ndarray) -> np.ndarray:
+    """int [B]: how many positions each row has."""
+    return (known_BN != ABSENT).sum(axis=1)
 
 
 def _alike(known_BN: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -143,6 +157,51 @@ def order_of(known_BN: np.ndarray, streams: int) -> tuple[Order, np.ndarray]:
         block_BN[at] = len(places) + ids
         call_BN[np.ix_(at, in_order[len(places) :])] = block
     return _order(positions_BN, block_BN, np.ones((batch, length), np.float32)), call_BN
+
+
+def order_of_calls(known_BN: np.ndarray, call_BN: np.ndarray) -> Order:
+    """The order in which calls made the tokens of a batch: those of one call are a block.
+
+    call_BN: int, at natural positions, as in `Generation.call_BN`. Evidence comes first, one token per block; what has
+    not been made and what is behind the end of a row come last, likewise.
+    """
+    last = np.iinfo(np.int64).max
+    time_BN = np.where(call_BN < 0, last, call_BN)
+    positions_BN = np.argsort(time_BN, axis=1, kind="stable")
+    time_BN = np.take_along_axis(time_BN, positions_BN, axis=1)
+    alone_BN = (time_BN == 0) | (time_BN == last)
+    starts_BN = alone_BN.copy()
+    starts_BN[:, 0] = True
+    starts_BN[:, 1:] |= time_BN[:, 1:] != time_BN[:, :-1]
+    return _order(
+        positions_BN.astype(np.int32),
+        np.cumsum(starts_BN, axis=1).astype(np.int32),
+        np.ones(known_BN.shape, np.float32),
+    )
+
+
+def blocks_from_starts(known_BN: np.ndarray, starts: list[np.ndarray]) -> np.ndarray:
+    """Places [B, C, S] int32 of every block, then -1, of streams that begin at given free places of each row.
+
+    The heads come first, one by one, and then the second tokens of all streams, the third, and so on, as far as each
+    stream goes: up to the next start. The first free place begins a stream too.
+    """
+    rows = []
+    for known_N, heads in zip(known_BN, starts, strict=True):
+        free = np.flatnonzero(known_N == FREE)
+        cuts = np.searchsorted(free, np.union1d(heads, free[:1]))
+        streams = np.split(free, cuts[1:]) if len(free) else []
+        depth = max(map(len, streams), default=1)
+        rows.append(
+            [[stream[0]] for stream in streams]
+            + [[stream[place] for stream in streams if len(stream) > place] for place in range(1, depth)]
+        )
+    calls, most = max(map(len, rows)), max(max(map(len, blocks), default=1) for blocks in rows)
+    places_BCS = np.full((len(rows), round_up(calls), most), -1, np.int32)
+    for row, blocks in enumerate(rows):
+        for call, block in enumerate(blocks):
+            places_BCS[row, call, : len(block)] = block
+    return places_BCS
 
 
 def pad(order: Order, rows: int, width: int) -> Order:

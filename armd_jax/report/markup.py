@@ -36,6 +36,23 @@ th:first-child, td:first-child { text-align: left; white-space: normal; min-widt
 .legend { display: flex; align-items: center; gap: .5rem; flex-wrap: wrap; font-size: .9rem; margin: .3rem 0; }
 .legend i { display: inline-block; width: 9rem; height: .9rem; border-radius: .2rem; }
 .legend i.given { width: .9rem; }
+.replay { margin: 1rem 0; padding: .2rem .9rem; border: 1px solid #ccc; border-radius: .5rem; }
+.replay h3 { margin-top: .6rem; }
+.controls { display: flex; flex-wrap: wrap; align-items: center; gap: .5rem .9rem; margin: .6rem 0; }
+.controls label { display: flex; align-items: center; gap: .4rem; max-width: 100%; }
+.controls button, .controls select { font: inherit; min-height: 2.2rem; min-width: 0; padding: .1rem .7rem; }
+#replay-play { min-width: 5.5rem; }
+.controls .calls { flex: 1 1 14rem; }
+.calls input { display: block; width: 100%; margin: 0; accent-color: #0072b2; }
+.calls i { display: block; height: .5rem; margin: .2rem .5rem 0; border-radius: .2rem; }
+.count { display: block; margin: .3rem 0; font-variant-numeric: tabular-nums; }
+.replay :focus-visible { outline: 3px solid #0072b2; outline-offset: 2px; }
+.replayed { overflow: hidden; }
+.replayed span { forced-color-adjust: none; border-radius: .1rem; }
+.replayed .pending { color: transparent; background: #f1f1f1; box-shadow: inset -1px 0 #fff; user-select: none; }
+.replayed .fresh { outline: 2px solid #d55e00; }
+@media (prefers-reduced-motion: no-preference) { .replayed span { transition: background-color .15s; } }
+@media print { .replay { display: none; } }
 code, pre { font: .86rem/1.45 ui-monospace, Menlo, "DejaVu Sans Mono", monospace; overflow-wrap: anywhere; }
 pre { overflow-x: auto; }
 """
@@ -112,17 +129,27 @@ def sample_text(sample: Sample) -> str:
     """The text of a sample, every token on the colour of its network call, or plain if its calls are not known."""
     if not has_calls(sample):
         return f'<div class="text">{html.escape(sample.text)}</div>'
-    total = max(sample.num_calls, *sample.calls)
+    total = last_call(sample)
     spans = []
     for piece, call in zip(sample.pieces, sample.calls, strict=True):
         color = call_color(call, total)
         title = f"call {call} of {total}" if call else "given as prompt"
         style = f"background:{color};color:{ink_on(color)}"
         spans.append(f'<span style="{style}" title="{title}">{html.escape(piece)}</span>')
-    stops = ",".join(call_color(1 + round(i / 8 * (total - 1)), total) for i in range(9))
     given = f'<i class="given" style="background:{GIVEN}"></i> given' if 0 in sample.calls else ""
-    legend = f'call 1 <i style="background:linear-gradient(to right,{stops})"></i> call {total} {given}'
+    legend = f'call 1 <i style="background:{gradient(total)}"></i> call {total} {given}'
     return f'<div class="legend">{legend}</div><div class="text">{"".join(spans)}</div>'
+
+
+def gradient(num_calls: int) -> str:
+    """The colours of all calls from the first to the last, as a background of CSS."""
+    stops = ",".join(call_color(1 + round(i / 8 * (num_calls - 1)), num_calls) for i in range(9))
+    return f"linear-gradient(to right,{stops})"
+
+
+def last_call(sample: Sample) -> int:
+    """The number of the last network call, of a sample whose calls are known."""
+    return max(sample.num_calls, *sample.calls)
 
 
 def has_calls(sample: Sample) -> bool:

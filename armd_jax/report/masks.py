@@ -7,20 +7,20 @@ import jax
 import numpy as np
 
 from armd_jax import typed
-from armd_jax.config import OrderConfig
 from armd_jax.core import block_mask, curriculum
 from armd_jax.core import order as orders
 from armd_jax.core.order import Order
 from armd_jax.names import OrderKind
+from armd_jax.order_config import OrderConfig
 from armd_jax.report.style import BLUE, FAINT, ORANGE, new_figure, png, styled
 
 if TYPE_CHECKING:
     from matplotlib.figure import SubFigure
 
 _LENGTH = 8
-_SEED = 16  # chosen so that all four shuffled tokens move, and the blocks of masked diffusion differ in size
+_SEED = 16  # chosen so that all four shuffled tokens move, and blocks that are drawn differ in size
 # Drawn at step 1 of 2, where the curriculum is at its end.
-_SMALL = {"ar_steps": 0, "permute_steps": 1, "max_permuted": 4, "streams": (2,), "diffusion_steps": 4}
+_SMALL = {"ar_steps": 0, "permute_steps": 1, "max_permuted": 4, "streams": (2,), "diffusion_steps": 4, "max_block": 3}
 _EVIDENCE = (2, 5)
 
 

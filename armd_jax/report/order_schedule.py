@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import string
+from collections.abc import Iterable
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ from armd_jax.config import Config
 from armd_jax.core import curriculum
 from armd_jax.core.curriculum import Phase
 from armd_jax.core.order import Order
+from armd_jax.order_config import mixture
 from armd_jax.report import phases as bands
 from armd_jax.report.style import BLUE, VERMILLION, new_figure, png, styled
 from armd_jax.training import step as training_step
@@ -97,23 +99,40 @@ def picture(config: Config) -> bytes:
 
 
 def _examples(config: Config, phases: tuple[Phase, ...]) -> list[_Example]:
-    """Orders worth seeing, as training draws them, by step."""
-    draw = jax.jit(lambda step: training_step.draw_task(config, step, config.model.max_length))
+    """Orders worth seeing, as training draws them, by step: some of every phase, and one of each kind that is mixed in.
 
-    def example(phase: Phase, fraction: float) -> _Example:
-        step = phase.first + int(fraction * (phase.end - phase.first))
+    A phase has none if it is so short that all its steps draw kinds that are mixed in.
+    """
+    draw = jax.jit(lambda step: training_step.draw_task(config, step, config.model.max_length))
+    total, mixed = config.training.num_steps, mixture(config.order)
+    part = lambda step: curriculum.part_of_step(config.order, training_step.task_key(config, step))  # noqa: E731
+    parts = np.asarray(jax.jit(jax.vmap(part))(jnp.arange(total))) if mixed else np.zeros(total, np.int32)
+
+    def example(name: str, steps: np.ndarray, wanted: int) -> _Example:
+        step = int(steps[np.argmin(np.abs(steps - wanted))])
         drawn = draw(step)
         assert isinstance(drawn, Order)  # a model without orders has no such picture
-        return _Example(phase.name, step, np.asarray(drawn.positions_BN[0]), np.asarray(drawn.block_BN[0]))
+        return _Example(name, step, np.asarray(drawn.positions_BN[0]), np.asarray(drawn.block_BN[0]))
 
     examples: list[_Example] = []
     for phase in phases:
-        drawn = [example(phase, fraction) for fraction in np.linspace(0.1, 0.9, 9)]
+        steps = phase.first + np.flatnonzero(parts[phase.first : phase.end] == 0)
+        if not len(steps):
+            continue
+        drawn = [example(phase.name, steps, step) for step in _steps_at(phase, np.linspace(0.1, 0.9, 9))]
         by_blocks = {one.num_blocks: one for one in reversed(drawn)}
         if len(by_blocks) > 1:  # blocks change from step to step, as the number of streams does: show some that differ
-            kept = [by_blocks[number] for number in sorted(by_blocks)[: 2 if len(phases) > 1 else 3]]
+            examples += [by_blocks[number] for number in sorted(by_blocks)[: 2 if len(phases) > 1 else 3]]
         else:
-            moments = [example(phase, fraction) for fraction in _MOMENTS.get(phase.name, (0.1, 0.4, 0.7))]
-            kept = list({one.positions.tobytes(): one for one in reversed(moments)}.values())  # no order twice
-        examples += sorted(kept, key=lambda one: one.step)
-    return examples
+            fractions = _MOMENTS.get(phase.name, (0.1, 0.4, 0.7))
+            moments = [example(phase.name, steps, step) for step in _steps_at(phase, fractions)]
+            examples += {one.positions.tobytes(): one for one in reversed(moments)}.values()  # no order twice
+    for number, (kind, _) in enumerate(mixed, start=1):
+        steps = np.flatnonzero(parts == number)
+        if len(steps):
+            examples.append(example(kind.replace("_", " "), steps, number * total // (len(mixed) + 1)))
+    return sorted(examples, key=lambda one: one.step)
+
+
+def _steps_at(phase: Phase, fractions: Iterable[float]) -> list[int]:
+    return [phase.first + int(fraction * (phase.end - phase.first)) for fraction in fractions]

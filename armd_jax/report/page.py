@@ -18,7 +18,7 @@ from armd_jax.core import task as tasks
 from armd_jax.errors import UserError
 from armd_jax.evaluation import results
 from armd_jax.evaluation.results import Evaluation, Sample, Samples
-from armd_jax.report import bars, loss_curve, markup, masks, order_schedule, sample_text
+from armd_jax.report import bars, loss_curve, markup, masks, order_schedule, replay, sample_text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,7 +121,8 @@ def _headline(evaluation: Evaluation | None, drawn: Samples | None, where: str) 
             cards.append((bits, "bits per byte, expected over random orders"))
         perplexity = None if score is None else score.perplexity_per_token
         cards.append((results.formatted(perplexity, 2), f"perplexity per token, {way}" + ("" if exact else " (bound)")))
-    rates = {sample.streams: sample.tokens_per_second for sample in _timed(drawn) if sample.streams is not None}
+    strided = [sample for sample in _timed(drawn) if sample.mode is None]
+    rates = {sample.streams: sample.tokens_per_second for sample in strided if sample.streams is not None}
     if 1 in rates and len(rates) > 1:
         most = max(rates)
         cards.append((f"×{rates[most] / rates[1]:.2f}", f"tokens per second, {most} streams compared with 1"))
@@ -222,12 +223,10 @@ def _samples(drawn: Samples | None, where: str) -> _Section:
             f" {together} Touch a token or point at it to read the number of its call."
         ),
     ]
-    for sample in sorted(drawn.samples, key=lambda sample: sample.way):
-        calls = f" in {sample.num_calls:,} network calls" if sample.num_calls else ""
-        way = sample.label
-        if sample.streams is not None:
-            way = f"{sample.streams} stream{'s' if sample.streams != 1 else ''}"
-        parts.append(markup.subheading(way + calls) + markup.sample_text(sample))
+    named = [(_way(sample), sample) for sample in sorted(drawn.samples, key=lambda sample: sample.way)]
+    parts.append(replay.panel(named))
+    for name, sample in named:
+        parts.append(markup.subheading(name) + markup.sample_text(sample))
     settings = {"temperature": drawn.temperature, "top-k": drawn.top_k, "top-p": drawn.top_p, "seed": drawn.seed}
     facts = ", ".join(f"{name} {value}" for name, value in settings.items() if value is not None)
     coloured = [sample for sample in drawn.samples if markup.has_calls(sample)]
@@ -238,6 +237,15 @@ def _samples(drawn: Samples | None, where: str) -> _Section:
         each = "number of streams" if in_streams else "sampler and number of steps"
         parts.append(markup.note(f"The file samples.png shows the first text of each {each}."))
     return _Section("".join(parts), pictures)
+
+
+def _way(sample: Sample) -> str:
+    """How a sample was written, in words."""
+    calls = f" in {sample.num_calls:,} network calls" if sample.num_calls else ""
+    if sample.streams is None:
+        return sample.label + calls
+    mode = "" if sample.mode is None else f"{sample.mode}, "
+    return f"{mode}{sample.streams} stream{'s' if sample.streams != 1 else ''}{calls}"
 
 
 def _training(rows: Sequence[dict[str, Any]], config: Config, where: str) -> _Section:

@@ -7,12 +7,13 @@ from typing import assert_never
 import jax
 from jax.sharding import Mesh, PartitionSpec
 
-from armd_jax.config import Config, block_patterns
-from armd_jax.core import objective
+from armd_jax.config import Config
+from armd_jax.core import curriculum, objective
 from armd_jax.core.context import Attend, Context, LayerGroup
 from armd_jax.core.sizes import padded_vocab
 from armd_jax.errors import UserError
 from armd_jax.names import GpuKernel, TpuKernel
+from armd_jax.order_config import block_patterns
 from armd_jax.training import sharding
 
 
@@ -38,9 +39,10 @@ def for_evaluation(config: Config, mesh: Mesh) -> Placement:
     """The placement of evaluation steps, which take a batch at once.
 
     Text is scored left to right with padding behind everything else, so that every block is one token, or under blocks
-    that are drawn if the model was trained on such. Without orders, the lengths of the rows are data.
+    that are drawn if those bound the likelihood. Without orders, the lengths of the rows are data.
     """
-    patterns = None if not config.model.has_orders or block_patterns(config.order) is None else (1,)
+    exact = config.model.has_orders and curriculum.bounding_order(config.order) is None
+    patterns = (1,) if exact else None
     # Without accumulation, so that the chunks of logits are not sized for a microbatch.
     training = dataclasses.replace(config.training, microbatches=1)
     return _place(dataclasses.replace(config, training=training), mesh, patterns)

@@ -29,10 +29,14 @@ def _key(config: Config, purpose: int, step: jax.Array) -> jax.Array:
     return jax.random.fold_in(jax.random.fold_in(jax.random.key(config.training.seed), purpose), step)
 
 
+def task_key(config: Config, step: jax.Array | int) -> jax.Array:
+    """The key that the order or corruption of a step is drawn with."""
+    return _key(config, _TASK, jnp.asarray(step))
+
+
 def draw_task(config: Config, step: jax.Array | int, length: int) -> Task:
     """The order or corruption of the whole global batch at a step: a pure function of (seed, step)."""
-    key = _key(config, _TASK, jnp.asarray(step))
-    return tasks.of(config).draw(key, jnp.asarray(step), config.training.batch_size, length)
+    return tasks.of(config).draw(task_key(config, step), jnp.asarray(step), config.training.batch_size, length)
 
 
 def gradients(
@@ -86,7 +90,7 @@ def make_train_step(placement: Placement, rewarm: Rewarm | None = None) -> jax.s
 
         # An update that would do harm is not made: parameters, average and moments stay as they are, bit for bit.
         good = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-        kind = tasks.of(config).kind(_key(config, _TASK, state.step), state.step) if state.loss_average.ndim else ...
+        kind = tasks.of(config).kind(task_key(config, state.step), state.step) if state.loss_average.ndim else ...
         average = state.loss_average[kind]
         if config.training.spike_nats:
             good &= loss <= average + config.training.spike_nats

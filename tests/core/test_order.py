@@ -1,7 +1,6 @@
 """Generation orders: what they are, how they are drawn, and what they refuse."""
 
 import collections
-import dataclasses
 import itertools
 import math
 
@@ -10,8 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from armd_jax.config import OrderConfig
-from armd_jax.core import curriculum, order
+from armd_jax.core import order
 from armd_jax.core.block_mask import build
 from armd_jax.errors import UserError
 
@@ -33,6 +31,7 @@ ALL_KINDS = {
     "strided-1": lambda evidence: order.strided(3, 8, 1, evidence),
     "strided-4": lambda evidence: order.strided(3, 8, 4, evidence),
     "masked_diffusion": lambda evidence: order.masked_diffusion(_key(4), 3, 8, 3, "cosine", "elbo", evidence),
+    "contiguous": lambda evidence: order.contiguous(_key(5), 3, 8, 3, evidence),
 }
 
 
@@ -91,6 +90,7 @@ def test_shortest_rows(length):
         order.strided(2, length, 1),
         order.strided(2, length, length),
         order.masked_diffusion(_key(0), 2, length, 1),
+        order.contiguous(_key(0), 2, length, 4),
         order.padding_last(order.left_to_right(2, length), jnp.ones((2, length), bool)),
     ):
         _assert_is_an_order(drawn)
@@ -242,92 +242,42 @@ def test_rows_are_drawn_independently():
     assert len({tuple(row) for row in np.asarray(order.masked_diffusion(_key(0), 8, 16, 8).positions_BN)}) == 8
 
 
-# --- the order of a training step -----------------------------------------------------------------------------------
+# --- contiguous -----------------------------------------------------------------------------------------------------
 
 
-def test_curriculum():
-    """k = 0 until i_AR, 1 there, rising linearly to rho at i_perm, and rho for ever."""
-    config = OrderConfig(ar_steps=100, permute_steps=300, max_permuted=9)
-    steps = {0: 0, 99: 0, 100: 1, 125: 2, 200: 5, 275: 8, 300: 9, 301: 9, 10**6: 9}
-    assert {step: int(curriculum.num_permuted(config, step)) for step in steps} == steps
-    ks = [int(k) for k in jax.jit(jax.vmap(lambda s: curriculum.num_permuted(config, s)))(jnp.arange(400))]
-    assert ks == sorted(ks) and set(ks) == set(range(10))
-    paper = OrderConfig()
-    assert [int(curriculum.num_permuted(paper, s)) for s in (8_999, 9_000, 48_000)] == [0, 1, 32]
-    at_once = OrderConfig(ar_steps=0, permute_steps=0, max_permuted=5)
-    assert int(curriculum.num_permuted(at_once, 1)) == 5
+def _sizes(row: np.ndarray) -> list[int]:
+    return np.bincount(row)[1:].tolist()
 
 
-def _steps(config: OrderConfig, num_steps: int, batch: int = 4, length: int = 8):
-    """(step) -> the order of a training step, compiled once."""
-    run = jax.jit(
-        lambda step: curriculum.draw(config, jax.random.fold_in(_key(0), step), step, num_steps, batch, length)
-    )
-    return lambda step: jax.tree.map(np.asarray, run(jnp.asarray(step)))
+@pytest.mark.parametrize(("length", "max_block"), [(64, 4), (64, 1), (7, 3), (5, 9)])
+def test_contiguous_is_the_natural_order_in_small_blocks(length, max_block):
+    """Positions are natural, and blocks are as large as asked for at most, of every size, and others in every row."""
+    drawn = jax.jit(lambda key: order.contiguous(key, 400, length, max_block))(_key(0))
+    _assert_is_an_order(drawn)
+    np.testing.assert_array_equal(drawn.positions_BN, np.tile(np.arange(length), (400, 1)))
+    rows = np.asarray(drawn.block_BN)
+    sizes = [_sizes(row) for row in rows]
+    assert {size for row in sizes for size in row} == set(range(1, min(max_block, length) + 1))
+    assert len({row.tobytes() for row in rows}) >= (1 if max_block == 1 else 13 if length < 64 else 400)
+    other = order.contiguous(_key(1), 400, length, max_block)
+    assert max_block == 1 or np.any(np.asarray(other.block_BN) != rows)
 
 
-@pytest.mark.parametrize("kind", ["left_to_right", "progressive", "uniform", "strided", "masked_diffusion"])
-def test_curriculum_draws_the_kind(kind):
-    """Each kind gives its orders inside jit, the same for the same step, others at other steps."""
-    config = OrderConfig(
-        kind=kind, ar_steps=3, permute_steps=6, max_permuted=8, diffusion_steps=4, weight="simple", streams=(1, 2, 4)
-    )
-    run = _steps(config, num_steps=100)
-    drawn = [run(step) for step in range(20)]
-    for a, b in zip(jax.tree.leaves(drawn), jax.tree.leaves([run(step) for step in range(20)]), strict=True):
-        np.testing.assert_array_equal(a, b)
-    for one in drawn:
-        np.testing.assert_array_equal(np.sort(one.positions_BN, axis=1), np.tile(np.arange(8), (4, 1)))
-    different = len({one.positions_BN.tobytes() + one.block_BN.tobytes() for one in drawn})
-    natural = np.tile(np.arange(8), (4, 1))
-    if kind == "left_to_right":
-        assert different == 1 and np.all(drawn[0].positions_BN == natural)
-    elif kind == "progressive":
-        assert all(np.all(one.positions_BN == natural) for one in drawn[:4])  # k = 0, and k = 1 at the fourth
-        assert different == 17 and np.all(drawn[-1].block_BN[0] == np.arange(1, 9))
-    elif kind == "strided":
-        expected = {order.strided(4, 8, s).positions_BN.tobytes() for s in (2, 4)} | {natural.tobytes()}
-        found = {one.positions_BN.astype(natural.dtype).tobytes() for one in drawn}
-        assert different == 3 and natural.tobytes() in found and len(expected) == len(found) == 3
-    else:
-        assert different == 20
-        assert np.all(np.diff(drawn[0].block_BN) == 1) == (kind == "uniform")
-        assert np.all(drawn[0].weight_BN == 1) == (kind == "uniform")
+def test_sizes_of_contiguous_blocks_are_uniform():
+    """The first block of a row, the second and the tenth have each size equally often, within five sigma.
 
-
-def test_last_steps_are_strided():
-    """The SBP phase is the last `sbp_steps` steps, with S drawn anew each step from `streams`."""
-    run = _steps(OrderConfig(kind="uniform", streams=(2, 4), sbp_steps=30), num_steps=50)
-    strided = {streams: np.asarray(order.strided(4, 8, streams).block_BN) for streams in (2, 4)}
-    seen = collections.Counter()
-    for step in range(50):
-        blocks = run(step).block_BN
-        match = [streams for streams, expected in strided.items() if np.array_equal(blocks, expected)]
-        assert bool(match) == (step >= 20), step
-        seen.update(match)
-    assert min(seen[2], seen[4]) >= 5
-
-
-def test_kinds_of_steps_are_those_that_are_drawn():
-    """A kind is a phase before the SBP phase, or the number of streams that `draw` draws with the same key."""
-    progressive = OrderConfig(ar_steps=4, permute_steps=8, max_permuted=2, streams=(2, 4), sbp_steps=30)
-    for config, num_phases in (
-        (progressive, 3),
-        (dataclasses.replace(progressive, kind="uniform"), 1),
-        (dataclasses.replace(progressive, sbp_steps=0), 3),
-        (dataclasses.replace(progressive, kind="strided"), 0),
-    ):
-        run = _steps(config, num_steps=50)
-        strided = [np.asarray(order.strided(4, 8, streams).block_BN) for streams in config.streams]
-        kinds = jax.jit(lambda step, c=config: curriculum.kind_of_step(c, jax.random.fold_in(_key(0), step), step, 50))
-        seen = collections.Counter()
-        for step in range(50):
-            blocks, kind = run(step).block_BN, int(kinds(jnp.asarray(step)))
-            match = [num_phases + n for n, expected in enumerate(strided) if np.array_equal(blocks, expected)]
-            before = [0 if num_phases == 1 else int(step >= 4) + int(step >= 8)]
-            assert [kind] == (match or before), step
-            seen[kind] += 1
-        assert set(seen) == set(range(curriculum.num_kinds(config)))
+    Sizes do not depend on one another, and the end of the row cuts the last block.
+    """
+    rows, max_block = 8000, 4
+    sizes = [_sizes(row) for row in np.asarray(order.contiguous(_key(2), rows, 64, max_block).block_BN)]
+    for number in (0, 1, 9):
+        counts = np.bincount([row[number] for row in sizes], minlength=max_block + 1)[1:]
+        assert np.all(np.abs(counts / rows - 1 / 4) < 5 * math.sqrt(3 / 16 / rows)), number
+    pairs = collections.Counter((row[0], row[1]) for row in sizes)
+    assert len(pairs) == 16
+    assert all(abs(count / rows - 1 / 16) < 5 * math.sqrt(15 / 256 / rows) for count in pairs.values())
+    cut = _sizes(np.asarray(order.contiguous(_key(3), 1, 5, 2**20).block_BN)[0])
+    assert cut == [5]
 
 
 # --- evidence, padding, errors --------------------------------------------------------------------------------------
@@ -360,6 +310,7 @@ def test_padding_last():
         (lambda: order.strided(1, 6, 2, EVIDENCE), r"evidence: expected a bool array of shape \(6,\)"),
         (lambda: order.left_to_right(1, 8, EVIDENCE.astype(int)), "evidence: expected a bool array"),
         (lambda: order.uniform(_key(0), 1, 8, EVIDENCE[None]), "evidence: expected a bool array"),
+        (lambda: order.contiguous(_key(0), 1, 4, 0), "max_block=0: must be at least 1"),
         (lambda: order.masked_diffusion(_key(0), 1, 4, 3, "linea"), "noise_schedule='linea' .* did you mean 'linear'"),
         (lambda: order.masked_diffusion(_key(0), 1, 4, 3, weight="elb"), "weight='elb' .* did you mean 'elbo'"),
         (lambda: order.from_times(jnp.ones((1, 4), jnp.int32), 3, weight="x"), "weight='x' is not known"),

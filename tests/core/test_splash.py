@@ -1,5 +1,6 @@
 """The TPU kernel, interpreted: equal to dense attention in value and gradients, over every kind of mask in use."""
 
+import dataclasses
 import functools
 
 import jax
@@ -7,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from armd_jax.config import OrderConfig, block_patterns
 from armd_jax.core import block_mask, curriculum, order
 from armd_jax.core.kernels import splash
 from armd_jax.core.kernels.attention import attention
+from armd_jax.order_config import OrderConfig, block_patterns
 
 B, N, H, K = 2, 256, 2, 32
 
@@ -54,13 +55,23 @@ def test_equals_dense_in_value_and_gradients(group, streams, patterns):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["left_to_right", "progressive", "uniform", "strided"])
-@pytest.mark.parametrize("sbp_steps", [0, 5])
-def test_patterns_cover_every_order_of_training(kind, sbp_steps):
+@pytest.mark.parametrize(
+    ("kind", "mix", "sbp_steps", "expected"),
+    [
+        *((kind, (), 0, (1,)) for kind in ("left_to_right", "progressive", "uniform")),
+        *((kind, (), 5, (1, 2, 4)) for kind in ("left_to_right", "progressive", "uniform")),
+        *(("strided", (), sbp_steps, (2, 4)) for sbp_steps in (0, 5)),
+        ("strided", ("uniform:0.4",), 0, (1, 2, 4)),
+        ("left_to_right", ("strided:0.4", "uniform:0.2"), 0, (1, 2, 4)),
+        ("left_to_right", ("uniform:0.4",), 0, (1,)),
+    ],
+)
+def test_patterns_cover_every_order_of_training(kind, mix, sbp_steps, expected):
     """Prefix lengths of the orders that `curriculum.draw` draws are, in every row, those of one of the patterns."""
     config = OrderConfig(kind=kind, ar_steps=0, permute_steps=5, max_permuted=8, streams=(2, 4), sbp_steps=sbp_steps)
+    config = dataclasses.replace(config, mix=mix)
     patterns = block_patterns(config)
-    assert patterns == {(False, 0): (1,), (False, 5): (1, 2, 4)}.get((kind == "strided", sbp_steps), (2, 4))
+    assert patterns == expected
     tables = {s: splash.prefix_tables(128, s) for s in patterns}
     draw = jax.jit(lambda step: block_mask.build(curriculum.draw(config, jax.random.key(step), step, 10, 3, 128)))
     seen = set()
@@ -73,8 +84,3 @@ def test_patterns_cover_every_order_of_training(kind, sbp_steps):
         np.testing.assert_array_equal(mask.x_len_BN, np.broadcast_to(table["two_stream"][:128], (3, 128)))
         seen.add(fits[0])
     assert len(seen) > 1 or len(patterns) == 1
-
-
-def test_drawn_blocks_have_no_pattern():
-    """Masked diffusion draws its blocks: no mask is known before."""
-    assert block_patterns(OrderConfig(kind="masked_diffusion", sbp_steps=5)) is None

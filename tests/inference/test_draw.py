@@ -15,7 +15,7 @@ def _kept(monkeypatch, draw: Draw, logits: np.ndarray) -> np.ndarray:
     """bool [V]: the tokens that have mass when the token is drawn."""
     seen = []
     monkeypatch.setattr(
-        drawing, "_categorical", lambda key, logits: (seen.append(logits), jnp.argmax(logits, -1).astype(jnp.int32))[1]
+        drawing, "categorical", lambda noise, logits: (seen.append(logits), jnp.argmax(logits, -1).astype(jnp.int32))[1]
     )
     draw(jax.random.key(0), jnp.asarray(logits, jnp.float32)[None, None])
     return np.asarray(seen[0][0, 0] > -np.inf)

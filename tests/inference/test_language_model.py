@@ -58,7 +58,9 @@ def test_decoding_reports_the_parallel_log_probs(batch, streams, width, mlp, pro
     lm = _model(width, mlp)
     if jax.default_backend() == "cpu":
         is_panels = lambda leaf: isinstance(leaf, Panels)  # noqa: E731
-        assert any(map(is_panels, jax.tree.leaves(lm._loop_params(batch * streams), is_leaf=is_panels)))
+        assert any(
+            map(is_panels, jax.tree.leaves(lm._loop_params(2 * batch * streams, batch * streams), is_leaf=is_panels))
+        )
     out = lm.generate(batch, streams=streams, prompt=prompt or None, seed=3)
     expected = np.asarray(lm.log_prob(out.tokens_BN, out.order))
     assert expected.std() > 0.5  # the model has opinions, so that agreement means something

@@ -16,7 +16,8 @@ from armd_jax.config import ModelConfig
 from armd_jax.core import parameters
 from armd_jax.data.tokenizers import BytesTokenizer
 from armd_jax.inference import schedule
-from armd_jax.inference.language_model import Generation, LanguageModel
+from armd_jax.inference.generation import Generation
+from armd_jax.inference.language_model import LanguageModel
 from armd_jax.names import AggregatorKind
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_compilation")]

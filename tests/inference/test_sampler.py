@@ -17,7 +17,8 @@ from armd_jax.core.cache import Cache
 from armd_jax.errors import UserError
 from armd_jax.inference import sampler, schedule
 from armd_jax.inference.draw import Draw
-from armd_jax.inference.language_model import Generation, LanguageModel
+from armd_jax.inference.generation import Generation
+from armd_jax.inference.language_model import LanguageModel
 from armd_jax.names import AggregatorKind
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -168,7 +169,7 @@ def test_long_evidence_takes_no_square_of_scores():
     plan = schedule.strided(np.full((1, 2048), 1) - 2 * (np.arange(2048) > 2000), 1, 2048)
     params = jax.eval_shape(lambda: parameters.unstack(parameters.init(jax.random.key(0), config)))
     seeds = np.zeros(1, np.int32)
-    memory = sampler.begin.lower(params, config, plan, seeds, seeds).compile().memory_analysis()
+    memory = sampler.begin.lower(params, config, plan, seeds, seeds, size=32).compile().memory_analysis()
     assert memory.temp_size_in_bytes < 4 * 2048**2 / 2
 
 

@@ -7,9 +7,10 @@ import re
 import numpy as np
 import pytest
 
-from armd_jax.config import Config, ModelConfig, OrderConfig, TrainingConfig, to_json
+from armd_jax.config import Config, ModelConfig, TrainingConfig, to_json
 from armd_jax.errors import UserError
 from armd_jax.evaluation import results
+from armd_jax.order_config import OrderConfig
 from armd_jax.report import bars, masks, order_schedule, page, style
 
 pytestmark = pytest.mark.slow
@@ -131,7 +132,7 @@ def test_page_is_complete_and_self_contained(reported):
     assert "a &lt;small&gt; machine" in html
     assert 'class="missing"' not in html
 
-    assert "<script" not in html
+    assert re.findall("<script[^>]*>", html) == ['<script type="application/json" id="replay-data">', "<script>"]
     assert ">&lt;script&gt;alert(&#x27;&amp;&#x27;)&lt;/script&gt;</span>" in html
     assert ">\n</span>" in html and ">  c</span>" in html  # as written: the style keeps white space
     assert "white-space: pre-wrap" in html
@@ -156,6 +157,24 @@ def test_colours_follow_network_calls(reported):
         assert [title for _, title in spans] == [f"call {c} of {sample['num_calls']}" for c in sample["calls"]]
         pairs = {(color, call) for (color, _), call in zip(spans, sample["calls"], strict=True)}
         assert len(pairs) == len({c for c, _ in pairs}) == len({c for _, c in pairs}) == sample["num_calls"]
+
+
+def test_every_sample_can_be_replayed(reported):
+    """The page has the tokens of every sample with their calls for the replay, in the colours of the still texts."""
+    html = (reported / "report.html").read_text(encoding="utf-8")
+    data = json.loads(re.findall(r'<script type="application/json" id="replay-data">(.*?)</script>', html)[0])
+    choice = re.findall(r'<select id="replay-choice".*?</select>', html)[0]
+    assert re.findall(r'<option value="\d">(.*?)</option>', choice) == [
+        f"{streams} stream{'s' if streams > 1 else ''} in {_sample(streams)['num_calls']} network calls"
+        for streams in (1, 2, 4, 8)
+    ]
+    assert len(data) == 4
+    for index, (streams, replayed) in enumerate(zip((1, 2, 4, 8), data, strict=True)):
+        sample = _sample(streams)
+        assert (replayed["pieces"], replayed["made"]) == (sample["pieces"], sample["calls"])
+        assert replayed["calls"] == sample["num_calls"]
+        colors = [replayed["colors"][str(call)][0] for call in sample["calls"]]
+        assert colors == [color for color, _ in _spans(html, index)]
 
 
 def test_prompt_tokens_are_grey(run, monkeypatch):
@@ -183,6 +202,7 @@ def test_a_missing_file_names_its_command(run, monkeypatch, name, command, pictu
     _skip_slow_pictures(monkeypatch)
     (run / name).unlink()
     html = page.write(run).read_text(encoding="utf-8")
+    assert ('id="replay"' in html) == (name != "samples.json")
     if command is None:
         assert 'class="missing"' not in html
     else:

@@ -1,5 +1,6 @@
 """The pictures of a report: every kind of order is in them, colours differ, and settings stay the caller's."""
 
+import dataclasses
 import inspect
 
 import jax.numpy as jnp
@@ -8,9 +9,10 @@ import numpy as np
 import pytest
 
 from armd_jax import typed
-from armd_jax.config import Config, ModelConfig, OrderConfig, TrainingConfig
+from armd_jax.config import Config, ModelConfig, TrainingConfig
 from armd_jax.core import curriculum
 from armd_jax.names import OrderKind
+from armd_jax.order_config import OrderConfig
 from armd_jax.report import bars, loss_curve, masks, order_schedule, phases, sample_text, style
 
 KINDS = typed.choices(OrderKind)
@@ -70,9 +72,25 @@ def test_examples_of_a_schedule_are_drawn_by_training_and_differ(kind):
     assert {one.phase for one in examples} == {phase.name for phase in found}
     assert len(examples) <= 6
     for phase in found:
-        orders = [one.positions.tobytes() for one in examples if one.phase == phase.name]
+        orders = [one.positions.tobytes() + one.blocks.tobytes() for one in examples if one.phase == phase.name]
         assert len(set(orders)) == len(orders)
         assert all(phase.first <= one.step < phase.end for one in examples if one.phase == phase.name)
+
+
+def test_examples_of_a_mix_show_every_kind():
+    """Kinds that are mixed in have an example each under their own names, and phases show orders of the main kind."""
+    config = _config(ar_steps=20, permute_steps=60, sbp_steps=40, mix=("contiguous:0.3", "strided:0.3"))
+    config = dataclasses.replace(config, training=TrainingConfig(num_steps=160, batch_size=2))
+    examples = order_schedule._examples(config, curriculum.phases(config.order, 160))
+    assert [one.step for one in examples] == sorted({one.step for one in examples})
+    assert {one.phase for one in examples} == {"identity", "rising", "constant", "SBP", "contiguous", "strided"}
+    for one in examples:
+        natural, single = np.array_equal(one.positions, np.arange(16)), one.num_blocks == 16
+        if one.phase in ("identity", "contiguous"):
+            assert natural and single == (one.phase == "identity")
+        elif one.phase in ("rising", "constant"):
+            assert single and one.step < 120
+    assert order_schedule.picture(config).startswith(b"\x89PNG")
 
 
 @pytest.mark.slow

@@ -9,8 +9,9 @@ import types
 import numpy as np
 import pytest
 
-from armd_jax.config import Config, MeshConfig, ModelConfig, OrderConfig, TrainingConfig
+from armd_jax.config import Config, MeshConfig, ModelConfig, TrainingConfig
 from armd_jax.errors import UserError
+from armd_jax.order_config import OrderConfig
 from armd_jax.training import divisibility, placement, sharding
 
 pytestmark = pytest.mark.slow
@@ -89,6 +90,20 @@ def test_the_device_decides_on_flash_attention():
     splash = Config(model=ModelConfig(attention="splash"))
     with pytest.raises(UserError, match="'splash' runs on TPU, not on gpu: use auto or chunked"):
         placement.for_training(splash, gpu["8.0"])
+
+
+def test_evaluation_has_the_kernel_that_its_orders_allow():
+    """Text is scored left to right, whose mask is known, unless drawn blocks bound the likelihood."""
+    tpu = _mesh_of("tpu")
+    for order, training, evaluation in (
+        (OrderConfig(), True, True),
+        (OrderConfig(kind="contiguous"), False, True),
+        (OrderConfig(mix=("contiguous:0.1",)), False, True),
+        (OrderConfig(kind="masked_diffusion"), False, False),
+    ):
+        config = Config(order=order)
+        assert (placement.for_training(config, tpu).context.attend is not None) == training
+        assert (placement.for_evaluation(config, tpu).context.attend is not None) == evaluation
 
 
 def test_a_run_moves_between_meshes(results):

@@ -181,7 +181,28 @@ def test_resumed_denoiser_equals_an_unbroken_one(tmp_path, monkeypatch, corpus):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["progressive", "masked_diffusion"])
+def test_resumed_run_with_a_mix_of_orders_equals_an_unbroken_one(tmp_path, monkeypatch, corpus):
+    """A run that mixes kinds of orders, with an average of the loss for each, dies and ends with the same bits."""
+    config = _config(corpus, spike_nats=100.0)
+    config = dataclasses.replace(config, order=dataclasses.replace(config.order, mix=("contiguous:0.4", "uniform:0.2")))
+    whole = train.train(config, tmp_path / "whole", progress=False)
+    assert int(np.isfinite(whole.state.loss_average).sum()) > 4 and whole.state.loss_average.shape == (3 + 2 + 1 + 1,)
+    write = metrics.MetricWriter.write
+    dying = lambda self, at, values: _power_cut() if at == 12 else write(self, at, values)  # noqa: E731
+    with monkeypatch.context() as patch, pytest.raises(_PowerCut):
+        patch.setattr(metrics.MetricWriter, "write", dying)
+        train.train(config, tmp_path / "run", progress=False)
+    resumed = train.train(config, tmp_path / "run", progress=False)
+    assert (whole.steps_done, resumed.steps_done) == (20, 10)
+    _assert_same_state(resumed.state, whole.state)
+    assert _rows(tmp_path / "run") == _rows(tmp_path / "whole")
+    other = dataclasses.replace(config, order=dataclasses.replace(config.order, mix=("contiguous:0.4",)))
+    with pytest.raises(UserError, match=r"order\.mix was"):
+        train.train(other, tmp_path / "run", progress=False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["progressive", "masked_diffusion", "contiguous"])
 def test_validation_scores_what_is_trained(tmp_path, corpus, kind):
     """Diffusion blocks are scored by their bound during training, all other orders exactly and left to right."""
     config = _config(corpus, num_steps=5)
@@ -192,14 +213,15 @@ def test_validation_scores_what_is_trained(tmp_path, corpus, kind):
     ((tokens, valid),) = loader.eval_batches(data, "valid", 4, 1)
     assert valid.all()
     # In a single time step, all tokens of a row are one block.
-    scored = order.left_to_right(4, 16) if kind == "progressive" else order.from_blocks([list(range(16))], 4)
+    bounded = kind == "masked_diffusion"
+    scored = order.from_blocks([list(range(16))], 4) if bounded else order.left_to_right(4, 16)
     log_probs, _ = objective.generation_log_probs(
         done.state.eval_params, done.config.model, jnp.asarray(tokens), scored
     )
     assert row["eval/nll"] == pytest.approx(-float(log_probs.mean()), rel=1e-5)
     exact = {"eval/perplexity"}
     bound = {"eval/nll_upper_bound", "eval/perplexity_upper_bound"}
-    assert row.keys() == {"step", "eval/nll"} | (exact if kind == "progressive" else bound)
+    assert row.keys() == {"step", "eval/nll"} | (bound if bounded else exact)
 
 
 def test_validation_takes_the_average_of_the_weights(corpus, unbroken):

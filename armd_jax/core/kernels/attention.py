@@ -180,11 +180,17 @@ _chunked.defvjp(_chunked_forward, _chunked_backward)
 
 
 def cached_attention(
-    q_BQHK: jax.Array, k_ZKT: jax.Array, v_ZTK: jax.Array, len_BQ: jax.Array, first_B: jax.Array | None = None
+    q_BQHK: jax.Array,
+    k_ZKT: jax.Array,
+    v_ZTK: jax.Array,
+    len_BQ: jax.Array,
+    first_B: jax.Array | None = None,
+    own_BQ: jax.Array | None = None,
 ) -> jax.Array:
     """The same for a few queries, over caches whose first axis is batch and heads together.
 
     first_B: int32, keys before this one are padding, which no query sees; None: there is none.
+    own_BQ: int32, the index of one more key that each query sees; None: there is none.
     """
     batch, queries, heads, head_width = q_BQHK.shape
     q_ZQK = jnp.swapaxes(q_BQHK * head_width**-0.5, 1, 2).reshape(-1, queries, head_width)
@@ -193,6 +199,8 @@ def cached_attention(
     seen_ZQT = index_T < jnp.repeat(len_BQ, heads, axis=0)[..., None]
     if first_B is not None:
         seen_ZQT &= index_T >= jnp.repeat(first_B, heads)[:, None, None]
+    if own_BQ is not None:
+        seen_ZQT |= index_T == jnp.repeat(own_BQ, heads, axis=0)[..., None]
     p_ZQT = jax.nn.softmax(jnp.where(seen_ZQT, s_ZQT, _MASKED), axis=-1)
     out_ZQK = jnp.einsum("ZQT,ZTK->ZQK", p_ZQT.astype(v_ZTK.dtype), v_ZTK)
     return jnp.swapaxes(out_ZQK.reshape(batch, heads, queries, head_width), 1, 2).astype(q_BQHK.dtype)
