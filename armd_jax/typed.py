@@ -122,6 +122,12 @@ def check_choice(literal: Any, value: str, where: str) -> None:
         raise UserError(f"{where}={shown(value)} is not known{nearest(value, known)}")
 
 
+def check_text(value: str, where: str) -> None:
+    """Raises UserError if `value` has a code point that is no character, and that UTF-8 cannot encode."""
+    if re.search("[\ud800-\udfff]", value):
+        raise UserError(f"{where}={shown(value)}: holds half a surrogate pair, which is no character")
+
+
 def _coerce(hint: Any, value: Any, where: str, limits: _Limits) -> Any:
     if dataclasses.is_dataclass(hint):
         return build(typing.cast(type, hint), value, where, *limits)
@@ -153,7 +159,9 @@ def _scalar(hint: type, value: Any, where: str, limits: _Limits) -> Any:
     _check_type(hint, value, where)
     if hint is float and not math.isfinite(value):
         raise UserError(f"{where}={value!r}: must be a finite number")
-    if hint is str and re.search("[\ud800-\udfff]" if limits.any_text else "[\0\ud800-\udfff]", value):
+    if hint is str and limits.any_text:
+        check_text(value, where)
+    elif hint is str and re.search("[\0\ud800-\udfff]", value):
         raise UserError(f"{where}={shown(value)}: holds a NUL or half a surrogate pair, which no name or path does")
     return value
 

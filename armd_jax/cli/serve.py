@@ -19,7 +19,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--port", type=int, default=8000, help="0: any that is free, which is printed")
     parser.add_argument("--max-batch", type=int, default=8, help="texts that are written together")
     parser.add_argument("--max-queue", type=int, default=128, help="texts that may wait; more are refused (503)")
-    parser.add_argument("--max-choices", type=int, default=32, help="texts per request: prompts times n")
+    parser.add_argument("--max-choices", type=int, default=32, help="texts per request, at most --max-queue")
     parser.add_argument(
         "--max-tokens", type=int, default=None, help="tokens drawn for a text; default: the model's max_length"
     )
@@ -56,8 +56,10 @@ def run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
 
     with server.listen(args.host, args.port) as listener:  # before the model is loaded, which takes longer
         lm = load(args.run, not args.no_ema, args.mesh and sharding.make_mesh(args.mesh))
-        if lm.tokenizer is None or not lm.config.has_orders:
+        if not lm.config.has_orders:
             raise UserError(f"--run={args.run}: a denoiser (model.kind) is not served; armd sample writes its texts")
+        if lm.tokenizer is None:
+            raise UserError(f"--run={args.run}: has no tokenizer, and what is served are texts")
         batcher = Batcher(lm, args.max_batch, args.max_queue)
         if not args.no_warm_up:
             warm_up.compile_usual(lm, batcher, args.max_batch, progress=not args.json)

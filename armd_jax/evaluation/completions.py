@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import math
 import pathlib
 import re
 import time
@@ -15,6 +16,7 @@ from tqdm import tqdm
 from armd_jax import files
 from armd_jax.data.tokenizers import Tokenizer
 from armd_jax.errors import UserError, shown
+from armd_jax.inference import generation
 from armd_jax.inference.generation import Generation
 from armd_jax.inference.language_model import MAX_ENTROPY, LanguageModel
 from armd_jax.inference.schedule import FREE
@@ -93,8 +95,7 @@ def complete(
     if batch < 1:
         raise UserError(f"--batch={batch}: must be at least 1")
     requests = read(prompts, lm.tokenizer, settings, lm.config.max_length)
-    # As it is read again from the file: a tuple is a list there.
-    of_all = json.loads(json.dumps(dataclasses.asdict(settings) | {"model": _fingerprint(lm)}))
+    of_all = _as_json(dataclasses.asdict(settings)) | {"model": _fingerprint(lm)}
     done = _done(out, of_all, {_key(request.row): request.digest for request in requests})
     files.drop_partial_line(out)
     waiting = [request for request in requests if _key(request.row) not in done]
@@ -227,6 +228,16 @@ def _key(row: dict[str, Any]) -> str:
     return json.dumps(row["id"])
 
 
+def _as_json(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings as they are read again from a file: a tuple is a list there, and infinity is no number."""
+    finite = {
+        name: str(value) if isinstance(value, float) and not math.isfinite(value) else value
+        for name, value in settings.items()
+    }
+    plain: dict[str, Any] = json.loads(json.dumps(finite))
+    return plain
+
+
 def _fingerprint(lm: LanguageModel) -> str:
     """A digest of the first numbers of every parameter, by which the weights of two models differ."""
     first = [np.asarray(leaf.ravel()[:16]).tobytes() for leaf in jax.tree.leaves(lm.params)]
@@ -264,11 +275,16 @@ def _row(
     end, tokens, length = int(made.end_B[at]), made.tokens_BN[at], len(request.known)
     drawn = made.call_BN[at, :length] > 0
     inside = drawn & (np.arange(length) < end)
-    filled = [tokenizer.decode(tokens[start : min(stop, end)].tolist()) for start, stop in request.gaps]
+    filled, stopped = [], False
+    for start, stop in request.gaps:
+        part = tokenizer.decode(tokens[start : min(stop, end)].tolist())
+        at_stop = generation.cut(part, made.stop)
+        stopped |= at_stop is not None
+        filled.append(part[:at_stop])
     return request.row | {
         "text": text,
         "filled": filled,
-        "ended": end < length,
+        "ended": end < length or stopped,
         "num_tokens": int(inside.sum()),
         "num_cut": int((drawn & ~inside).sum()),
         "log_prob": float(made.log_prob_BN[at, :length][inside].sum()),

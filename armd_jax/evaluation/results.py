@@ -96,9 +96,9 @@ class Sample:
     streams: S; None if a denoiser wrote it, which has a sampler and a number of steps instead (first-hitting sampling
     has no choice of steps). mode: of an ARMD; None: strided.
     num_calls: network calls (NFE) for the whole batch. tokens_per_second: of the whole batch.
-    tokens: ids, at natural positions; pieces: a short text for each of them; calls: the number (from 1) of the network
-    call that made each of them, 0 if it was given. cut: how many tokens were drawn from the first end-of-text on, which
-    are no part of the text.
+    tokens: ids, at natural positions, those of a stop text included, which `text` leaves out. pieces: a short text for
+    each of them. calls: the number (from 1) of the network call that made each of them, 0 if it was given. cut: how
+    many tokens were drawn from the text's end on, which are no part of it.
     """
 
     streams: int | None = typed.field(None, absent_if_none=True)

@@ -27,7 +27,7 @@ from armd_jax.inference import sampler, schedule
 from armd_jax.inference.decoding import Decoding, Request, Weights
 from armd_jax.inference.draw import Draw
 from armd_jax.inference.generation import Generation, collect
-from armd_jax.inference.sampler import Ending
+from armd_jax.inference.sampler import Ending, values_at
 from armd_jax.inference.schedule import Schedule
 
 
@@ -65,11 +65,16 @@ class Chosen(Decoding[ChosenState]):
     in_order = False
 
     def __init__(
-        self, weights: Weights, config: ModelConfig, request: Request, places_BCS: np.ndarray | None = None
+        self, weights: Weights, config: ModelConfig, request: Request, starts: list[np.ndarray] | None = None
     ) -> None:
-        """Reads the evidence. places_BCS: int32, the places of every block, -1: none; None: the model chooses."""
+        """Reads the evidence. starts: the free places of each row where streams begin; None: the model chooses."""
         known_BN = request.known_BN
-        streams = request.streams if places_BCS is None else places_BCS.shape[2]
+        if starts is None:
+            places_BCS, streams = None, request.streams
+            last_B = (np.arange(known_BN.shape[1]) * (known_BN == schedule.FREE)).max(axis=1)
+        else:
+            places_BCS, last_B = schedule.blocks_from_starts(known_BN, starts)
+            streams = places_BCS.shape[2]
         # Behind the last token, a block has room, and so have the keys of a look at all places.
         looks = schedule.width_of(known_BN, config.max_length) if places_BCS is None else 0
         plan = schedule.strided(known_BN, 1, config.max_length, spare=streams + looks)
@@ -97,12 +102,12 @@ class Chosen(Decoding[ChosenState]):
                 )
             ),
         )
-        self._free_BW, self._streams = jax.device_put(free_BW), streams
-        self._places_BCS = None
+        more = (0, rows - len(known_BN))
         if places_BCS is not None:
-            self._places_BCS = jax.device_put(
-                np.pad(places_BCS, ((0, rows - len(known_BN)), (0, 0), (0, 0)), constant_values=-1).astype(np.int32)
-            )
+            places_BCS = np.pad(places_BCS, (more, (0, 0), (0, 0)), constant_values=-1)
+        given = free_BW, places_BCS, np.pad(last_B, more).astype(np.int32)
+        self._free_BW, self._places_BCS, self._last_B = jax.device_put(given)
+        self._streams = streams
         params = weights.loop(2 * rows * streams, rows * streams)
         super().__init__(config, request, plan, params, state)
 
@@ -117,6 +122,7 @@ class Chosen(Decoding[ChosenState]):
             np.int32(min(until, 2**30)),
             self._free_BW,
             self._places_BCS,
+            self._last_B,
             np.float32(self._request.max_entropy),
             streams=self._streams,
         )
@@ -161,10 +167,14 @@ def _advance(
     until: jax.Array,
     free_BW: jax.Array,
     places_BCS: jax.Array | None,
+    last_B: jax.Array,
     max_entropy: jax.Array,
     streams: int,
 ) -> ChosenState:
-    """Draws blocks until all places are filled, or at least `until` calls (int32 scalar) have been made."""
+    """Draws blocks until all places are filled, or at least `until` calls (int32 scalar) have been made.
+
+    last_B: int32, the place of each row up to which an end-of-text has its bias.
+    """
 
     def unfinished(state: ChosenState) -> jax.Array:
         return (state.call < until) & jnp.any(_missing(plan, state) > 0)
@@ -177,13 +187,9 @@ def _advance(
             state = dataclasses.replace(state, cache=cache, call=state.call + 1)
         else:
             places_BS = jax.lax.dynamic_index_in_dim(places_BCS, state.blocks, axis=1, keepdims=False)
-        return _block(params, config, plan, state, draw, ending, free_BW, places_BS)
+        return _block(params, config, plan, state, draw, ending, last_B, places_BS)
 
     return jax.lax.while_loop(unfinished, step, state)
-
-
-def _at(a_BT: jax.Array, index_BR: jax.Array) -> jax.Array:
-    return jnp.take_along_axis(a_BT, index_BR, axis=1, mode="clip")
 
 
 def _rows(
@@ -205,8 +211,8 @@ def _rows(
     strict_BG = jnp.broadcast_to(state.at_B[:, None] + 1, places_BG.shape)
     beside = [neighbours(state.context_BT, state.index_BW, places_BG + offset, strict_BG) for offset in (-1, 1)]
     return Rows(
-        x_tokens_BX=_at(state.context_BT, x_index_BS),
-        x_positions_BX=_at(state.positions_BT, x_index_BS),
+        x_tokens_BX=values_at(state.context_BT, x_index_BS),
+        x_positions_BX=values_at(state.positions_BT, x_index_BS),
         x_len_BX=jnp.broadcast_to(state.at_B[:, None] + 1, x_index_BS.shape),
         g_positions_BG=places_BG + 1,
         g_strict_len_BG=strict_BG,
@@ -274,7 +280,7 @@ def _block(
     state: ChosenState,
     draw: Draw,
     ending: Ending,
-    free_BW: jax.Array,
+    last_B: jax.Array,
     places_BS: jax.Array,
 ) -> ChosenState:
     """Draws the block at natural places [B, S], of which those that are not -1 come first."""
@@ -286,9 +292,7 @@ def _block(
     h_BSD, cache = network.forward(params, config, rows, state.cache)
     assert cache is not None
     logits_BSV = network.head_logits(params, config, h_BSD)
-    width = free_BW.shape[1]
-    last_B1 = jnp.max(jnp.where(free_BW, jnp.arange(width), -1), axis=1, keepdims=True)
-    at_end_BSV = (places_BS < last_B1)[..., None] & (jnp.arange(logits_BSV.shape[-1]) == ending.token)
+    at_end_BSV = (places_BS < last_B[:, None])[..., None] & (jnp.arange(logits_BSV.shape[-1]) == ending.token)
     key_B = jax.vmap(jax.random.fold_in, (0, None))(state.key_B, state.blocks)
     tokens_BS = draw(key_B, logits_BSV + jnp.where(at_end_BSV, ending.bias, 0))
     chosen_BS = jnp.take_along_axis(logits_BSV, tokens_BS[..., None], axis=-1)[..., 0]
@@ -296,7 +300,7 @@ def _block(
     behind_B, put = state.at_B + 1, jax.vmap(put_at, (0, 0, 0, None, 0))
     index_BS = behind_B[:, None] + jnp.arange(streams)
     # A place outside of the row takes what is not valid, and drops it.
-    where_BS = jnp.where(valid_BS, places_BS, width)
+    where_BS = jnp.where(valid_BS, places_BS, state.index_BW.shape[1])
     return ChosenState(
         cache=cache,
         context_BT=put(state.context_BT, tokens_BS, behind_B, 0, valid_BS),

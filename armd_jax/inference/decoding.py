@@ -76,7 +76,7 @@ class Decoding(abc.ABC, Generic[S]):
         self._config, self._request, self._plan, self._params, self._state = config, request, plan, params, state
         self._draw = request.draw.for_rows(len(plan.first_B))
         self._ending = Ending.make(request.ends.token, request.end_bias)
-        self.made = self._collect()
+        self._calls = 0
 
     @abc.abstractmethod
     def _advance(self, until: int) -> S:
@@ -93,19 +93,20 @@ class Decoding(abc.ABC, Generic[S]):
 
     def advance(self, calls: int | None = None) -> Generation:
         """Makes so many more network calls, or all that are left, and returns what there is then."""
-        last = 2**30 if calls is None else self.made.num_calls + calls
+        last = 2**30 if calls is None else self._calls + calls
         looks = bool(self.in_order and self._request.ends.stop)
         while True:
-            until = min(last, self.made.num_calls + _BETWEEN_LOOKS) if looks else last
+            until = min(last, self._calls + _BETWEEN_LOOKS) if looks else last
             self._state = self._advance(until)
-            self.made = self._collect()
+            made = self._collect()
+            self._calls = made.num_calls
             if looks:
-                stopped_B = self.made.end_B < schedule.lengths(self._request.known_BN)
+                stopped_B = made.end_B < schedule.lengths(self._request.known_BN)
                 ended_B = np.asarray(self._state.ended_B).copy()
                 ended_B[: len(stopped_B)] |= stopped_B
                 self._state = dataclasses.replace(self._state, ended_B=jax.device_put(ended_B))
-            if self.finished or self.made.num_calls >= last:
-                return self.made
+            if made.num_calls >= last or self.finished:
+                return made
 
     def _gather(self, a_BT: jax.Array, index_BW: jax.Array) -> np.ndarray:
         """Values at context indices, moved to natural positions [B, N]; anything where there is no such position."""

@@ -12,7 +12,7 @@ from armd_jax.core.sizes import VOCAB_MULTIPLE
 from armd_jax.errors import UserError
 
 # Below this temperature logits / temperature leaves the range of float32, and only the likeliest token has any mass.
-_GREEDY = 1e-30
+GREEDY = 1e-30
 
 
 @flax.struct.dataclass
@@ -51,8 +51,8 @@ class Draw:
         for each in nuclei.tolist():
             if not 0 < each <= 1:
                 raise UserError(f"top_p={each}: must be in (0, 1]")
-        greedy = bool((temperatures < _GREEDY).any())
-        if greedy and (temperatures >= _GREEDY).any():
+        greedy = bool((temperatures < GREEDY).any())
+        if greedy and (temperatures >= GREEDY).any():
             raise UserError("temperature: texts of one call are all greedy (0) or none of them is")
 
         def as_data(numbers: np.ndarray) -> jax.Array:

@@ -96,27 +96,33 @@ def collect(
 def _stop(tokens_N: np.ndarray, call_N: np.ndarray, ends: Ends) -> int | None:
     """The place behind the token that completes the first stop string of a row, None if there is none.
 
-    It is looked for from the first generated token up to the first place where a token is still missing.
+    It is looked for in each stretch of generated tokens, up to the first place where a token is still missing.
     """
     assert ends.tokenizer is not None
-    made, missing = np.flatnonzero(call_N > 0), np.flatnonzero(call_N < 0)
-    if not len(made):
-        return None
-    first = int(made[0])
-    behind = missing[missing > first]
-    tokens = tokens_N[first : behind[0] if len(behind) else None].tolist()
+    missing = np.flatnonzero(call_N < 0)
+    for start, stop in stretches(call_N[: missing[0] if len(missing) else None]):
+        tokens = tokens_N[start:stop].tolist()
+        # The string is complete after `high` tokens, and not yet after `low`.
+        low, high = 0, len(tokens)
+        if cut(ends.tokenizer.decode(tokens), ends.stop) is None:
+            continue
+        while high - low > 1:
+            middle = (low + high) // 2
+            found = cut(ends.tokenizer.decode(tokens[:middle]), ends.stop) is not None
+            low, high = (low, middle) if found else (middle, high)
+        return start + high
+    return None
 
-    def complete(count: int) -> bool:
-        text = ends.tokenizer.decode(tokens[:count]) if ends.tokenizer else ""
-        return any(each in text for each in ends.stop)
 
-    if not complete(len(tokens)):
-        return None
-    low, high = 0, len(tokens)  # the string is complete after `high` tokens, and not yet after `low`
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (low, middle) if complete(middle) else (middle, high)
-    return first + high
+def stretches(call_N: np.ndarray) -> list[tuple[int, int]]:
+    """Where each stretch of generated tokens begins and ends in a row of `Generation.call_BN`."""
+    edges = np.flatnonzero(np.diff(np.concatenate([[0], call_N > 0, [0]])))
+    return [(int(start), int(stop)) for start, stop in edges.reshape(-1, 2)]
+
+
+def cut(text: str, stop: tuple[str, ...]) -> int | None:
+    """Where the first of some strings begins in a text, None if there is none of them."""
+    return min((at for each in stop if (at := text.find(each)) >= 0), default=None)
 
 
 def texts(made: Generation, tokenizer: Tokenizer) -> list[str]:
@@ -124,11 +130,12 @@ def texts(made: Generation, tokenizer: Tokenizer) -> list[str]:
     found = []
     for row, end in enumerate(made.end_B.tolist()):
         tokens = made.tokens_BN[row, :end].tolist()
-        text, drawn = tokenizer.decode(tokens), np.flatnonzero(made.call_BN[row, :end] > 0)
-        if made.stop and len(drawn):
-            written = tokenizer.decode(tokens[drawn[0] :])
-            stops = [at for stop in made.stop if (at := written.find(stop)) >= 0]
-            # Counted from the end, because a tokenizer may write the first tokens of a text in another way.
-            text = text[: len(text) - (len(written) - min(stops, default=len(written)))]
+        text = tokenizer.decode(tokens)
+        last = stretches(made.call_BN[row, :end])[-1:] if made.stop else []
+        for start, stop in last:  # only the last stretch can hold a stop string, because a text ends there
+            written = tokenizer.decode(tokens[start:])
+            if stop == end and (at := cut(written, made.stop)) is not None:
+                # Counted from the end, because a tokenizer may write the first tokens of a text in another way.
+                text = text[: len(text) - (len(written) - at)]
         found.append(text)
     return found

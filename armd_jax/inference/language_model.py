@@ -60,8 +60,10 @@ class How(TypedDict, total=False):
         left to right, as in one stream, nothing is drawn after it. With several streams, all places are drawn, and an
         end inside a stream ends the text there, however good the streams behind it are.
     end_bias: nats that are added to the logit of the end-of-text token in all streams but the last, where an end would
-        cut off what the others write; -inf bans it there. `log_prob_BN` stays the model's own.
-    stop: strings that end a text, if they occur in what is generated. Left to right, nothing more is drawn then.
+        cut off what the others write, and in mode confident at all places but the last; -inf bans it there.
+        `log_prob_BN` stays the model's own.
+    stop: strings that end a text, if they occur in a stretch of generated tokens. Left to right, nothing more is drawn
+        then.
     sampler, steps: of a denoiser, see `inference.denoise`; by default first_hitting, and one step per token. All texts
         have to know the same places.
     """
@@ -167,9 +169,10 @@ class LanguageModel:
     ) -> Iterator[Generation]:
         """What `generate` returns, after every network call: what there is then, with `call_BN` -1 at what is missing.
 
-        The last item is what `generate` returns. Tokens of the newest call are those whose `call_BN` is `num_calls`.
-        With a denoiser, whose calls are one program, there is one item. Whoever stops asking saves the calls that are
-        left. Raises UserError, before the first item, if the arguments do not fit one another.
+        The last item is what `generate` returns; only with `stop`, which is looked for after every call here and after
+        every 16th there, its `num_calls` may be smaller. Tokens of the newest call are those whose `call_BN` is
+        `num_calls`. With a denoiser, whose calls are one program, there is one item. Whoever stops asking saves the
+        calls that are left. Raises UserError, before the first item, if the arguments do not fit one another.
         """
         made = self._begin(batch, length, how)
 
@@ -196,6 +199,7 @@ class LanguageModel:
         config = self.config
         if unknown := set(how) - How.__annotations__.keys():
             raise TypeError(f"generate() has no argument {sorted(unknown)[0]!r}")
+        requests.check_types(how)
         draw = Draw.make(how.get("temperature", 1.0), how.get("top_k"), how.get("top_p"))
         seed, mode, streams = how.get("seed", 0), how.get("mode", "strided"), how.get("streams", 1)
         asked = (batch, length, how.get("prompt"), how.get("evidence_BN"), how.get("max_new_tokens"), seed)
@@ -206,6 +210,11 @@ class LanguageModel:
         if not config.has_orders:
             if streams != 1:
                 raise UserError(f"streams={streams}: a denoiser has no streams; choose sampler and steps instead")
+            for name in ("starts", "end_bias"):
+                if how.get(name):
+                    raise UserError(f"{name}={how.get(name)}: belongs to an ARMD; a denoiser has no streams")
+            if mode != "strided":
+                raise UserError(f"mode={mode!r}: a denoiser has no modes; choose sampler and steps instead")
             if np.ndim(seed):
                 raise UserError("seed: a denoiser (model.kind) takes one number for all texts")
             sampler = how.get("sampler") or "first_hitting"
@@ -217,15 +226,15 @@ class LanguageModel:
             raise UserError(f"streams={streams}: must be at least 1")
         if streams == "auto" and mode != "lossless":
             raise UserError("streams='auto': belongs to mode='lossless'; other modes write other texts with other S")
+        number = 1 if streams == "auto" else streams
         if not (known_BN == schedule.FREE).any():  # no call, only the score that every position is promised
             order, call_BN = schedule.order_of(known_BN, 1)
             tokens_BN = np.maximum(known_BN, 0).astype(np.int32)
             call_BN = np.where(known_BN == schedule.ABSENT, -1, call_BN)
             log_prob_BN = np.asarray(self.log_prob(tokens_BN, order))
-            return generation.collect(known_BN, tokens_BN, log_prob_BN, order, call_BN, 0, ends, in_order=True)
+            return generation.collect(known_BN, tokens_BN, log_prob_BN, order, call_BN, 0, ends, True, number)
         weights = Weights(self._layers, self._loop_params)
         bias, max_entropy = how.get("end_bias", 0.0), how.get("max_entropy", MAX_ENTROPY)
-        number = 1 if streams == "auto" else streams
         request = Request(known_BN, seed_B, stream_B, number, draw, ends, bias, max_entropy)
         if streams == "auto":
             # The speed depends on how many texts there are, and on how often drafts are kept.
@@ -238,8 +247,7 @@ class LanguageModel:
             raise UserError("starts: belongs to mode='strided', in place of a number of streams")
         match mode:
             case "strided" if starts is not None:
-                places_BCS = schedule.blocks_from_starts(known_BN, requests.stream_starts(known_BN, starts))
-                return Chosen(weights, config, request, places_BCS)
+                return Chosen(weights, config, request, requests.stream_starts(known_BN, starts))
             case "strided":
                 return Strided(weights, config, request)
             case "lossless":

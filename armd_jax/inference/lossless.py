@@ -8,8 +8,11 @@ d, e:
     X rows      c    d    e            c is certain
     G rows      d?   e?   f            the laws p of the tokens behind c, d and e
                 -    d+1  d+2          drafts if d is refused: the token at its place comes from this call, so that
-                -    e+1  e+2          what follows it is predicted without having seen it; likewise for e and f
-                -    f+1  f+2
+                                       what follows it is predicted without having seen it
+                -    f+1  f+2          drafts if d and e are kept, behind f, likewise
+
+If d is kept and e is refused, nothing is drafted, and the next call draws one token. Rows for all such cases would cost
+more than they bring.
 
 A draft is kept with probability min(1, p / q), where q is the law that it was drawn from. The first that is not kept
 is drawn anew from (p - q)+, and all behind it are thrown away; if all are kept, one more token is drawn from p. Tokens
@@ -37,7 +40,7 @@ from armd_jax.inference import sampler, schedule
 from armd_jax.inference.decoding import Decoding, Request, Weights
 from armd_jax.inference.draw import Draw, categorical, noise
 from armd_jax.inference.generation import Generation, collect
-from armd_jax.inference.sampler import Ending
+from armd_jax.inference.sampler import Ending, values_at
 from armd_jax.inference.schedule import Schedule
 
 _STREAMS_TO_TRY = (1, 2, 3, 4, 6, 8)  # by `fastest`
@@ -210,10 +213,6 @@ def _advance(
     return jax.lax.while_loop(unfinished, step, state)
 
 
-def _at(a_BT: jax.Array, index_BR: jax.Array) -> jax.Array:
-    return jnp.take_along_axis(a_BT, index_BR, axis=1, mode="clip")
-
-
 def _rows(plan: Schedule, state: LosslessState, layout: _Layout) -> Rows:
     """The rows of a call: S of X, and the S that check and then those that draft of G."""
     streams = len(layout.first_S)
@@ -223,11 +222,11 @@ def _rows(plan: Schedule, state: LosslessState, layout: _Layout) -> Rows:
     ahead_G = jnp.asarray(np.concatenate([np.arange(streams), layout.case_R + layout.depth_R]))
     seen_G = jnp.asarray(np.concatenate([np.arange(streams), layout.case_R]))
     strict_BG = at_B1 + 1 + seen_G
-    g_positions_BG = _at(plan.positions_BT, at_B1 + 1 + ahead_G)
+    g_positions_BG = values_at(plan.positions_BT, at_B1 + 1 + ahead_G)
     beside = [neighbours(state.context_BT, plan.index_BW, g_positions_BG - 1 + offset, strict_BG) for offset in (-1, 1)]
     return Rows(
-        x_tokens_BX=_at(state.context_BT, x_index_BS),
-        x_positions_BX=_at(plan.positions_BT, x_index_BS),
+        x_tokens_BX=values_at(state.context_BT, x_index_BS),
+        x_positions_BX=values_at(plan.positions_BT, x_index_BS),
         x_len_BX=x_index_BS + 1,
         g_positions_BG=g_positions_BG,
         g_strict_len_BG=strict_BG,
@@ -264,11 +263,11 @@ def _call(
     logits_BSV = network.head_logits(params, config, network.normed(params, config, h_BGD[:, :streams]))
     kept_B, next_B1 = _check(noise_BSN, state, draw.law(logits_BSV), draw.greedy)
     # The new tokens: those that are kept, the next one, and behind it the drafts of its case.
-    old_BD = _at(state.context_BT, state.at_B[:, None] + 1 + jnp.arange(streams - 1))
+    old_BD = values_at(state.context_BT, state.at_B[:, None] + 1 + jnp.arange(streams - 1))
     drafts_BD, law_BDV = _draft(head, config, rows, h_BGD, noise_BSN, kept_B, next_B1, draw, layout)
     going_on_B = _going_on(plan, state)
     window = jnp.arange(2 * streams - 1)
-    fresh_BW = _at(jnp.concatenate([next_B1, drafts_BD], axis=1), window - kept_B[:, None])
+    fresh_BW = values_at(jnp.concatenate([next_B1, drafts_BD], axis=1), window - kept_B[:, None])
     kept_BW = jnp.pad(old_BD, ((0, 0), (0, streams)))
     tokens_BW = jnp.where(window < kept_B[:, None], kept_BW, fresh_BW)
     certain_BS = going_on_B[:, None] & (window[:streams] <= kept_B[:, None])
@@ -306,7 +305,7 @@ def _check(noise_BSN: jax.Array, state: LosslessState, law_BSV: jax.Array, greed
     num_drafts = law_BSV.shape[1] - 1
     place_D = jnp.arange(num_drafts)
     drafted_BD = place_D < state.drafts_B[:, None]
-    tokens_BD = _at(state.context_BT, state.at_B[:, None] + 1 + place_D)
+    tokens_BD = values_at(state.context_BT, state.at_B[:, None] + 1 + place_D)
     take = lambda law: jnp.take_along_axis(law, tokens_BD[..., None], axis=-1)[..., 0]  # noqa: E731
     ratio_BD = take(law_BSV[:, :num_drafts]) - take(state.law_BDV)
     # If g is Gumbel noise, exp(-exp(-g)) is uniform.
@@ -345,9 +344,9 @@ def _draft(
     for number in range(streams - 1):
         at_B1 = streams + jnp.asarray(layout.first_S)[kept_B][:, None] + number
         h_B1D = jnp.take_along_axis(h_BGD, at_B1[..., None], axis=1, mode="clip")
-        alone_B1 = jnp.take_along_axis(rows.g_left_BG, at_B1, axis=1, mode="clip") != UNSEEN
+        seen_B1 = jnp.take_along_axis(rows.g_left_BG, at_B1, axis=1, mode="clip") != UNSEEN
         known_B1D = network.with_left_neighbour(params, config, h_B1D, previous_B1)
-        h_B1D = jnp.where(alone_B1[..., None], h_B1D, known_B1D)
+        h_B1D = jnp.where(seen_B1[..., None], h_B1D, known_B1D)
         law_B1V = draw.law(network.head_logits(params, config, network.normed(params, config, h_B1D)))
         if draw.greedy:
             previous_B1 = jnp.argmax(law_B1V, axis=-1).astype(jnp.int32)

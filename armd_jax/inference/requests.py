@@ -1,6 +1,6 @@
 """What a user asks to be written: rows of known ids and of places to fill, checked."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -65,11 +65,42 @@ def seeds(seed: PerRow, rows: int) -> tuple[np.ndarray, np.ndarray]:
     return np.broadcast_to(given, (rows,)).astype(np.int32), numbers.astype(np.int32)
 
 
+def check_types(how: Mapping[str, Any]) -> None:
+    """Raises UserError if an argument of `LanguageModel.generate` is not of its type, or no number at all."""
+
+    def real(value: Any) -> bool:
+        return isinstance(value, int | float | np.number) and not isinstance(value, bool) and value == value
+
+    def reals(value: Any) -> bool:
+        return real(value) or np.ndim(value) == 1 and len(value) > 0 and all(map(real, value))
+
+    def strings(value: Any) -> bool:
+        return isinstance(value, str) or isinstance(value, Sequence) and all(isinstance(each, str) for each in value)
+
+    def whole(value: Any) -> bool:
+        return isinstance(value, int | np.integer) and not isinstance(value, bool)
+
+    for name, fits, what in (
+        ("temperature", reals, "a number, or one for each text"),
+        ("top_p", lambda value: value is None or reals(value), "a number, or one for each text"),
+        ("top_k", lambda value: value is None or whole(value), "a whole number"),
+        ("streams", lambda value: value == "auto" or whole(value), "a whole number, or 'auto'"),
+        ("mode", lambda value: isinstance(value, str), "the name of a mode"),
+        ("max_entropy", real, "a number of nats"),
+        ("end_bias", real, "a number of nats"),
+        ("stop", strings, "a text, or a list of texts"),
+    ):
+        if name in how and not fits(how[name]):
+            raise UserError(f"{name}={how[name]!r:.40}: expected {what}")
+
+
 def stream_starts(known_BN: np.ndarray, starts: Literal["gaps"] | Ids) -> list[np.ndarray]:
     """The free places of each row at which streams begin. Raises UserError if a place is not free.
 
     starts: "gaps": the first free place of each gap; or natural positions, for all texts or for each.
     """
+    if isinstance(starts, int):
+        raise UserError(f"starts={starts}: expected a list of positions, or one for each text")
     if isinstance(starts, str):
         if starts != "gaps":
             raise UserError(f'starts={starts!r}: expected positions, or "gaps"')
@@ -77,13 +108,14 @@ def stream_starts(known_BN: np.ndarray, starts: Literal["gaps"] | Ids) -> list[n
         begins_BN = free_BN.copy()
         begins_BN[:, 1:] &= ~free_BN[:, :-1]
         return [np.flatnonzero(begins_N) for begins_N in begins_BN]
-    rows = _rows("starts", starts, low=0, high=known_BN.shape[1])
+    rows = _rows("starts", starts, low=-(2**31), high=2**31)
     rows = rows * len(known_BN) if len(rows) == 1 else rows
     if len(rows) != len(known_BN):
         raise UserError(f"starts: {len(rows)} lists were given for {len(known_BN)} texts")
     for known_N, places in zip(known_BN, rows, strict=True):
-        if wrong := [place for place in places.tolist() if known_N[place] != FREE]:
-            raise UserError(f"starts: position {wrong[0]} is not free")
+        free = set(np.flatnonzero(known_N == FREE).tolist())
+        if wrong := [place for place in places.tolist() if place not in free]:
+            raise UserError(f"starts: position {wrong[0]} is no free position of its text")
     return rows
 
 

@@ -127,6 +127,11 @@ def advance(
     return jax.lax.while_loop(unfinished, lambda state: draw_block(params, config, plan, state, draw, ending), state)
 
 
+def values_at(a_BT: jax.Array, index_BR: jax.Array) -> jax.Array:
+    """Values [B, R] at context indices; those of the nearest index if one is outside."""
+    return jnp.take_along_axis(a_BT, index_BR, axis=1, mode="clip")
+
+
 def _take(a_BT: jax.Array, start: jax.Array, size: int) -> jax.Array:
     return jax.lax.dynamic_slice_in_dim(a_BT, start, size, axis=1)
 

@@ -22,7 +22,7 @@ from armd_jax.core import order as orders
 from armd_jax.core.order import Order
 from armd_jax.core.rows import START
 
-_SHORTEST = 32  # the least capacity of a context, in tokens
+SHORTEST = 32  # the least capacity of a context, in tokens
 FREE, ABSENT = -1, -2  # in place of a known token: it is to be generated; the row is shorter
 
 
@@ -98,7 +98,7 @@ def width_of(known_BN: np.ndarray, max_length: int) -> int:
     """How many tokens the context of `strided` has room for."""
     tokens = int((known_BN >= 0).sum(axis=1).max()) + int((known_BN == FREE).sum(axis=1).max())
     # Powers of two alone: what a context has to spare costs little, because only attention reads it.
-    width = max(_SHORTEST, 1 << (tokens - 1).bit_length())
+    width = max(SHORTEST, 1 << (tokens - 1).bit_length())
     return min(width, max_length) if tokens <= max_length else width
 
 
@@ -180,17 +180,18 @@ def order_of_calls(known_BN: np.ndarray, call_BN: np.ndarray) -> Order:
     )
 
 
-def blocks_from_starts(known_BN: np.ndarray, starts: list[np.ndarray]) -> np.ndarray:
-    """Places [B, C, S] int32 of every block, then -1, of streams that begin at given free places of each row.
+def blocks_from_starts(known_BN: np.ndarray, starts: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Streams that begin at given free places: places [B, C, S] of every block, then -1; each last start [B]. int32.
 
     The heads come first, one by one, and then the second tokens of all streams, the third, and so on, as far as each
     stream goes: up to the next start. The first free place begins a stream too.
     """
-    rows = []
+    rows, last = [], []
     for known_N, heads in zip(known_BN, starts, strict=True):
         free = np.flatnonzero(known_N == FREE)
         cuts = np.searchsorted(free, np.union1d(heads, free[:1]))
         streams = np.split(free, cuts[1:]) if len(free) else []
+        last.append(streams[-1][0] if streams else 0)
         depth = max(map(len, streams), default=1)
         rows.append(
             [[stream[0]] for stream in streams]
@@ -201,7 +202,7 @@ def blocks_from_starts(known_BN: np.ndarray, starts: list[np.ndarray]) -> np.nda
     for row, blocks in enumerate(rows):
         for call, block in enumerate(blocks):
             places_BCS[row, call, : len(block)] = block
-    return places_BCS
+    return places_BCS, np.array(last, np.int32)
 
 
 def pad(order: Order, rows: int, width: int) -> Order:

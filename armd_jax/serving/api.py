@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import re
 import secrets
 from collections.abc import Sequence
 from typing import Any, TypeVar
@@ -65,12 +64,17 @@ class _StreamOptions:
 
 @dataclasses.dataclass(frozen=True)
 class _CompletionFields(Drawing):
-    """The fields of a completion whose types are plain, with OpenAI's defaults."""
+    """The fields of a completion, with OpenAI's defaults.
+
+    `prompt` and `stop` have more forms than a field can declare. They are here for messages about unknown fields.
+    """
 
     model: str = ""
+    prompt: str = ""
     suffix: str = ""
     max_tokens: int = typed.field(16, at_least=0)
     n: int = typed.field(1, at_least=1)
+    stop: str = ""
     stream: bool = False
     stream_options: _StreamOptions = _StreamOptions()
     logprobs: int | None = None
@@ -212,6 +216,8 @@ def _stops(given: Any) -> tuple[str, ...]:
         raise UserError(f"{_WHERE}.stop={shown(given)}: expected a text, or a list of at most {_MAX_STOPS} texts")
     if not all(stops):
         raise UserError(f"{_WHERE}.stop: an empty text would end every text")
+    for stop in stops:
+        typed.check_text(stop, f"{_WHERE}.stop")
     return tuple(stops)
 
 
@@ -222,8 +228,8 @@ def _prompts(given: Any, most: int, vocab_size: int, tokenizer: Tokenizer) -> tu
     if not prompts or len(prompts) > most:
         raise UserError(f"{_WHERE}.prompt: {len(prompts)} prompts; this server takes 1 .. {most}")
     if all(isinstance(prompt, str) for prompt in prompts):
-        if any(re.search("[\ud800-\udfff]", prompt) for prompt in prompts):
-            raise UserError(f"{_WHERE}.prompt: holds half a surrogate pair, which is no text")
+        for prompt in prompts:
+            typed.check_text(prompt, f"{_WHERE}.prompt")
         return tuple(map(Prompt, tokenizer.encode_batch(prompts), prompts))
     if not all(_is_ids(prompt) for prompt in prompts):
         raise UserError(

@@ -2,9 +2,11 @@
 
 import base64
 import contextlib
+import dataclasses
 import hashlib
 import importlib.resources
 import json
+import logging
 import re
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
@@ -12,16 +14,16 @@ from typing import Any
 
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
-from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
-from starlette.routing import Route
+from starlette.routing import Match, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from armd_jax import typed
-from armd_jax.errors import UserError
+from armd_jax.errors import UserError, shown
 from armd_jax.inference.language_model import LanguageModel
 from armd_jax.names import DecodingMode
 from armd_jax.serving import api, live, metrics
@@ -32,17 +34,19 @@ from armd_jax.serving.errors import Refused, refusal
 from armd_jax.serving.following import Gone, changes
 from armd_jax.serving.metrics import Metrics
 
+_LOG = logging.getLogger(__name__)
 _SHORT = 1 << 14  # bytes of a body that is read at once
 _CLIENT_CLOSED = 499  # as in the logs of other servers: the client did not wait for its answer
 
 
 def make(lm: LanguageModel, name: str, batcher: Batcher, limits: Limits, hosts: Sequence[str]) -> Starlette:
-    """The application. name: of the model. hosts: names under which it may be asked; "*": any.
+    """The application. name: of the model. hosts: names under which it may be asked, as in a URL; "*": any.
 
     The names protect a server on this machine from pages of other servers, whose names may be made to mean this
     machine. For the same reason it lets no other origin read its answers, and a body has to be sent as JSON.
+    A request that is larger than the whole queue is refused like one that is beyond the limits.
     """
-    assert lm.tokenizer is not None
+    limits = dataclasses.replace(limits, choices=min(limits.choices, batcher.max_queue))
     paths = _Paths(lm, name, batcher, limits)
     routes = [
         Route("/", paths.page),
@@ -54,7 +58,6 @@ def make(lm: LanguageModel, name: str, batcher: Batcher, limits: Limits, hosts: 
         Route("/health", paths.health),
         Route("/metrics", paths.metrics),
     ]
-    known = [route.path for route in routes]
 
     @contextlib.asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncGenerator[None]:
@@ -67,8 +70,8 @@ def make(lm: LanguageModel, name: str, batcher: Batcher, limits: Limits, hosts: 
         lifespan=lifespan,
         routes=routes,
         middleware=[
-            Middleware(_Counted, metrics=batcher.metrics, known=known),
-            Middleware(TrustedHostMiddleware, allowed_hosts=list(hosts)),
+            Middleware(_Counted, metrics=batcher.metrics, routes=routes),
+            Middleware(_Known, hosts=hosts),
         ],
         exception_handlers={Exception: _failed}
         | {kind: _failed for kind in (HTTPException, Refused, Gone, ClientDisconnect)},
@@ -79,21 +82,25 @@ def _failed(_: Request, error: Exception) -> Response:
     if isinstance(error, Gone | ClientDisconnect):
         return Response(status_code=_CLIENT_CLOSED)
     if isinstance(error, HTTPException):
-        return Refused(error.status_code, error.detail).response()
+        response = Refused(error.status_code, error.detail).response()
+        response.headers.update(error.headers or {})
+        return response
     return refusal(error).response()
 
 
 class _Counted:
     """Counts the answers of an application by path and status, and measures how long they take."""
 
-    def __init__(self, app: ASGIApp, metrics: Metrics, known: Sequence[str]) -> None:
-        self._app, self._metrics, self._known = app, metrics, set(known)
+    def __init__(self, app: ASGIApp, metrics: Metrics, routes: Sequence[Route]) -> None:
+        self._app, self._metrics, self._routes = app, metrics, routes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
         status, whole, began = 500, False, time.perf_counter()
+        found = [route.path_format for route in self._routes if route.matches(scope)[0] != Match.NONE]
+        path = found[0] if found else "other"
 
         async def receiving() -> Message:
             nonlocal status
@@ -113,9 +120,24 @@ class _Counted:
         try:
             await self._app(scope, receiving, sending)
         finally:
-            path = scope["path"] if scope["path"] in self._known else "other"
             self._metrics.requests.labels(path, str(status)).inc()
             self._metrics.request_seconds.labels(path).observe(time.perf_counter() - began)
+
+
+class _Known:
+    """Refuses what is asked of this server under a name that is none of its own."""
+
+    def __init__(self, app: ASGIApp, hosts: Sequence[str]) -> None:
+        self._app, self._hosts = app, {host.lower() for host in hosts}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and "*" not in self._hosts:
+            host = re.sub(r":\d*$", "", Headers(scope=scope).get("host", ""))
+            if host.lower() not in self._hosts:
+                refused = Refused(400, f"Host: {shown(host)} is no name of this server", "unknown_host")
+                await refused.response()(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
 
 
 class _Paths:
@@ -230,6 +252,8 @@ async def _streamed(
         except Gone:
             pass
         except Exception as error:
+            if not isinstance(error, Refused | UserError):
+                _LOG.error("a stream failed", exc_info=error)
             yield before + json.dumps(refusal(error).content) + after
         finally:
             await changing.aclose()

@@ -19,6 +19,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from armd_jax.errors import UserError, out_of_memory
+from armd_jax.inference.draw import GREEDY
 from armd_jax.inference.generation import Generation
 from armd_jax.inference.language_model import LanguageModel
 from armd_jax.inference.schedule import FREE
@@ -55,7 +56,7 @@ class Asked:
     @property
     def group(self) -> Group:
         """With which texts it can share a batch."""
-        return Group(self.mode, self.streams, self.temperature == 0, self.top_p < 1, self.stop_at_end)
+        return Group(self.mode, self.streams, self.temperature < GREEDY, self.top_p < 1, self.stop_at_end)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,7 +158,7 @@ class Batcher:
 
     def __init__(self, lm: LanguageModel, max_batch: int, max_queue: int) -> None:
         """max_batch: texts per batch. max_queue: texts that may wait."""
-        self._lm, self._max_batch, self._max_queue = lm, max_batch, max_queue
+        self._lm, self._max_batch, self.max_queue = lm, max_batch, max_queue
         self._waiting: collections.deque[tuple[Text, Ticket]] = collections.deque()
         self._active: list[_Batch] = []
         self._changed = threading.Condition()
@@ -192,7 +193,7 @@ class Batcher:
         with self._changed:
             if self._closing:
                 raise Closed
-            if len(self._waiting) + len(ticket.texts) > self._max_queue:
+            if len(self._waiting) + len(ticket.texts) > self.max_queue:
                 raise QueueFull
             self._waiting.extend((text, ticket) for text in ticket.texts)
             self._changed.notify()

@@ -59,7 +59,7 @@ class Choice:
         if not (text or echo or self.over):
             return None
         first = len(self._prompt.ids) + self._sent_pieces
-        shown, before = pieces, len(self._prompt.text) if self._request.echo else 0
+        before = len(self._prompt.text) if self._request.echo else 0
         shown = [dataclasses.replace(piece, offset=piece.offset + before) for piece in pieces]
         if echo:
             first, shown = 0, [*self._prompt_pieces(self.text.progress), *shown]

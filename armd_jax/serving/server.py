@@ -7,6 +7,7 @@ import socket
 from typing import Any
 
 import uvicorn
+from starlette.concurrency import run_in_threadpool
 
 from armd_jax.errors import UserError
 from armd_jax.inference.language_model import LanguageModel
@@ -15,6 +16,7 @@ from armd_jax.serving.api import Limits
 from armd_jax.serving.batching import Batcher
 
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
+_LAST_SECONDS = 0.5  # for what is said when the time is up
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -42,15 +44,20 @@ def listen(host: str, port: int) -> socket.socket:
 def url(listener: socket.socket) -> str:
     """The address of the page."""
     host, port = listener.getsockname()[:2]
-    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    return f"http://{_in_url(host)}:{port}"
 
 
 def hosts(listener: socket.socket, asked: str) -> tuple[str, ...]:
-    """The names under which a server at this socket may be asked (see `app.make`). asked: the host of the user."""
-    bound = listener.getsockname()[0]
-    if ipaddress.ip_address(bound.partition("%")[0]).is_unspecified:
+    """The names under which a server at this socket may be asked (see `app.make`). asked: what `listen` was given."""
+    bound = listener.getsockname()[0].partition("%")[0]  # without the interface of a link-local address
+    if ipaddress.ip_address(bound).is_unspecified:
         return ("*",)
-    return (*_LOOPBACK, bound, asked)
+    return tuple(map(_in_url, (*_LOOPBACK, bound, asked)))
+
+
+def _in_url(host: str) -> str:
+    """A name or an address as a URL and the header Host have it: that of IPv6 in brackets."""
+    return f"[{host}]" if ":" in host else host
 
 
 class Server(uvicorn.Server):
@@ -80,6 +87,15 @@ class Server(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Takes no new requests, and lets those that are there be finished in the time that they have."""
-        timer = asyncio.get_running_loop().call_later(self._grace, self._batcher.close)
+        ending = asyncio.create_task(self._end_in_time())
         await super().shutdown(sockets)
-        timer.cancel()
+        ending.cancel()
+
+    async def _end_in_time(self) -> None:
+        """When the time is up, fails what is half done, and leaves clients that neither send nor read any more."""
+        await asyncio.sleep(self._grace)
+        self._batcher.close()
+        await run_in_threadpool(self._batcher.join)
+        await asyncio.sleep(_LAST_SECONDS)
+        for connection in list(self.server_state.connections):
+            connection.transport.abort()

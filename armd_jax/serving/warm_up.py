@@ -8,10 +8,8 @@ from collections.abc import Iterator
 from tqdm import tqdm
 
 from armd_jax.inference.language_model import LanguageModel
-from armd_jax.inference.schedule import FREE
+from armd_jax.inference.schedule import FREE, SHORTEST
 from armd_jax.serving.batching import Asked, Batcher
-
-_SHORTEST = 32  # the least capacity of a context, in tokens
 
 
 def usual(lm: LanguageModel, max_batch: int) -> list[list[Asked]]:
@@ -43,7 +41,7 @@ def compile_usual(lm: LanguageModel, batcher: Batcher, max_batch: int, progress:
 
 def _lengths(longest: int) -> Iterator[int]:
     """A length for every capacity: powers of two, and the longest that the model takes."""
-    length = _SHORTEST
+    length = SHORTEST
     while length < longest:
         yield length
         length *= 2

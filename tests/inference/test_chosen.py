@@ -113,12 +113,13 @@ def test_equal_distances_are_the_strided_order():
 @pytest.mark.parametrize(
     ("how", "message"),
     [
-        (dict(starts=[3]), r"starts: position 3 is not free"),
+        (dict(starts=[3]), r"starts: position 3 is no free position"),
         (dict(starts="lines"), r"starts='lines': expected positions, or \"gaps\""),
         (dict(starts=[0], streams=2), "in place of a number of streams"),
         (dict(starts=[0], mode="lossless"), "belongs to mode='strided'"),
         (dict(starts=[[0], [1]]), "starts: 2 lists were given for 1 texts"),
-        (dict(starts=[99]), "id 99 is outside"),
+        (dict(starts=[99]), "starts: position 99 is no free position"),
+        (dict(starts=3), "starts=3: expected a list of positions"),
         (dict(mode="fast"), "mode='fast'"),
         (dict(mode="confident", streams=0), "streams=0: must be at least 1"),
     ],

@@ -184,6 +184,9 @@ def test_what_a_denoiser_cannot_do_is_one_line():
     lm = _model()
     armd = LanguageModel.create(dataclasses.replace(lm.config, kind="armd", two_stream_layers=1))
     cases = [
+        (lambda: lm.generate(mode="lossless"), "mode='lossless': a denoiser has no modes"),
+        (lambda: lm.generate(starts=[0]), "starts=.* belongs to an ARMD"),
+        (lambda: lm.generate(end_bias=1.0), "end_bias=1.0: belongs to an ARMD"),
         (lambda: lm.generate(streams=2), "streams=2: a denoiser has no streams; choose sampler and steps"),
         (lambda: lm.generate(sampler="ancestrall"), "sampler='ancestrall' is not known; did you mean 'ancestral'"),
         (lambda: lm.generate(steps=2), "sampler='first_hitting' takes one step per token; leave steps out"),

@@ -126,6 +126,43 @@ def test_lossless_texts_end_as_in_one_stream():
         assert lm.texts(one) == lm.texts(several)
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_a_stop_string_is_not_looked_for_in_what_is_given(mode):
+    """Neither behind a gap nor between gaps, and it does not hold if a given part completes it."""
+    lm = _model()
+    known = [-1] * 4 + list(b" stop ") + [-1] * 5 + list(b"op")
+    out = lm.generate(evidence_BN=known, stop="stop", seed=2, stop_at_end=False, **MODES[mode])
+    assert out.end_B.tolist() == [len(known)] and (out.call_BN >= 0).all()
+    assert lm.texts(out) == [lm.tokenizer.decode(out.tokens_BN[0].tolist())]
+    whole = lm.generate(evidence_BN=known, seed=2, stop_at_end=False, **MODES[mode])
+    first = next(place for place in (10, 11, 12, 13, 14) if 0 < whole.tokens_BN[0, place] < 127)
+    stop = chr(whole.tokens_BN[0, first])
+    if stop not in _ascii(whole)[0][:4]:
+        cut = lm.generate(evidence_BN=known, seed=2, stop_at_end=False, stop=stop, **MODES[mode])
+        assert cut.end_B.tolist() == [first + 1]
+        assert lm.texts(cut) == [lm.tokenizer.decode(whole.tokens_BN[0, :first].tolist())]
+
+
+def test_streams_that_begin_at_given_places_end_like_streams_at_equal_distances():
+    """A ban leaves an end to the last stream alone, which is the only one if there is no other."""
+    lm = _model()
+    banned = lm.generate(16, starts=[0, 12, 24, 36], end_bias=-np.inf, seed=3)
+    assert (banned.end_B >= 36).all() and (banned.tokens_BN[:, 36:] == END).any()
+    alone = lm.generate(16, starts=[0], end_bias=-np.inf, seed=3)
+    np.testing.assert_array_equal(alone.tokens_BN, lm.generate(16, starts=[0], seed=3).tokens_BN)
+    assert (alone.end_B < LENGTH).any()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_bfloat16_is_scored_as_by_the_parallel_forward(mode):
+    """Up to the rounding of bfloat16."""
+    lm = dataclasses.replace(_model(), config=dataclasses.replace(_model().config, dtype="bfloat16"))
+    out = lm.generate(4, seed=1, stop_at_end=False, **MODES[mode])
+    difference = np.abs(out.log_prob_BN - np.asarray(lm.log_prob(out.tokens_BN, out.order)))
+    assert difference.mean() < 0.03 and difference.max() < 0.5
+    assert np.abs(out.log_prob_BN - np.asarray(_model().log_prob(out.tokens_BN, out.order))).max() > 1e-3
+
+
 @pytest.mark.parametrize("mode", ["strided", "confident"])
 def test_inner_streams_can_be_kept_from_ending_a_text(mode):
     """A ban leaves an end only to the last stream, or to the last place; a bias makes it rarer or surer elsewhere."""
@@ -159,6 +196,14 @@ def test_every_text_has_its_own_temperature_and_nucleus(mode):
         (dict(batch=3, temperature=[0.5, 1.0]), "temperature: 2 numbers were given for 3 texts"),
         (dict(batch=3, top_p=[0.5, 1.0]), "top_p: 2 numbers were given for 3 texts"),
         (dict(top_p=[0.5, 1.5], batch=2), "top_p=1.5"),
+        (dict(end_bias=float("nan")), "end_bias=nan: expected a number of nats"),
+        (dict(max_entropy="1"), "max_entropy='1': expected a number of nats"),
+        (dict(stop=5), "stop=5: expected a text"),
+        (dict(stop=["a", 5]), "expected a text, or a list of texts"),
+        (dict(streams=2.5), "streams=2.5: expected a whole number"),
+        (dict(streams=None), "streams=None: expected a whole number"),
+        (dict(mode=None), "mode=None: expected the name of a mode"),
+        (dict(temperature="a"), "temperature='a': expected a number"),
         (dict(stop=""), "an empty text would end every text"),
         (dict(stop=["a", ""]), "an empty text would end every text"),
     ],

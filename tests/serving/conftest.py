@@ -51,11 +51,13 @@ def serve(lm: LanguageModel) -> Callable[..., contextlib.AbstractContextManager[
     """`with serve(max_queue=4) as served:` runs a server of the model in a thread."""
 
     @contextlib.contextmanager
-    def run(max_batch: int = 4, max_queue: int = 64, limits: Limits | None = None) -> Iterator[Served]:
-        with server.listen("127.0.0.1", 0) as listener:
+    def run(
+        max_batch: int = 4, max_queue: int = 64, limits: Limits | None = None, host: str = "127.0.0.1"
+    ) -> Iterator[Served]:
+        with server.listen(host, 0) as listener:
             batcher = Batcher(lm, max_batch, max_queue)
             limits = limits or Limits(max_tokens=LENGTH)
-            running = server.Server(lm, "tiny", batcher, limits, server.hosts(listener, "127.0.0.1"), grace=5.0)
+            running = server.Server(lm, "tiny", batcher, limits, server.hosts(listener, host), grace=5.0)
             thread = threading.Thread(target=running.run, args=([listener],))
             thread.start()
             try:

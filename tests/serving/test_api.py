@@ -92,6 +92,8 @@ WRONG = [
     ({"stop": ["a", ""]}, "stop"),
     ({"stop": ["a"] * 5}, "stop"),
     ({"stop": 5}, "stop"),
+    ({"stop": ["a", "\ud800"]}, "stop"),
+    ({"suffix": "\udfff"}, "suffix"),
     ({"logprobs": 6}, "logprobs"),
     ({"logprobs": True}, "logprobs"),
     ({"echo": "yes"}, "echo"),
@@ -109,6 +111,21 @@ def test_what_cannot_be_answered_names_its_field(fields, named):
     with pytest.raises(UserError, match=rf"request\.{named}\b") as raised:
         _completion(**{"prompt": "a"} | fields)
     assert "\n" not in str(raised.value) and len(str(raised.value)) < 400
+
+
+@pytest.mark.parametrize("field", ["prompt", "suffix", "stop", "user"])
+def test_half_a_surrogate_pair_is_called_what_it_is(field):
+    """A NUL is a character, and may be in a text."""
+    with pytest.raises(UserError, match="holds half a surrogate pair, which is no character"):
+        _completion(**{"prompt": "a", field: "b\ud800"})
+    _completion(**{"prompt": "a", field: "b\0"})
+
+
+def test_an_unknown_field_is_compared_with_every_field():
+    """Also with those that have several forms."""
+    for wrong, right in (("promt", "prompt"), ("stops", "stop"), ("temprature", "temperature")):
+        with pytest.raises(UserError, match=f"did you mean 'request.{right}'"):
+            _completion(**{wrong: "a"})
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b'"a"', b"\xff", b'{"n": NaN}', b"[" * 100_000, b"1" * 10_000])

@@ -3,7 +3,9 @@
 import contextlib
 import http.client
 import json
+import logging
 import re
+import socket
 import time
 
 import jax
@@ -14,6 +16,7 @@ import pytest
 from armd_jax import typed
 from armd_jax.names import DecodingMode
 from armd_jax.serving.api import Limits
+from armd_jax.serving.completions import Answer
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_compilation")]
 
@@ -198,6 +201,53 @@ def test_refusals_have_the_form_of_openai(post, status, body, path, headers, cod
     assert error["message"] and "\n" not in error["message"]
 
 
+def test_a_method_that_a_path_does_not_have_is_told_those_that_it_has(served, client):
+    """In the header that belongs to the status."""
+    with client.connection(served.url) as line:
+        line.request("DELETE", "/v1/completions")
+        answer = line.getresponse()
+        assert (answer.status, answer.getheader("Allow")) == (405, "POST")
+        assert json.loads(answer.read())["error"]["message"]
+
+
+def test_an_error_within_a_stream_is_told_and_logged(served, client, monkeypatch, caplog):
+    """The client gets its kind alone, and the log its traceback; what the user is told of is not logged."""
+
+    def failing(*_):
+        raise ZeroDivisionError("a secret")
+
+    monkeypatch.setattr(Answer, "_usage", failing)
+    with caplog.at_level(logging.ERROR), client.connection(served.url) as line:
+        body = ASK | {"stream": True, "stream_options": {"include_usage": True}}
+        told = client.post(line, body).read().decode()
+    assert "ZeroDivisionError" in told and "secret" not in told
+    (record,) = [record for record in caplog.records if record.name.startswith("armd_jax")]
+    assert record.exc_info[0] is ZeroDivisionError
+
+
+def test_an_address_of_ipv6_may_be_asked(serve, client):
+    """Its name is written in brackets by the client."""
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError as error:
+        pytest.skip(f"no loopback of IPv6 on this machine: {error}")
+    with serve(host="::1") as served:
+        assert served.url.startswith("http://[::1]:")
+        assert json.loads(client.get(served.url, "/health"))["status"] == "ok"
+
+
+def test_more_texts_than_the_queue_holds_are_a_mistake(serve, client):
+    """Trying again could not help; what fills the whole queue is taken."""
+    with serve(max_queue=2) as served:
+        for count, status in ((3, 400), (2, 200)):
+            with client.connection(served.url) as line:
+                line.request(
+                    "POST", "/v1/completions", json.dumps(ASK | {"n": count}), {"Content-Type": "application/json"}
+                )
+                answer = line.getresponse()
+                assert (answer.status, b"at most 2 texts" in answer.read()) == (status, status == 400)
+
+
 def test_a_body_without_a_length_is_measured_while_it_comes(served, client):
     """In chunks, none of which says how many follow."""
     with client.connection(served.url) as line:
@@ -209,11 +259,12 @@ def test_a_body_without_a_length_is_measured_while_it_comes(served, client):
 
 def test_other_pages_may_not_ask(served, client):
     """A name that another page made mean this machine is refused, and no origin is allowed to read."""
-    for host, status in (("evil.example", 400), ("127.0.0.1", 200), ("localhost:1234", 200)):
+    for host, status in (("evil.example", 400), ("127.0.0.1", 200), ("LOCALHOST:1234", 200), ("[::1]:80", 200)):
         with client.connection(served.url) as line:
             line.request("GET", "/v1/models", headers={"Host": host, "Origin": "http://evil.example"})
             answer = line.getresponse()
-            answer.read()
+            content = json.loads(answer.read())
+            assert ("error" in content and content["error"]["code"] == "unknown_host") == (status == 400)
             assert answer.status == status and answer.getheader("Access-Control-Allow-Origin") is None
 
 
@@ -290,11 +341,14 @@ def test_figures_are_counted(serve, client):
     """Requests by status, tokens, calls, batches and times, in Prometheus' format; no path adds a series."""
     with serve() as served, client.connection(served.url) as line:
         client.post(line, ASK).read()
-        line.request("GET", "/no/such/path")
-        line.getresponse().read()
+        for path in ("/no/such/path", "/v1/models/tiny", "/v1/models/other"):
+            line.request("GET", path)
+            line.getresponse().read()
         figures = dict(row.rsplit(" ", 1) for row in client.get(served.url, "/metrics").decode().splitlines())
     assert figures['armd_requests_total{path="/v1/completions",status="200"}'] == "1.0"
     assert figures['armd_requests_total{path="other",status="404"}'] == "1.0"
+    for status in (200, 404):
+        assert figures[f'armd_requests_total{{path="/v1/models/{{name}}",status="{status}"}}'] == "1.0"
     assert figures['armd_tokens_total{kind="prompt"}'] == "8.0"
     assert figures['armd_tokens_total{kind="generated"}'] == figures["armd_network_calls_total"] == "12.0"
     assert figures["armd_batch_rows_sum"] == figures["armd_batch_rows_count"] == "1.0"

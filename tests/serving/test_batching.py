@@ -6,6 +6,7 @@ import dataclasses
 import numpy as np
 import pytest
 
+from armd_jax.inference.draw import GREEDY
 from armd_jax.inference.schedule import FREE
 from armd_jax.serving.batching import Asked, Batcher, Closed, QueueFull, Ticket
 
@@ -77,6 +78,21 @@ def test_texts_of_a_batch_are_those_of_the_library(lm):
             assert progress.finished and progress.end == len(each.known)
 
     assert _sizes(_run(lm, scenario)) == (4, 6)  # three share one
+
+
+def test_what_draws_the_likeliest_token_shares_no_batch_with_what_does_not(lm):
+    """A temperature that is too small for anything else is greedy; the least that is not shares the batch of 1."""
+    asked = [dataclasses.replace(ONE, temperature=temperature) for temperature in (1.0, GREEDY / 10, 0.0, GREEDY)]
+
+    async def scenario(batcher: Batcher) -> None:
+        tickets = [Ticket([each]) for each in asked]
+        for ticket in tickets:
+            batcher.submit(ticket)
+        batcher.start()
+        await _end(*tickets)
+        assert [ticket.texts[0].failure for ticket in tickets] == [None] * 4
+
+    assert _sizes(_run(lm, scenario)) == (2, 4)
 
 
 def test_a_short_text_does_not_wait_for_a_long_one(lm):

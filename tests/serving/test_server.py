@@ -1,9 +1,11 @@
 """`armd serve` as a process: its address, its end, and what it refuses before it begins."""
 
+import dataclasses
 import http.client
 import json
 import os
 import pathlib
+import re
 import signal
 import socket
 import subprocess
@@ -18,7 +20,7 @@ from armd_jax.config import Config, ModelConfig
 from armd_jax.core import parameters
 from armd_jax.errors import UserError
 from armd_jax.inference.language_model import LanguageModel
-from armd_jax.interop import safetensors_format
+from armd_jax.interop import load, safetensors_format
 from armd_jax.serving import server
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -33,9 +35,10 @@ def run(tmp_path_factory, lm) -> pathlib.Path:
 
 
 @pytest.fixture
-def process(run):
-    """A server at a free port, with its address."""
+def process(run, request):
+    """A server at a free port, with its address. Its parameter: more arguments."""
     command = [sys.executable, "-m", "armd_jax", "serve", f"--run={run}", "--port=0", "--json", "--no-warm-up"]
+    command += getattr(request, "param", [])
     environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
     with subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -63,17 +66,25 @@ def test_a_signal_ends_it_when_its_texts_are_whole(process, client):
 
 
 @pytest.mark.slow
-def test_the_grace_ends_what_takes_too_long(run, client, monkeypatch):
-    """Texts that cannot be finished in time are ended with an error that says so."""
-    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    with client.serve(run, "--no-warm-up", "--grace=0") as url:  # ends it by SIGTERM, and looks at the exit code
-        line = http.client.HTTPConnection(url.removeprefix("http://"), timeout=60)
-        body = {"prompt": "a", "max_tokens": 60, "n": 32, "ignore_eos": True, "stream": True}
-        answer = client.post(line, body)
-        answer.readline()
+@pytest.mark.parametrize("process", [["--grace=0"]], indirect=True)
+def test_the_grace_ends_what_takes_too_long(process, client):
+    """Texts that cannot be finished in time get an error that says so, and nobody waits for the rest of a body."""
+    started, address = process
+    half, line = (http.client.HTTPConnection(address["url"].removeprefix("http://"), timeout=60) for _ in range(2))
+    half.putrequest("POST", "/v1/completions")
+    half.putheader("Content-Type", "application/json")
+    half.putheader("Content-Length", "100")
+    half.endheaders(b"{")  # and nothing more, until the server has ended
+    body = {"prompt": "a", "max_tokens": 60, "n": 32, "ignore_eos": True, "stream": True}
+    answer = client.post(line, body)
+    answer.readline()
+    started.terminate()
     last = [row for row in answer.read().split(b"\n\n") if row][-1]
     assert json.loads(last.removeprefix(b"data: "))["error"]["code"] == "shutting_down"
+    out, errors = started.communicate(timeout=60)
+    assert (started.returncode, out, errors) == (0, "", "")
+    with pytest.raises(ConnectionError):
+        half.getresponse()
 
 
 def test_a_port_that_is_taken_is_one_line(run, capsys):
@@ -107,6 +118,13 @@ def test_a_denoiser_is_refused(tmp_path, lm, capsys):
     safetensors_format.write(denoiser, Config(model=config), tmp_path / "run")
     assert cli.main(["serve", f"--run={tmp_path / 'run'}", "--port=0"]) == 2
     assert "denoiser" in capsys.readouterr().err
+
+
+def test_a_model_without_a_tokenizer_is_refused(tmp_path, lm, capsys, monkeypatch):
+    """It is no denoiser, and has no text."""
+    monkeypatch.setattr(load, "load", lambda *_: dataclasses.replace(lm, tokenizer=None))
+    assert cli.main(["serve", f"--run={tmp_path}", "--port=0"]) == 2
+    assert re.fullmatch("error: .* has no tokenizer.*\n", capsys.readouterr().err)
 
 
 # Hides a package of the extra, as if it were not installed.
