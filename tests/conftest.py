@@ -27,6 +27,7 @@ import pytest
 from armd_jax.cli import main as cli
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
+_MANY_MAPPINGS = 15_000  # of the 65,530 that a process may have
 _WORDS = "the a river stone light moves under over slowly quickly and or bird tree sees finds old new"
 
 
@@ -38,6 +39,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path, reverse=True)
     items.sort(key=lambda item: item.path not in slow)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _few_mappings() -> Iterator[None]:
+    """Gives compiled programs back between files, before a process has as many memory mappings as Linux allows it.
+
+    Each program takes several, and XLA ends the process with a segmentation fault if it gets no more.
+    """
+    yield
+    maps = pathlib.Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > _MANY_MAPPINGS:
+        jax.clear_caches()
 
 
 @contextlib.contextmanager
