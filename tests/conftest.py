@@ -27,7 +27,7 @@ import pytest
 from armd_jax.cli import main as cli
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-_MANY_MAPPINGS = 15_000  # of the 65,530 that a process may have
+_MANY_MAPPINGS = 10_000  # of the 65,530 that a process may have
 _WORDS = "the a river stone light moves under over slowly quickly and or bird tree sees finds old new"
 
 

@@ -1,7 +1,6 @@
 """`armd serve`: a page on which texts appear call by call, and an OpenAI-compatible API."""
 
 import argparse
-import importlib
 from collections.abc import Sequence
 
 from armd_jax.cli.arguments import add_run, show
@@ -9,7 +8,6 @@ from armd_jax.errors import UserError
 
 HELP = "Serve a page on which texts appear call by call, and an OpenAI-compatible API."
 IF_MEMORY_RUNS_OUT = "lower --max-batch"
-_NEEDS = ("starlette", "uvicorn", "prometheus_client")
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -42,11 +40,12 @@ def run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
             raise UserError(f"{flag}={number}: must be at least 1")
     if not 0 <= args.grace < float("inf"):
         raise UserError(f"--grace={args.grace}: must be at least 0 seconds")
-    for name in _NEEDS:
-        try:
-            importlib.import_module(name)
-        except ImportError as error:
-            raise UserError(f"armd serve needs {name}, which is in an extra: pip install -e '.[serve]'") from error
+    try:
+        import prometheus_client  # noqa: F401
+        import starlette  # noqa: F401
+        import uvicorn  # noqa: F401
+    except ImportError as error:
+        raise UserError(f"armd serve needs {error.name}, which is in an extra: pip install -e '.[serve]'") from error
 
     from armd_jax.interop.load import load
     from armd_jax.serving import server, warm_up
