@@ -49,7 +49,7 @@ COMMANDS = [
     ("compile --topology=v5e:4x4 --config={smoke} --dump-hlo=gs://bucket/program.txt", "--dump-hlo"),
 ]
 # Arguments and fields that take a text which names no file.
-OTHER_TEXTS = {"--text-field", "--coordinator", "--topology", "--streams", "--steps", "--prompt", "--suffix"}
+OTHER_TEXTS = {"--text-field", "--coordinator", "--topology", "--streams", "--steps", "--stop", "--prompt", "--suffix"}
 OTHER_TEXTS |= {"--mesh", "--host"}
 OTHER_FIELDS = {"data.text_field", "training.wandb_project"}
 

@@ -133,7 +133,7 @@ import sys
 class Hidden:
     def find_spec(self, name, path=None, target=None):
         if name.partition(".")[0] == "uvicorn":
-            raise ModuleNotFoundError(name)
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 sys.meta_path.insert(0, Hidden())
 from armd_jax.cli import main as cli
 sys.exit(cli.main(sys.argv[1:]))
