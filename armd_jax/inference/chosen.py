@@ -119,7 +119,7 @@ class Chosen(Decoding[ChosenState]):
             self._state,
             self._draw,
             self._ending,
-            np.int32(min(until, 2**30)),
+            np.int32(until),
             self._free_BW,
             self._places_BCS,
             self._last_B,

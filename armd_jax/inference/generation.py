@@ -7,7 +7,7 @@ import numpy as np
 
 from armd_jax.core.order import Order
 from armd_jax.data.tokenizers import Tokenizer
-from armd_jax.inference.schedule import FREE, lengths
+from armd_jax.inference.schedule import ABSENT, FREE, lengths
 
 NO_END = -1  # in place of an end-of-text token, if there is none
 
@@ -69,8 +69,8 @@ def collect(
 ) -> Generation:
     """A generation with its ends, and with what its fields say at places where nothing was made.
 
-    known_BN: as `requests.known_rows` gives it. call_BN: as in `Generation`. in_order: whether texts are written left
-    to right, so that what lies behind an end counts as not made.
+    known_BN: as `requests.known_rows` gives it. call_BN: as in `Generation`, and anything behind a row. in_order:
+    whether texts are written left to right, so that what lies behind an end counts as not made.
     """
     ends_BN = (known_BN == FREE) & (call_BN > 0) & (tokens_BN == ends.token)
     end_B = np.where(ends_BN.any(axis=1), ends_BN.argmax(axis=1), lengths(known_BN))
@@ -78,7 +78,7 @@ def collect(
     for row in range(len(known_BN) if ends.stop else 0):
         if (stop := _stop(tokens_BN[row, : end_B[row]], call_BN[row, : end_B[row]], ends)) is not None:
             end_B[row] = kept_B[row] = stop
-    none_BN = call_BN < 0
+    none_BN = (call_BN < 0) | (known_BN == ABSENT)
     if in_order:
         none_BN = none_BN | (known_BN == FREE) & (np.arange(known_BN.shape[1]) >= kept_B[:, None])
     return Generation(

@@ -230,7 +230,6 @@ class LanguageModel:
         if not (known_BN == schedule.FREE).any():  # no call, only the score that every position is promised
             order, call_BN = schedule.order_of(known_BN, 1)
             tokens_BN = np.maximum(known_BN, 0).astype(np.int32)
-            call_BN = np.where(known_BN == schedule.ABSENT, -1, call_BN)
             log_prob_BN = np.asarray(self.log_prob(tokens_BN, order))
             return generation.collect(known_BN, tokens_BN, log_prob_BN, order, call_BN, 0, ends, True, number)
         weights = Weights(self._layers, self._loop_params)

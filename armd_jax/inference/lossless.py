@@ -110,7 +110,7 @@ class Lossless(Decoding[LosslessState]):
         """Reads the evidence."""
         streams, known_BN = request.streams, request.known_BN
         layout = _Layout.make(streams)
-        self._order, self._known_call_BN = schedule.order_of(known_BN, 1)
+        self._order, _ = schedule.order_of(known_BN, 1)
         plan = schedule.strided(known_BN, 1, config.max_length, spare=2 * streams + layout.rows)
         rows = len(plan.first_B)
         began = sampler.start(weights.layers, config, plan, request.seed_B, request.stream_B)
@@ -148,13 +148,12 @@ class Lossless(Decoding[LosslessState]):
     def _collect(self) -> Generation:
         known_BN, state, index_BW = self._request.known_BN, self._state, self._plan.index_BW
         made_BN = self._gather(state.call_BT, index_BW)
-        call_BN = np.where(known_BN == schedule.FREE, np.where(made_BN == 0, -1, made_BN), 0)
         out = collect(
             known_BN,
             self._gather(state.context_BT, index_BW),
             self._gather(state.log_prob_BT, index_BW),
             self._order,
-            np.where(known_BN == schedule.ABSENT, -1, call_BN),
+            np.where((known_BN == schedule.FREE) & (made_BN == 0), -1, made_BN),
             int(state.call),
             self._request.ends,
             in_order=True,

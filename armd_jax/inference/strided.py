@@ -41,7 +41,7 @@ class Strided(Decoding[SamplingState]):
             self._gather(self._state.context_BT, self._plan.index_BW),
             self._gather(self._state.log_prob_BT, self._plan.index_BW),
             self._order,
-            np.where(self._call_BN > calls, -1, np.where(self._request.known_BN == schedule.ABSENT, -1, self._call_BN)),
+            np.where(self._call_BN > calls, -1, self._call_BN),
             calls,
             self._request.ends,
             self.in_order,

@@ -1,9 +1,10 @@
 """Draws modes.png: what the texts of each decoding mode are worth, against the network calls that it takes.
 
-    python experiments/pictures/modes.py runs/modes.json
+    python experiments/pictures/modes.py runs/modes.json runs/confident.json
 
-The file is the one that `experiments/benchmarks/modes.py --results=runs/modes.json` writes. The picture appears beside
-this script, or where `--out` says.
+The files are those that `experiments/benchmarks/modes.py --results=FILE` writes. If two have the same mode and number
+of streams, the earlier counts, and the judge is that of the first. The picture appears beside this script, or where
+`--out` says.
 """
 
 import argparse
@@ -81,19 +82,26 @@ def draw(result: dict[str, Any]) -> bytes:
     return style.png(figure)
 
 
+def joined(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The first of the results, with the cases that only later ones have."""
+    cases = {(case["mode"], case["streams"]): case for each in reversed(results) for case in each["modes"]}
+    return results[0] | {"modes": sorted(cases.values(), key=lambda case: (MODES.index(case["mode"]), case["streams"]))}
+
+
 def main() -> int:
     """Writes the picture. Returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("results", type=pathlib.Path)
+    parser.add_argument("results", type=pathlib.Path, nargs="+")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path(__file__).with_suffix(".png"))
     args = parser.parse_args()
     try:
-        args.out.write_bytes(draw(json.loads(args.results.read_text())))
+        args.out.write_bytes(draw(joined([json.loads(file.read_text()) for file in args.results])))
     except OSError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except (ValueError, KeyError, TypeError) as error:
-        print(f"error: {args.results}: not what experiments/benchmarks/modes.py writes: {error!r}", file=sys.stderr)
+        files = ", ".join(map(str, args.results))
+        print(f"error: {files}: not what experiments/benchmarks/modes.py writes: {error!r}", file=sys.stderr)
         return 2
     return 0
 

@@ -230,6 +230,19 @@ def test_the_picture_shows_every_mode(results, tmp_path):
         assert (np.abs(pixels - np.array(colors.to_rgb(color))).max(axis=-1) < 0.01).sum() > 50
 
 
+def test_a_picture_of_several_files(results, tmp_path):
+    """Modes that were measured one after another make the picture of all; of two measurements, the first counts."""
+    whole = json.loads(results.read_text())
+    files, outs = [tmp_path / f"{number}.json" for number in range(2)], [tmp_path / name for name in ("a.png", "b.png")]
+    first = [case for case in whole["modes"] if case["mode"] == "strided"]
+    again = [case | {"generative_perplexity": 1e6} if case["mode"] == "strided" else case for case in whole["modes"]]
+    for file, cases in zip(files, (first, again), strict=True):
+        file.write_text(json.dumps(whole | {"modes": cases}))
+    assert _run("pictures/modes.py", str(results), f"--out={outs[0]}") == 0
+    assert _run("pictures/modes.py", *map(str, files), f"--out={outs[1]}") == 0
+    assert outs[0].read_bytes() == outs[1].read_bytes()
+
+
 def test_a_picture_of_something_else_is_an_error(tmp_path, capsys):
     """One line, and no picture."""
     file, out = tmp_path / "other.json", tmp_path / "modes.png"
