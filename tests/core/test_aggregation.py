@@ -81,8 +81,8 @@ def test_first_vectors_are_the_sums_over_earlier_blocks(toy, fields, chunk, one_
     """Each target's vector is the aggregator's sum over earlier blocks, whatever the chunks."""
     config = toy.config(**fields, max_length=LENGTH, attention_chunk=chunk)
     drawn, rows, x_BXD, variables = _inputs(toy, config, one_token=one_token)
-    found, state = aggregation.make(config).apply(variables, rows, x_BXD, _near(config, rows, x_BXD), None, False)
-    assert state is None and found.dtype == x_BXD.dtype
+    found = aggregation.make(config).apply(variables, rows, x_BXD, _near(config, rows, x_BXD), None, False)
+    assert found.dtype == x_BXD.dtype
     for row in range(4):
         one = jax.tree.map(lambda a, row=row: a[row], drawn)
         expected = _expected(config, variables["params"], one, np.asarray(x_BXD[row], np.float64))
@@ -97,7 +97,7 @@ def test_no_bit_of_a_later_row_leaks(toy, fields, chunk, one_token):
     """Huge changes in later rows of X leave a target's vector bit-identical: no difference of inclusive sums."""
     config = toy.config(**fields, max_length=LENGTH, attention_chunk=chunk)
     _, rows, x_BXD, variables = _inputs(toy, config, seed=1, one_token=one_token)
-    run = jax.jit(lambda x: aggregation.make(config).apply(variables, rows, x, _near(config, rows, x), None, False)[0])
+    run = jax.jit(lambda x: aggregation.make(config).apply(variables, rows, x, _near(config, rows, x), None, False))
     before = np.asarray(run(x_BXD))
     strict = np.asarray(rows.g_strict_len_BG)
     for first_changed in range(1, LENGTH):
@@ -121,8 +121,9 @@ def test_recurrence_equals_the_parallel_form(toy, fields):
     variables = {"params": toy.params(config).get("aggregator", {})}
     x_BXD = jnp.asarray(np.random.default_rng(0).standard_normal((1, LENGTH, config.width)), jnp.float32)
     near = _near(config, rows, x_BXD)
-    parallel, _ = aggregation.make(config).apply(variables, rows, x_BXD, near, None, False)
-    state = aggregation.make(config).empty_state(1)
+    aggregator = aggregation.make(config)
+    parallel = aggregator.apply(variables, rows, x_BXD, near, None, False)
+    state = aggregator.empty_state(1)
     x_first, g_first = 0, 0
     for x_size, g_size in ((1, 1), (1, 2), (2, 1), (1, 3), (3, 1)):  # rows of the last block, and of the next
         x, g = slice(x_first, x_first + x_size), slice(g_first, g_first + g_size)
@@ -139,9 +140,9 @@ def test_recurrence_equals_the_parallel_form(toy, fields):
             x_start=x_first,
         )
         with_padding = jnp.concatenate([x_BXD[:, x], jnp.full((1, 1, config.width), 1e3)], axis=1)
-        found, state = aggregation.make(config).apply(
-            variables, step, with_padding, tuple(vectors[:, g] for vectors in near), state, True
-        )
+        vectors = tuple(each[:, g] for each in near)
+        found = aggregator.apply(variables, step, with_padding, vectors, state, True)
+        state = aggregator.state_after(step, with_padding, state)
         np.testing.assert_allclose(found, parallel[:, g], rtol=1e-4, atol=1e-4)
         x_first, g_first = x.stop, g.stop
 
@@ -163,5 +164,5 @@ def test_low_precision_rows_are_summed_in_float32(toy):
     rows = rows_for_training(jnp.zeros((1, 600), jnp.int32), drawn, block_mask.build(drawn))
     x_BXD = jnp.broadcast_to(jnp.asarray([1.0, -1, 2, -2, 0.5, 3, -3, 1]), (1, 600, 8)).astype(jnp.bfloat16)
     params = {"norm": {"scale": jnp.ones(8)}, "position": {"kernel": jnp.zeros((8, 8)), "bias": jnp.zeros(8)}}
-    found, _ = aggregation.make(config).apply({"params": params}, rows, x_BXD, (), None, False)
+    found = aggregation.make(config).apply({"params": params}, rows, x_BXD, (), None, False)
     np.testing.assert_array_equal(found[0, -1], found[0, 0])
