@@ -10,6 +10,7 @@ VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "armd_jax/__init__.py").rea
 REQUIREMENTS = [
     line for line in (ROOT / "requirements.txt").read_text().splitlines() if line.strip() and not line.startswith("#")
 ]
+IMPORT = ["gguf>=0.19"]
 SERVE = ["starlette>=1.0", "uvicorn>=0.30", "prometheus_client>=0.20"]
 
 setup(
@@ -30,9 +31,11 @@ setup(
         "tensorboard": ["tensorboardX>=2.6"],
         "wandb": ["wandb>=0.17"],
         "serve": SERVE,
+        "import": IMPORT,
         "benchmark": ["torch>=2.4", "transformers>=4.44"],
         "test": [
             *SERVE,
+            *IMPORT,
             "openai>=1.50",
             "playwright>=1.40",
             "pytest>=8",
