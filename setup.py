@@ -10,7 +10,7 @@ VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "armd_jax/__init__.py").rea
 REQUIREMENTS = [
     line for line in (ROOT / "requirements.txt").read_text().splitlines() if line.strip() and not line.startswith("#")
 ]
-IMPORT = ["gguf>=0.19"]
+IMPORT = ["gguf>=0.19", "protobuf>=4"]
 SERVE = ["starlette>=1.0", "uvicorn>=0.30", "prometheus_client>=0.20"]
 
 setup(

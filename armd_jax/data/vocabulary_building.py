@@ -23,11 +23,11 @@ CUT = re.compile(r"(?<=\S)[ \n]")
 # Some tokenizers put line ends into one piece with the punctuation before them, or a space before what is no space.
 CUT_AT_SPACE = re.compile(r"(?<=\S) ")
 
-# How Qwen2 cuts text into words. Llama 3 and others take up to three digits at a time, which does not matter here.
-_QWEN2_WORDS = (
+# How Qwen2 cuts text into words. Llama 3 and others take up to three digits at a time.
+QWEN2_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-_SUCH_WORDS = {_QWEN2_WORDS, _QWEN2_WORDS.replace(r"|\p{N}| ?", r"|\p{N}{1,3}| ?")}
+LLAMA3_WORDS = QWEN2_WORDS.replace(r"|\p{N}| ?", r"|\p{N}{1,3}| ?")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +76,7 @@ def _byte_level_bpe(files: dict[str, bytes], settings: Settings) -> Built:
             tokenizer.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=prefix)
         case "qwen2":
             tokenizer.normalizer = library.normalizers.NFC()
-            words = library.pre_tokenizers.Split(library.Regex(_QWEN2_WORDS), behavior="isolated")
+            words = library.pre_tokenizers.Split(library.Regex(QWEN2_WORDS), behavior="isolated")
             in_bytes = library.pre_tokenizers.ByteLevel(add_prefix_space=prefix, use_regex=False)
             tokenizer.pre_tokenizer = library.pre_tokenizers.Sequence([words, in_bytes])
             cut = CUT_AT_SPACE
@@ -137,8 +137,14 @@ def _cut_of(value: dict[str, Any]) -> re.Pattern[str] | None:
     match parts_of(value.get("pre_tokenizer")):
         case [{"type": "ByteLevel"} as words] if normalizers in ([], ["NFC"]) and words.get("use_regex", True):
             return CUT_AT_SPACE if words.get("add_prefix_space", True) else CUT
+        case [{"type": "Digits"}, {"type": "ByteLevel", "add_prefix_space": False} as words]:
+            return CUT if normalizers in ([], ["NFC"]) and words.get("use_regex", True) else None
         case [{"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated"}, {"type": "ByteLevel"} as rest]:
-            known = normalizers in ([], ["NFC"]) and regex in _SUCH_WORDS and not rest.get("use_regex", True)
+            known = (
+                normalizers in ([], ["NFC"])
+                and regex in (QWEN2_WORDS, LLAMA3_WORDS)
+                and not rest.get("use_regex", True)
+            )
             return CUT_AT_SPACE if known and not rest.get("add_prefix_space", True) else None
         case [{"type": "BertPreTokenizer"}] if normalizers in ([], ["BertNormalizer"]):
             return CUT
