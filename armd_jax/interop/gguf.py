@@ -205,7 +205,8 @@ class GgufSource:
         if not key_heads or heads % key_heads:
             raise file.wrong(self._key("attention.head_count_kv"), f"a divisor of the {heads} heads")
         if not head or head % 2:  # the rotary embedding turns pairs
-            raise UserError(f"{self.where}: heads of {head} values (attention.key_length): expected an even number")
+            key = self._key("attention.key_length")
+            raise UserError(f"{self.where}: heads of {head} values ({key}): expected an even number")
         for key in ("attention.value_length", "rope.dimension_count"):
             if file.whole(self._key(key), head) != head:
                 raise file.wrong(self._key(key), f"{head}, the width of a head; others are not supported")
