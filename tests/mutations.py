@@ -429,6 +429,35 @@ MUTATIONS = (
         "self.seed",
         "serving/test_api.py::test_every_form_of_a_prompt",
     ),
+    # --- GGUF files ---------------------------------------------------------------------------------------------------
+    Mutation(
+        "rows of queries and keys are put in halves",
+        "interop/gguf.py",
+        "pairs.swapaxes(1, 2)",
+        "pairs",
+        "interop/test_gguf.py::test_rows_of_heads_are_turned_in_halves",
+    ),
+    Mutation(
+        "a key that nobody reads is refused",
+        "interop/gguf.py",
+        "        self._check_keys()\n",
+        "",
+        "interop/test_gguf.py::test_what_hugging_faces_config_cannot_say_is_refused",
+    ),
+    Mutation(
+        "a tensor outside the file is found when the header is read",
+        "interop/gguf_file.py",
+        "if one.offset + one.size > header.size:",
+        "if one.offset > header.size + one.size:",
+        "interop/test_gguf.py::test_damaged_and_hostile_files_are_one_line",
+    ),
+    Mutation(
+        "numbers are cut into words as the model's own tokenizer does",
+        "interop/gguf_tokenizer.py",
+        "_sequence(_split(LLAMA3_WORDS), _byte_level(use_regex=False)), None, True",
+        "_sequence(_split(QWEN2_WORDS), _byte_level(use_regex=False)), None, True",
+        "interop/test_gguf.py::test_a_byte_level_tokenizer_comes_back",
+    ),
 )
 
 

@@ -212,8 +212,9 @@ class GgufSource:
                 raise file.wrong(self._key(key), f"{head}, the width of a head; others are not supported")
         if file.whole(self._key("vocab_size"), vocab) != vocab:
             raise file.wrong(self._key("vocab_size"), f"{vocab}, as token_embd.weight has rows")
-        more = {"head": head, "key heads": key_heads, "vocab": vocab, "qkv": 3 * width}
-        return sizes | more | {"queries": heads * head, "keys": key_heads * head}
+        queries, keys = heads * head, key_heads * head
+        more = {"head": head, "key heads": key_heads, "vocab": vocab}
+        return sizes | more | {"queries": queries, "keys": keys, "qkv": queries + 2 * keys}
 
     def _read_rows(self) -> dict[str, _Row]:
         """The tensors by Hugging Face's names. Raises UserError unless the file has exactly those of the model."""
@@ -250,6 +251,11 @@ class GgufSource:
         shared = {"vocab_size": sizes["vocab"], "tie_word_embeddings": tied}
         match self._family.architecture:
             case "gpt2":
+                if not sizes["queries"] == sizes["keys"] == sizes["width"]:
+                    raise self._file.wrong(
+                        self._key("attention.head_count_kv"),
+                        "the number of heads, which together are as wide as the model",
+                    )
                 return shared | {
                     "model_type": "gpt2",
                     "architectures": ["GPT2LMHeadModel"],

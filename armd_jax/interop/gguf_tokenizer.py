@@ -7,6 +7,8 @@ words, and does not describe it. A BPE of sentencepiece becomes the sentencepiec
 import json
 from typing import Any
 
+import numpy as np
+
 from armd_jax.data.tokenizer_metadata import CONFIG_FILE
 from armd_jax.data.vocabulary_building import LLAMA3_WORDS, QWEN2_WORDS
 from armd_jax.data.vocabulary_settings import JSON_FILE, MODEL_FILE
@@ -29,7 +31,7 @@ def tokenizer_files(file: GgufFile, vocab_size: int) -> dict[str, bytes]:
 
     vocab_size: the number of embeddings, which has to be that of the tokens.
     """
-    tokens, kinds = file.texts("tokenizer.ggml.tokens"), file.numbers("tokenizer.ggml.token_type").tolist()
+    tokens, kinds = file.texts("tokenizer.ggml.tokens"), file.numbers("tokenizer.ggml.token_type").astype(int).tolist()
     if not len(tokens) == len(kinds) == vocab_size:
         raise UserError(
             f"{file.where}: tokenizer.ggml.tokens has {len(tokens)} tokens and tokenizer.ggml.token_type {len(kinds)},"
@@ -146,13 +148,14 @@ def _sentencepiece_model(file: GgufFile, tokens: list[str], kinds: list[int]) ->
     """The sentencepiece model, which takes text as it is: llama.cpp supports no other normalisation."""
     from sentencepiece import sentencepiece_model_pb2
 
-    scores = file.numbers("tokenizer.ggml.scores").tolist()
-    if len(scores) != len(tokens):
-        raise UserError(f"{file.where}: tokenizer.ggml.scores has {len(scores)} scores for {len(tokens)} tokens")
+    library: Any = sentencepiece_model_pb2  # its classes are made when it is imported, and have no types
+    scores = file.numbers("tokenizer.ggml.scores")
+    if len(scores) != len(tokens) or not np.isfinite(scores).all():
+        raise UserError(f"{file.where}: tokenizer.ggml.scores are not {len(tokens)} finite numbers, one for each token")
     if "tokenizer.ggml.precompiled_charsmap" in file.values:
         raise UserError(f"{file.where}: tokenizer.ggml.precompiled_charsmap: not supported")
-    model = sentencepiece_model_pb2.ModelProto()
-    for token, score, kind in zip(tokens, scores, kinds, strict=True):
+    model = library.ModelProto()
+    for token, score, kind in zip(tokens, scores.tolist(), kinds, strict=True):
         if not _NORMAL <= kind <= _BYTE:
             raise UserError(f"{file.where}: tokenizer.ggml.token_type of {shown(token)} is {kind}: not supported")
         model.pieces.add(piece=token, score=score, type=kind)

@@ -16,6 +16,7 @@ import tokenizers as library
 from armd_jax.data import tokenizers
 from armd_jax.errors import UserError
 from armd_jax.interop.gguf import GgufSource
+from armd_jax.interop.gguf_file import GgufFile
 
 gguf = pytest.importorskip("gguf")
 
@@ -296,6 +297,32 @@ def test_a_head_that_repeats_the_embedding_is_tied(tmp_path):
     np.testing.assert_array_equal(source.read("lm_head.weight"), head["output.weight"])
 
 
+def test_a_gpt2_with_other_heads_is_refused(tmp_path):
+    """Hugging Face's GPT-2 has as many key heads as heads, however the file is laid out."""
+    _, theirs = _weights("gpt2")
+    for i in range(LAYERS):
+        for end in ("weight", "bias"):
+            theirs[f"blk.{i}.attn_qkv.{end}"] = theirs[f"blk.{i}.attn_qkv.{end}"][: 2 * WIDTH]
+    keys = _keys("gpt2") | {"gpt2.attention.head_count_kv": KEY_HEADS}
+    path = _write(tmp_path / "model.gguf", "gpt2", keys, theirs)
+    assert "gpt2.attention.head_count_kv=2: expected the number of heads" in _refused(path)
+
+
+@pytest.mark.parametrize("kind", gguf.GGMLQuantizationType, ids=lambda kind: kind.name)
+def test_every_type_is_read_or_refused(tmp_path, kind):
+    """Bytes of any type are numbers in float32, or the error names the type."""
+    block, size = gguf.GGML_QUANT_SIZES[kind]
+    header = (_start(tensors=1) + _tensor(256, 2, kind=kind)).ljust(96, b"\0")
+    path = tmp_path / "model.gguf"
+    path.write_bytes(header + np.random.default_rng(0).bytes(2 * 256 // block * size))
+    file = GgufFile(path)
+    if kind.name in ("I8", "I16", "I32", "I64", "F64", "Q8_1", "Q8_K", "Q1_0"):
+        with pytest.raises(UserError, match=f"model.gguf: tensor 'a' has the unsupported type {kind.name}$"):
+            file.read("a")
+    else:
+        assert file.read("a").shape == (2, 256) and file.read("a").dtype == np.float32
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_tensors_are_those_that_transformers_reads(tmp_path, name):
@@ -446,7 +473,8 @@ BPE = {
         ({"model": "bert"}, "tokenizer.ggml.model='bert': expected gpt2 or llama"),
         ({"model": 3}, "tokenizer.ggml.model=3: expected a text"),
         ({"model": "llama"}, "has no tokenizer.ggml.scores"),
-        ({"model": "llama", "scores": [0.0]}, "tokenizer.ggml.scores has 1 scores for 40 tokens"),
+        ({"model": "llama", "scores": [0.0]}, "tokenizer.ggml.scores are not 40 finite numbers"),
+        ({"model": "llama", "scores": [float("inf")] * VOCAB}, "tokenizer.ggml.scores are not 40 finite numbers"),
         ({"pre": None}, "has no tokenizer.ggml.pre"),
         ({"pre": "tekken"}, "tokenizer.ggml.pre='tekken': expected gpt-2, smollm, llama-bpe or qwen2"),
         ({"tokens": None}, "has no tokenizer.ggml.tokens"),
