@@ -12,7 +12,7 @@ import functools
 import json
 import pathlib
 from collections.abc import Iterator
-from typing import Any, TypeGuard
+from typing import Any, TypeGuard, assert_never
 
 import ml_collections
 
@@ -48,10 +48,17 @@ class ModelConfig:
     two_stream_layers: int = _weights(6, at_least=0)  # M, the first M of the L layers
     width: int = _weights(768, at_least=1)  # D
     num_heads: int = _weights(12, at_least=1)  # H
+    # Heads of keys and values, each for as many neighbouring query heads (grouped-query attention). 0: num_heads.
+    num_kv_heads: int = _weights(0, at_least=0)
+    head_dim: int = _weights(0, at_least=0)  # K. 0: width / num_heads
     # F. 0: 4 D for gelu, 8/3 D rounded up to a multiple of 64 for swiglu (about as many parameters).
     mlp_width: int = _weights(0, at_least=0)
     mlp: names.MlpKind = _weights("gelu")
     norm: names.NormKind = _weights("layernorm")
+    norm_epsilon: float = _weights(1e-5, above=0)  # of all norms but those of qk_norm and of the aggregator
+    qkv_bias: bool = _weights(False)  # biases of queries, keys and values, …
+    attention_out_bias: bool = _weights(False)  # … of what attention adds to the residual stream, …
+    mlp_bias: bool = _weights(False)  # … and of every matrix of the MLP
     aggregator: names.AggregatorKind = _weights("neighbours")  # positional is the paper's
     # With aggregator "neighbours": the token before the target alone, or also the one after it.
     neighbours: names.Neighbours = _weights("left")
@@ -66,6 +73,19 @@ class ModelConfig:
     tie_embeddings: bool = _weights(True)  # the output head is the embedding table, transposed
     dropout: float = _field(0.0, fraction="open")  # on embeddings, attention outputs and MLP outputs
     rope_base: float = _weights(10_000.0, above=1)
+    # How RoPE is stretched for longer rows. linear: all angles are divided by rope_factor. llama3: those that turn less
+    # than rope_low times in rope_original_length positions are, those that turn more than rope_high times are not, and
+    # between them the divisor goes over from one to the other.
+    rope_scaling: names.RopeScaling = _weights("none")
+    rope_factor: float = _weights(1.0, at_least=1)
+    rope_low: float = _weights(1.0, above=0)
+    rope_high: float = _weights(4.0, above=0)
+    rope_original_length: int = _weights(8192, at_least=1)
+    # Positions of a learned table that is added to both streams in place of RoPE, as in GPT-2. 0: RoPE.
+    learned_positions: int = _weights(0, at_least=0)
+    # Where the row that predicts a token stands: at the token's own position, or one earlier, where an autoregressive
+    # model predicts it from. Weights of such a model fit `previous`.
+    prediction_position: names.PredictionPosition = _weights("own")
     dtype: names.Dtype = "auto"  # of activations. auto: bfloat16 on accelerators, float32 on CPU
     # What the backward pass computes again instead of keeping: nothing, all but matrix products, or whole layers.
     remat: names.Remat = _free("none")
@@ -81,7 +101,12 @@ class ModelConfig:
     @property
     def head_width(self) -> int:
         """K."""
-        return self.width // self.num_heads
+        return self.head_dim or self.width // self.num_heads
+
+    @property
+    def kv_heads(self) -> int:
+        """Heads of keys and values."""
+        return self.num_kv_heads or self.num_heads
 
     @property
     def has_orders(self) -> bool:
@@ -289,17 +314,46 @@ def check_model(model: ModelConfig, where: str = "model") -> None:
         raise UserError(
             f"{where}.two_stream_layers={model.two_stream_layers}: cannot exceed {where}.num_layers={model.num_layers}"
         )
-    if model.width % model.num_heads:
+    if not model.head_dim and model.width % model.num_heads:
         raise UserError(
             f"{where}.width={model.width} is not divisible by {where}.num_heads={model.num_heads}:"
             " every head needs the same width"
         )
-    if model.head_width % 2:
-        raise UserError(f"{where}.width / {where}.num_heads = {model.head_width} is odd: RoPE rotates pairs")
+    if model.num_heads % model.kv_heads:
+        raise UserError(
+            f"{where}.num_heads={model.num_heads} is not divisible by {where}.num_kv_heads={model.num_kv_heads}:"
+            " every head of keys serves the same number of queries"
+        )
+    if model.head_width % 2 and not model.learned_positions:
+        raise UserError(f"{where}: heads of width {model.head_width}, which is odd: RoPE rotates pairs")
+    _check_positions(model, where)
     if model.positional_width < 2 or model.positional_width % 2:
         raise UserError(f"{where}.positional_width={model.positional_width}: must be even and at least 2")
     if fault := names.kernel_fault(model.attention, model.max_length, model.head_width, where):
         raise UserError(f"{where}.attention={model.attention!r}: {fault}")
+
+
+def _check_positions(model: ModelConfig, where: str) -> None:
+    if model.rope_low >= model.rope_high:
+        raise UserError(f"{where}.rope_low={model.rope_low}: must be below {where}.rope_high={model.rope_high}")
+    if not model.learned_positions:
+        return
+    # The start token stands at position 0, and the last token of a row at max_length.
+    match model.prediction_position:
+        case "own":
+            needed = model.max_length + 1
+        case "previous":
+            needed = model.max_length
+        case _:
+            assert_never(model.prediction_position)
+    if model.has_orders and model.learned_positions < needed:
+        raise UserError(
+            f"{where}.learned_positions={model.learned_positions}: rows of {model.max_length} tokens need {needed}"
+        )
+    if model.learned_positions < model.max_length:
+        raise UserError(
+            f"{where}.learned_positions={model.learned_positions}: must be at least {where}.max_length={model.max_length}"
+        )
 
 
 def check(config: Config) -> None:

@@ -11,11 +11,14 @@ OrderModel = Literal["armd"]  # trained on generation orders, and scored and sam
 MaskModel = Literal["denoiser"]  # trained to fill in masked tokens
 ModelKind = Literal[OrderModel, MaskModel]
 AggregatorKind = Literal["positional", "mean", "shift", "neighbours"]
+ImportAggregator = Literal["neighbours", "shift"]  # those that keep the token before a target apart
 Neighbours = Literal["left", "both"]
 EmbeddingScale = Literal["sqrt_width", "one"]
 ResidualInit = Literal["unscaled", "depth_scaled", "zero"]
 NormKind = Literal["layernorm", "rmsnorm"]
 MlpKind = Literal["gelu", "swiglu"]
+PredictionPosition = Literal["own", "previous"]
+RopeScaling = Literal["none", "linear", "llama3"]
 Remat = Literal["none", "dots", "full"]
 PlainAttention = Literal["auto", "dense", "chunked"]  # runs everywhere
 TpuKernel = Literal["splash"]
@@ -40,6 +43,7 @@ VocabularyTokenizerKind = Literal["bpe", "wordpiece", "tokenizer_json"]  # read 
 TokenizerKind = Literal[NamedTokenizer, VocabularyTokenizerKind]
 DenoisingSampler = Literal["first_hitting", "ancestral", "confidence"]
 DecodingMode = Literal["strided", "lossless", "confident"]  # of a model that is trained on orders
+HuggingFaceFamily = Literal["llama", "gpt2"]  # how the weights of a pretrained model are named and laid out
 CompiledProgram = Literal["train", "sample"]  # what `armd compile` compiles: the training step or the sampler
 
 SPLASH_TILE = 128  # the TPU kernel needs rows of a multiple of this length
@@ -52,7 +56,7 @@ def kernel_fault(kind: AttentionKind, max_length: int, head_width: int, where: s
         case "splash" if max_length % SPLASH_TILE:
             return f"{where}.max_length={max_length} must be a multiple of {SPLASH_TILE}"
         case "flash" if head_width > FLASH_WIDEST:
-            return f"{where}.width / {where}.num_heads = {head_width} is more than {FLASH_WIDEST}; use auto or chunked"
+            return f"heads of {head_width} are wider than {FLASH_WIDEST}; use auto or chunked"
         case "auto" | "dense" | "chunked" | "splash" | "flash":
             return ""
         case _:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from armd_jax import files, streams
-from armd_jax.cli import checkpoints, compilation_cache, export, prepare, report, sample, serve, train
+from armd_jax.cli import checkpoints, compilation_cache, export, importing, prepare, report, sample, serve, train
 from armd_jax.cli import compile as compile_verb
 from armd_jax.cli import eval as eval_verb
 from armd_jax.cli.arguments import failed
@@ -28,6 +28,7 @@ VERBS = {
     "eval": eval_verb,
     "sample": sample,
     "export": export,
+    "import": importing,
     "checkpoints": checkpoints,
     "report": report,
     "serve": serve,

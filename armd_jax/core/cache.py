@@ -13,7 +13,7 @@ class Cache:
     """The decoding state of the network. Every layer has buffers of its own, which XLA updates in place.
 
     x_kv: for every two-stream layer (k [B H, K, N], v [B H, N, K]). Batch and heads share an axis because the matrix
-        products of decoding read this layout without a transposition.
+        products of decoding read this layout without a transposition. H counts the heads of keys and values.
     g_kv: the same for every causal layer.
     aggregate: the state of the aggregator (see `core.aggregation`); None if it keeps none.
     """
@@ -25,7 +25,7 @@ class Cache:
 
 def empty(config: ModelConfig, dtype: jnp.dtype, batch: int, length: int) -> Cache:
     """A cache for `length` tokens with keys and values in `dtype`."""
-    heads, head_width = config.num_heads, config.head_width
+    heads, head_width = config.kv_heads, config.head_width
     k_BHKT = jnp.zeros((batch * heads, head_width, length), dtype)
     v_BHTK = jnp.zeros((batch * heads, length, head_width), dtype)
     return Cache(

@@ -42,12 +42,13 @@ class TokenFlops:
 def _forward(config: ModelConfig, keys: float, two_stream_layers: int, aggregator: float) -> TokenFlops:
     """keys: how many of them a query sees on average."""
     width, mlp = config.width, mlp_width(config)
-    key_value = 4 * width**2
-    layer = 4 * width**2 + key_value + 2 * mlp_matrices(config) * width * mlp
+    heads_width = config.num_heads * config.head_width
+    key_value = 4 * width * config.kv_heads * config.head_width
+    layer = 4 * width * heads_width + key_value + 2 * mlp_matrices(config) * width * mlp
     extra = max(two_stream_layers - 1, 0)
     return TokenFlops(
         projections=config.num_layers * layer + extra * (layer - key_value),
-        attention=(config.num_layers + extra) * 4 * width * keys,
+        attention=(config.num_layers + extra) * 4 * heads_width * keys,
         aggregator=aggregator,
         head=2 * width * padded_vocab(config),
     )

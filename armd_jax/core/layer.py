@@ -48,9 +48,9 @@ def make_norm(config: ModelConfig, name: str) -> nn.Module:
     dtype = activation_dtype(config)
     match config.norm:
         case "layernorm":
-            return nn.LayerNorm(epsilon=1e-5, dtype=dtype, name=name)
+            return nn.LayerNorm(epsilon=config.norm_epsilon, dtype=dtype, name=name)
         case "rmsnorm":
-            return nn.RMSNorm(epsilon=1e-5, dtype=dtype, name=name)
+            return nn.RMSNorm(epsilon=config.norm_epsilon, dtype=dtype, name=name)
         case _:
             assert_never(config.norm)
 
@@ -64,6 +64,17 @@ def rotary_table(positions_BR: jax.Array, config: ModelConfig) -> tuple[jax.Arra
     """cos and sin [B, R, 1, K/2] of RoPE (Su et al. 2021) at the given positions."""
     half = config.head_width // 2
     frequency = config.rope_base ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    match config.rope_scaling:
+        case "none":
+            pass
+        case "linear":
+            frequency = frequency / config.rope_factor
+        case "llama3":
+            turns = config.rope_original_length * frequency / (2 * jnp.pi)
+            kept = jnp.clip((turns - config.rope_low) / (config.rope_high - config.rope_low), 0, 1)
+            frequency = (1 - kept) * frequency / config.rope_factor + kept * frequency
+        case _:
+            assert_never(config.rope_scaling)
     angle = positions_BR[..., None, None].astype(jnp.float32) * frequency
     return jnp.cos(angle), jnp.sin(angle)
 
@@ -111,28 +122,39 @@ class Layer(nn.Module):
         width, heads, head_width = config.width, config.num_heads, config.head_width
         keys, queries = slice(0, self.num_keys), slice(self.first_query, None)
         w_q = self._weight("query", _normal(width), (width, heads, head_width), dtype)
-        w_kv = self._weight("key_value", _normal(width), (width, 2, heads, head_width), dtype)
-        w_o = self._weight("attention_out", self._residual(width), (heads, head_width, width), dtype)
+        w_kv = self._weight("key_value", _normal(width), (width, 2, config.kv_heads, head_width), dtype)
+        w_o = self._weight("attention_out", self._residual(heads * head_width), (heads, head_width, width), dtype)
         cos, sin = inputs.rotary
         q_BQHK = linear(normed_BRD[:, queries], w_q)
         kv_BTcHK = linear(normed_BRD[:, keys], w_kv)
+        if config.qkv_bias:
+            q_BQHK = q_BQHK + self._bias("query_bias", (heads, head_width), dtype)
+            kv_BTcHK = kv_BTcHK + self._bias("key_value_bias", (2, config.kv_heads, head_width), dtype)
         k_BTHK, v_BTHK = (a[:, :, 0] for a in jax.lax.split(kv_BTcHK, (1, 1), axis=2))
         if config.qk_norm:
             q_BQHK, k_BTHK = _head_norm(dtype, "query_norm")(q_BQHK), _head_norm(dtype, "key_norm")(k_BTHK)
-        q_BQHK = _rotate(q_BQHK, cos[:, queries], sin[:, queries])
-        k_BTHK = _rotate(k_BTHK, cos[:, keys], sin[:, keys])
+        if not config.learned_positions:
+            q_BQHK = _rotate(q_BQHK, cos[:, queries], sin[:, queries])
+            k_BTHK = _rotate(k_BTHK, cos[:, keys], sin[:, keys])
         if cache is not None:
             start, valid = inputs.start, inputs.valid_BT
             cache = (write(cache[0], k_BTHK, start, valid, "BHKT"), write(cache[1], v_BTHK, start, valid, "BHTK"))
             mixed_BQHK = cached_attention(q_BQHK, *cache, inputs.len_BQ, inputs.first_B, inputs.own_BQ)
-        elif context.attend is not None:
-            mixed_BQHK = context.attend(q_BQHK, k_BTHK, v_BTHK, inputs.len_BQ, self.group)
         else:
-            chunk = attention_chunk(config)
-            mixed_BQHK = attention(q_BQHK, k_BTHK, v_BTHK, inputs.len_BQ, config.plain_attention, chunk)
+            if config.kv_heads < heads:
+                k_BTHK, v_BTHK = (jnp.repeat(a, heads // config.kv_heads, axis=2) for a in (k_BTHK, v_BTHK))
+            if context.attend is not None:
+                mixed_BQHK = context.attend(q_BQHK, k_BTHK, v_BTHK, inputs.len_BQ, self.group)
+            else:
+                chunk = attention_chunk(config)
+                mixed_BQHK = attention(q_BQHK, k_BTHK, v_BTHK, inputs.len_BQ, config.plain_attention, chunk)
         if isinstance(w_o, Panels):
-            return linear(mixed_BQHK.reshape(*mixed_BQHK.shape[:2], width), w_o), cache
-        return jnp.einsum("BQHK,HKD->BQD", mixed_BQHK, w_o), cache
+            out_BQD = linear(mixed_BQHK.reshape(*mixed_BQHK.shape[:2], -1), w_o)
+        else:
+            out_BQD = jnp.einsum("BQHK,HKD->BQD", mixed_BQHK, w_o)
+        if config.attention_out_bias:
+            out_BQD = out_BQD + self._bias("attention_out_bias", (width,), dtype)
+        return out_BQD, cache
 
     def _mlp(self, normed_BQD: jax.Array) -> jax.Array:
         config, dtype = self.config, normed_BQD.dtype
@@ -140,15 +162,21 @@ class Layer(nn.Module):
         w_in = self._weight("mlp_in", _normal(width), (width, hidden), dtype)
         w_out = self._weight("mlp_out", self._residual(hidden), (hidden, width), dtype)
         hidden_BQF = linear(normed_BQD, w_in)
+        if config.mlp_bias:
+            hidden_BQF = hidden_BQF + self._bias("mlp_in_bias", (hidden,), dtype)
         match config.mlp:
             case "gelu":
                 hidden_BQF = nn.gelu(hidden_BQF)
             case "swiglu":
                 w_gate = self._weight("mlp_gate", _normal(width), (width, hidden), dtype)
-                hidden_BQF = nn.silu(linear(normed_BQD, w_gate)) * hidden_BQF
+                gate_BQF = linear(normed_BQD, w_gate)
+                if config.mlp_bias:
+                    gate_BQF = gate_BQF + self._bias("mlp_gate_bias", (hidden,), dtype)
+                hidden_BQF = nn.silu(gate_BQF) * hidden_BQF
             case _:
                 assert_never(config.mlp)
-        return linear(hidden_BQF, w_out)
+        out_BQD = linear(hidden_BQF, w_out)
+        return out_BQD + self._bias("mlp_out_bias", (width,), dtype) if config.mlp_bias else out_BQD
 
     def _residual(self, fan_in: int) -> nn.initializers.Initializer:
         """The initialisation of a projection into the residual stream, to which 2 L of them add."""
@@ -168,6 +196,9 @@ class Layer(nn.Module):
         """The parameter in the dtype of the activations, or the panels that decoding has in its place."""
         held: Any = self.get_variable("params", name)
         return held if isinstance(held, Panels) else self.param(name, init, shape).astype(dtype)
+
+    def _bias(self, name: str, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
+        return self.param(name, nn.initializers.zeros_init(), shape).astype(dtype)
 
 
 # --- a stack of layers ----------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ One `Layer` definition serves every case, in training and in cached decoding. `d
 one stream and L of these layers, in which every position sees every other.
 """
 
-from typing import Any
+from typing import Any, assert_never
 
 import jax
 import jax.numpy as jnp
@@ -63,6 +63,9 @@ def residual_stream(
         {"params": params.get("aggregator", {})}, rows, x_BXD, tuple(near), state, cache is not None
     )
     aggregate = None if state is None else aggregator.state_after(rows, x_BXD, state)
+    # The aggregator adds up vectors of tokens alone. Learned positions come in behind it.
+    g_positions_BG = prediction_positions(config, rows.g_positions_BG)
+    x_BXD, g_BGD = _with_positions(params, x_BXD, rows.x_positions_BX), _with_positions(params, g_BGD, g_positions_BG)
     g_BGD = context.constrain(embedding_context.dropout(config.dropout, g_BGD, 1), axes.ROWS)
     x_kv: tuple[KeyValue, ...] = ()
     g_kv: tuple[KeyValue, ...] = ()
@@ -75,7 +78,7 @@ def residual_stream(
             params["causal"],
             g_BGD,
             StackInputs(
-                rotary_table(rows.g_positions_BG, config),
+                rotary_table(g_positions_BG, config),
                 rows.g_len_BG,
                 rows.g_start,
                 rows.g_valid_BG,
@@ -135,6 +138,7 @@ def denoise(
     # The valid positions are a prefix of the row, so that the mask is one number per row. A query needs at least one.
     len_B1 = jnp.maximum(jnp.sum(valid_BN, axis=1, keepdims=True, dtype=jnp.int32), 1)
     positions_BN = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (batch, length))
+    x_BND = _with_positions(params, x_BND, positions_BN)
     x_BND, _ = run_stack(
         Layer(config, "bidirectional", num_keys=length),
         params["bidirectional"],
@@ -164,6 +168,24 @@ def _embed(params: Params, config: ModelConfig, ids: tuple[jax.Array, ...], cont
     return tuple(context.constrain(part_BRD, axes.ROWS) for part_BRD in jnp.split(rows_BRD, ends, axis=1))
 
 
+def prediction_positions(config: ModelConfig, positions_BG: jax.Array) -> jax.Array:
+    """Where the rows of G stand, for targets at the given positions."""
+    match config.prediction_position:
+        case "own":
+            return positions_BG
+        case "previous":
+            return positions_BG - 1
+        case _:
+            assert_never(config.prediction_position)
+
+
+def _with_positions(params: Params, h_BRD: jax.Array, positions_BR: jax.Array) -> jax.Array:
+    """Rows with the vectors of their positions, if the model has learned ones."""
+    if "positions" not in params:
+        return h_BRD
+    return h_BRD + params["positions"].astype(h_BRD.dtype)[jnp.maximum(positions_BR, 0)]
+
+
 def _two_stream_layers(
     params: Params,
     config: ModelConfig,
@@ -177,7 +199,8 @@ def _two_stream_layers(
     num_x, num_two = x_BXD.shape[1], config.two_stream_layers
     caches = None if cache is None else cache.x_kv
     h_BRD = jnp.concatenate([x_BXD, g_BGD], axis=1)
-    rotary = rotary_table(jnp.concatenate([rows.x_positions_BX, rows.g_positions_BG], axis=1), config)
+    g_positions_BG = prediction_positions(config, rows.g_positions_BG)
+    rotary = rotary_table(jnp.concatenate([rows.x_positions_BX, g_positions_BG], axis=1), config)
     lens_BR = jnp.concatenate([rows.x_len_BX, rows.g_strict_len_BG], axis=1)
     first_kv: tuple[KeyValue, ...] = ()
     if num_two > 1:

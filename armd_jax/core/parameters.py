@@ -20,7 +20,7 @@ Params = dict[str, Any]
 def init(key: jax.Array, config: ModelConfig) -> Params:
     """Float32 parameters as a plain nested dict; layers of one kind are stacked along their first axis.
 
-    Keys: embedding [V, D], start [D], aggregator (if it has any), two_stream (M - 1 layers), last_two_stream, causal
+    Keys: embedding [V, D], start [D], positions (if they are learned), aggregator (if it has any), two_stream (M - 1 layers), last_two_stream, causal
     (L - M layers), final_norm, and head [D, V] if it is not tied to the embedding. In a denoiser, bidirectional
     (L layers) takes the place of aggregator and of the three kinds of layers, and start is the vector of a masked
     token.
@@ -40,6 +40,9 @@ def init(key: jax.Array, config: ModelConfig) -> Params:
         "embedding": nn.initializers.normal(embedding_rms(config) / embedding_scale(config))(keys[0], (vocab, width)),
         "start": nn.initializers.normal(embedding_rms(config))(keys[1], (width,)),
     }
+    if config.learned_positions:
+        init_positions = nn.initializers.normal(0.02)
+        params["positions"] = init_positions(jax.random.fold_in(keys[1], 1), (config.learned_positions, width))
     match config.kind:
         case "armd":
             row_B1D = rows_BRD[:, :1]

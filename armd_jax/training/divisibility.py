@@ -23,6 +23,7 @@ def check_model(model: ModelConfig, mesh: Mesh) -> None:
     for field, size, axis in (
         ("model.width", model.width, "fsdp"),
         ("model.num_heads", model.num_heads, "tensor"),
+        ("model.num_kv_heads", model.kv_heads, "tensor"),
         ("model.mlp_width", mlp_width(model), "tensor"),
         ("the padded vocabulary", padded_vocab(model), "tensor"),
     ):

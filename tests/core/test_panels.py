@@ -72,3 +72,14 @@ def test_the_network_is_the_same(changes):
         panels = parameters.in_panels(params, *switches)
         assert sum(map(is_panels, jax.tree.leaves(panels, is_leaf=is_panels))) == expected
         np.testing.assert_allclose(logits(panels), logits(params), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rows", [(1, 2), (2, 8), (2, 32), (4, 64)], ids=str)
+@pytest.mark.parametrize("hidden", [64, 128, 1536])
+def test_two_products_of_the_same_rows_in_one_expression(rows, hidden):
+    """SwiGLU, whose two products the compiler makes one loop of: right from a few rows to many, panels few or many."""
+    a_BRD = _draw(*rows, 24)
+    gate, weight = _draw(24, hidden), _draw(24, hidden + 1)[:, 1:]
+    found = jax.jit(lambda a, g, w: jax.nn.silu(linear(a, g)) * linear(a, w))(a_BRD, cut(gate), cut(weight))
+    np.testing.assert_allclose(found, jax.nn.silu(a_BRD @ gate) * (a_BRD @ weight), rtol=1e-4, atol=1e-4)

@@ -187,20 +187,34 @@ def cached_attention(
     first_B: jax.Array | None = None,
     own_BQ: jax.Array | None = None,
 ) -> jax.Array:
-    """The same for a few queries, over caches whose first axis is batch and heads together.
+    """The same for a few queries, over caches whose first axis is batch and heads of keys together.
+
+    If there are fewer heads of keys than of queries, each serves as many neighbouring heads of queries, whose rows are
+    then rows of one head.
 
     first_B: int32, keys before this one are padding, which no query sees; None: there is none.
     own_BQ: int32, the index of one more key that each query sees; None: there is none.
     """
     batch, queries, heads, head_width = q_BQHK.shape
-    q_ZQK = jnp.swapaxes(q_BQHK * head_width**-0.5, 1, 2).reshape(-1, queries, head_width)
+    kv_heads = k_ZKT.shape[0] // batch
+    sharing = heads // kv_heads
+    q_BQHK = q_BQHK * head_width**-0.5
+    if sharing > 1:
+        q_BQHK = jnp.swapaxes(q_BQHK.reshape(batch, queries, kv_heads, sharing, head_width), 2, 3)
+        q_BQHK = q_BQHK.reshape(batch, queries * sharing, kv_heads, head_width)
+        len_BQ = jnp.repeat(len_BQ, sharing, axis=1)
+        own_BQ = None if own_BQ is None else jnp.repeat(own_BQ, sharing, axis=1)
+    q_ZQK = jnp.swapaxes(q_BQHK, 1, 2).reshape(batch * kv_heads, -1, head_width)
     s_ZQT = jnp.einsum("ZQK,ZKT->ZQT", q_ZQK, k_ZKT, preferred_element_type=jnp.float32)
     index_T = jnp.arange(k_ZKT.shape[2])
-    seen_ZQT = index_T < jnp.repeat(len_BQ, heads, axis=0)[..., None]
+    seen_ZQT = index_T < jnp.repeat(len_BQ, kv_heads, axis=0)[..., None]
     if first_B is not None:
-        seen_ZQT &= index_T >= jnp.repeat(first_B, heads)[:, None, None]
+        seen_ZQT &= index_T >= jnp.repeat(first_B, kv_heads)[:, None, None]
     if own_BQ is not None:
-        seen_ZQT |= index_T == jnp.repeat(own_BQ, heads, axis=0)[..., None]
+        seen_ZQT |= index_T == jnp.repeat(own_BQ, kv_heads, axis=0)[..., None]
     p_ZQT = jax.nn.softmax(jnp.where(seen_ZQT, s_ZQT, _MASKED), axis=-1)
     out_ZQK = jnp.einsum("ZQT,ZTK->ZQK", p_ZQT.astype(v_ZTK.dtype), v_ZTK)
-    return jnp.swapaxes(out_ZQK.reshape(batch, heads, queries, head_width), 1, 2).astype(q_BQHK.dtype)
+    out_BQHK = jnp.swapaxes(out_ZQK.reshape(batch, kv_heads, -1, head_width), 1, 2)
+    if sharing > 1:
+        out_BQHK = jnp.swapaxes(out_BQHK.reshape(batch, queries, sharing, kv_heads, head_width), 2, 3)
+    return out_BQHK.reshape(batch, queries, heads, head_width).astype(q_BQHK.dtype)

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 _WIDTHS = (64, 32)  # columns per panel; the first of these that fits is taken
+_FEW = 16  # rows; with more, the ordinary product is as fast
 # A panel has at most this many numbers, so that it stays in the cache while row after row reads it.
 _PANEL = 64 * 512
 
@@ -32,13 +33,14 @@ class Panels:
 
 def few_rows(rows: int) -> bool:
     """Whether panels are the faster layout for a product with this many rows."""
-    return 2 <= rows <= 16
+    return 2 <= rows <= _FEW
 
 
 def cut(weight: jax.Array) -> Panels | jax.Array:
-    """The weight [D, ...] in panels, or unchanged if its columns do not fill whole panels."""
+    """The weight [D, ...] in panels, or unchanged if its columns do not fill at least two panels."""
     columns = math.prod(weight.shape[1:])
-    fitting = [width for width in _WIDTHS if columns % width == 0]
+    # Of a weight that is a single panel, the CPU library of jaxlib 0.10 computes SwiGLU's two products wrongly.
+    fitting = [width for width in _WIDTHS if columns % width == 0 and columns > width]
     if not fitting:
         return weight
     width = next((width for width in fitting if width * weight.shape[0] <= _PANEL), fitting[-1])
@@ -53,6 +55,9 @@ def product(rows_BRD: jax.Array, weight: Panels) -> jax.Array:
     this sum of products wrongly. With a single row it is right, but twenty times slower than the ordinary product.
     """
     batch, rows, width = rows_BRD.shape
+    if batch * rows > _FEW:
+        out_PMW = jnp.einsum("MD,PDW->PMW", rows_BRD.reshape(-1, width), weight.panels_PDW)
+        return jnp.moveaxis(out_PMW, 0, 1).reshape(batch, rows, *weight.outer)
     # Without the barrier XLA makes one broadcast copy of the rows, as large as the weight, to share between products.
     rows_MD, panels_PDW = jax.lax.optimization_barrier((rows_BRD.reshape(-1, width), weight.panels_PDW))
     out_PMW = jnp.sum(panels_PDW[:, None] * rows_MD[None, :, :, None], axis=2)

@@ -1,0 +1,203 @@
+"""The config of a pretrained autoregressive model as a `ModelConfig`, or a refusal that names the field in the way."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from armd_jax.config import ModelConfig
+from armd_jax.errors import UserError, shown
+from armd_jax.names import HuggingFaceFamily
+
+LLAMA_TYPES = ("llama", "mistral", "qwen2", "qwen3")
+_MISSING = object()
+
+
+@dataclasses.dataclass(frozen=True)
+class Pretrained:
+    """What a source's config says.
+
+    model: its network as an autoregressive model of ours, with rows of its longest length.
+    start: the id of the token that its texts begin with.
+    """
+
+    family: HuggingFaceFamily
+    model: ModelConfig
+    start: int
+
+
+def read(config: Mapping[str, Any], where: str) -> Pretrained:
+    """The model of a config. Raises UserError if a field asks for what our network does not have."""
+    fields = _Fields(config, where)
+    kind = fields.text("model_type")
+    fields.must_be("quantization_config", None, absent=None)
+    if kind == "gpt2":
+        return _gpt2(fields)
+    if kind in LLAMA_TYPES:
+        return _llama(fields, kind)
+    known = ", ".join((*LLAMA_TYPES, "gpt2"))
+    raise fields.refusal("model_type", f"known are {known}")
+
+
+class _Fields:
+    """The fields of a config, read with errors that name them."""
+
+    def __init__(self, values: Mapping[str, Any], where: str) -> None:
+        self._values, self._where = values, where
+
+    def refusal(self, name: str, reason: str) -> UserError:
+        return UserError(f"{self._where}: {name}={shown(self._values.get(name))} cannot be imported: {reason}")
+
+    def get(self, name: str, absent: Any = _MISSING) -> Any:
+        value = self._values.get(name, absent)
+        if value is _MISSING:
+            raise UserError(f"{self._where}: has no field {name}")
+        return value
+
+    def must_be(self, name: str, *values: Any, absent: Any) -> None:
+        if self.get(name, absent) not in values:
+            raise self.refusal(name, f"expected {' or '.join(map(repr, values))}")
+
+    def text(self, name: str) -> str:
+        value = self.get(name)
+        if not isinstance(value, str):
+            raise self.refusal(name, "expected a text")
+        return value
+
+    def count(self, name: str, absent: Any = _MISSING, least: int = 1) -> int:
+        value = self.get(name, absent)
+        value = absent if value is None and absent is not _MISSING else value
+        if not isinstance(value, int) or isinstance(value, bool) or not least <= value < 2**31:
+            raise self.refusal(name, f"expected a whole number of at least {least}")
+        return value
+
+    def number(self, name: str, absent: Any = _MISSING) -> float:
+        value = self.get(name, absent)
+        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < float("inf"):
+            raise self.refusal(name, "expected a number above 0")
+        return float(value)
+
+    def flag(self, name: str, absent: bool) -> bool:
+        value = self.get(name, absent)
+        if not isinstance(value, bool):
+            raise self.refusal(name, "expected true or false")
+        return value
+
+    def section(self, name: str) -> "_Fields | None":
+        value = self.get(name, None)
+        if value is None:
+            return None
+        if not isinstance(value, Mapping):
+            raise self.refusal(name, "expected an object")
+        return _Fields(value, f"{self._where}: {name}")
+
+    def start(self) -> int:
+        """The token that texts begin with: bos, or what ends a text if there is no bos."""
+        for name in ("bos_token_id", "eos_token_id"):
+            value = self.get(name, None)
+            if isinstance(value, list) and value:
+                value = value[0]
+            if value is not None:
+                if not isinstance(value, int) or not 0 <= value < self.count("vocab_size"):
+                    raise self.refusal(name, "expected an id of the vocabulary")
+                return value
+        raise UserError(f"{self._where}: has neither bos_token_id nor eos_token_id, one of which begins a text")
+
+
+def _llama(fields: _Fields, kind: str) -> Pretrained:
+    fields.must_be("hidden_act", "silu", absent="silu")
+    fields.must_be("pretraining_tp", 1, absent=1)
+    fields.must_be("partial_rotary_factor", 1, None, absent=None)
+    length = fields.count("max_position_embeddings")
+    if fields.get("sliding_window", None) is not None and fields.flag("use_sliding_window", kind == "mistral"):
+        raise fields.refusal("sliding_window", "every token attends to all earlier ones here")
+    layer_types = fields.get("layer_types", None) or ()
+    if any(each != "full_attention" for each in layer_types):
+        raise fields.refusal("layer_types", "every layer attends to all earlier tokens here")
+    width, heads = fields.count("hidden_size"), fields.count("num_attention_heads")
+    head_width = fields.count("head_dim", absent=128 if kind == "qwen3" else max(width // heads, 1))
+    biases = fields.flag("attention_bias", False)
+    epsilon = fields.number("rms_norm_eps", 1e-6)
+    if kind == "qwen3" and epsilon != 1e-6:
+        raise fields.refusal("rms_norm_eps", "norms of queries and keys have an epsilon of 1e-6 here")
+    model = ModelConfig(
+        vocab_size=fields.count("vocab_size"),
+        max_length=length,
+        num_layers=fields.count("num_hidden_layers"),
+        two_stream_layers=0,
+        width=width,
+        num_heads=heads,
+        num_kv_heads=fields.count("num_key_value_heads", absent=heads),
+        head_dim=0 if head_width * heads == width else head_width,
+        mlp_width=fields.count("intermediate_size"),
+        mlp="swiglu",
+        norm="rmsnorm",
+        norm_epsilon=epsilon,
+        qkv_bias=biases or kind == "qwen2",
+        attention_out_bias=biases,
+        mlp_bias=fields.flag("mlp_bias", False),
+        qk_norm=kind == "qwen3",
+        tie_embeddings=fields.flag("tie_word_embeddings", False),
+        **_rope(fields, length),
+        **_AS_SOURCES,
+    )
+    return Pretrained("llama", model, fields.start())
+
+
+def _gpt2(fields: _Fields) -> Pretrained:
+    fields.must_be("activation_function", "gelu_new", "gelu_pytorch_tanh", absent="gelu_new")
+    fields.must_be("scale_attn_weights", True, absent=True)
+    fields.must_be("scale_attn_by_inverse_layer_idx", False, absent=False)
+    fields.must_be("add_cross_attention", False, absent=False)
+    length, width = fields.count("n_positions"), fields.count("n_embd")
+    model = ModelConfig(
+        vocab_size=fields.count("vocab_size"),
+        max_length=length,
+        num_layers=fields.count("n_layer"),
+        two_stream_layers=0,
+        width=width,
+        num_heads=fields.count("n_head"),
+        mlp_width=fields.count("n_inner", absent=4 * width),
+        mlp="gelu",
+        norm="layernorm",
+        norm_epsilon=fields.number("layer_norm_epsilon", 1e-5),
+        qkv_bias=True,
+        attention_out_bias=True,
+        mlp_bias=True,
+        tie_embeddings=fields.flag("tie_word_embeddings", True),
+        learned_positions=length,
+        **_AS_SOURCES,
+    )
+    return Pretrained("gpt2", model, fields.start())
+
+
+# What every autoregressive source has in common: token vectors as they lie in the table, and predictions made one place
+# before the token that they are for.
+_AS_SOURCES: dict[str, Any] = {"embedding_scale": "one", "prediction_position": "previous", "aggregator": "shift"}
+
+
+def _rope(fields: _Fields, length: int) -> dict[str, Any]:
+    """The fields of RoPE, which newer configs have in one section and older ones in two places."""
+    section = fields.section("rope_parameters") or fields.section("rope_scaling")
+    found: dict[str, Any] = {"rope_base": fields.number("rope_theta", 10_000.0)}
+    if section is None:
+        return found
+    if section.get("rope_theta", None) is not None:
+        found["rope_base"] = section.number("rope_theta")
+    section.must_be("partial_rotary_factor", 1, None, absent=None)
+    name = "rope_type" if section.get("rope_type", None) is not None else "type"
+    match section.get(name, "default"):
+        case "default":
+            pass
+        case "linear":
+            found |= {"rope_scaling": "linear", "rope_factor": section.number("factor")}
+        case "llama3":
+            found |= {
+                "rope_scaling": "llama3",
+                "rope_factor": section.number("factor"),
+                "rope_low": section.number("low_freq_factor"),
+                "rope_high": section.number("high_freq_factor"),
+                "rope_original_length": section.count("original_max_position_embeddings", absent=length),
+            }
+        case _:
+            raise section.refusal(name, "known are default, linear and llama3")
+    return found

@@ -1,0 +1,158 @@
+"""`armd import`: a pretrained autoregressive model as an ARMD that gives the same likelihoods from left to right.
+
+With the aggregator `neighbours`, whose map of the left neighbour starts as the identity, the first vector of a target
+is the embedding of the token before it; what else the aggregator knows enters through scales and maps that are zero at
+the start. The start token is the vector of the source's own first token, and rows that predict stand one position
+before their targets (`model.prediction_position`). So in the natural order, every row of either stream is in every
+layer what the source has there, whatever the number M of two-stream layers.
+"""
+
+import dataclasses
+import pathlib
+import tempfile
+from typing import Any, assert_never
+
+import jax
+import numpy as np
+
+from armd_jax import config as configs
+from armd_jax import files
+from armd_jax.config import Config, ModelConfig
+from armd_jax.core import parameters
+from armd_jax.core.parameters import Params
+from armd_jax.data import tokenizers
+from armd_jax.data.tokenizers import Tokenizer
+from armd_jax.errors import UserError, shown
+from armd_jax.inference.language_model import LanguageModel
+from armd_jax.interop import safetensors_format
+from armd_jax.interop.gguf import GgufSource
+from armd_jax.interop.huggingface import configs as huggingface_configs
+from armd_jax.interop.huggingface import names
+from armd_jax.interop.huggingface.configs import Pretrained
+from armd_jax.interop.huggingface.source import Folder, Source
+from armd_jax.names import ImportAggregator
+
+LONGEST_ROW = 1024  # of an import that names no length: many sources could have rows of 100,000 tokens
+# Weights of a source that follow from its config, or are copies.
+_DERIVED = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")
+
+
+def open_source(path: pathlib.Path) -> Source:
+    """A Hugging Face folder or a GGUF file. Raises UserError if it is neither."""
+    if path.is_dir():
+        return Folder(path)
+    if not path.is_file():
+        raise UserError(f"--from={path}: there is no such file or folder")
+    return GgufSource(path)
+
+
+def read(
+    source: Source,
+    two_stream_layers: int | None = None,
+    max_length: int | None = None,
+    aggregator: ImportAggregator = "neighbours",
+) -> tuple[LanguageModel, Config]:
+    """The model of a source, and the config that is stored with it.
+
+    two_stream_layers: M; None: half of the layers, as in the paper. max_length: N; None: the source's, at most 1,024.
+    aggregator: `neighbours`, with which any order can be trained, or `shift`, with which the model stays an
+        autoregressive one.
+    Raises UserError if the source cannot be represented exactly, or if it is damaged.
+    """
+    pretrained = huggingface_configs.read(source.config, source.where)
+    model = _model(pretrained, two_stream_layers, max_length, aggregator)
+    configs.check_model(model)
+    tokenizer = _tokenizer(source)
+    if tokenizer.vocab_size > model.vocab_size:
+        raise UserError(
+            f"{source.where}: its tokenizer has {tokenizer.vocab_size} tokens, its config says"
+            f" vocab_size={model.vocab_size}"
+        )
+    config = Config(model=model)
+    params = safetensors_format.unflatten(_weights(source, pretrained, model), model)
+    return LanguageModel(model, params, tokenizer), config
+
+
+def _model(
+    pretrained: Pretrained, two_stream_layers: int | None, max_length: int | None, aggregator: ImportAggregator
+) -> ModelConfig:
+    theirs = pretrained.model
+    if max_length is not None and not 1 <= max_length <= theirs.max_length:
+        raise UserError(f"--max-length={max_length}: must be in 1 .. {theirs.max_length}, the source's")
+    layers = theirs.num_layers // 2 if two_stream_layers is None else two_stream_layers
+    if not 0 <= layers <= theirs.num_layers:
+        raise UserError(f"--two-stream={layers}: must be in 0 .. {theirs.num_layers}, the layers of the source")
+    changed: dict[str, Any] = dict(
+        two_stream_layers=layers, aggregator=aggregator, max_length=max_length or min(theirs.max_length, LONGEST_ROW)
+    )
+    return dataclasses.replace(theirs, **changed)
+
+
+def _weights(source: Source, pretrained: Pretrained, model: ModelConfig) -> dict[str, np.ndarray]:
+    """All weights under the names of an export. Raises UserError if one is missing, unknown or of another shape."""
+    shapes = jax.eval_shape(
+        lambda key: safetensors_format.flatten(parameters.init(key, model), model), jax.random.key(0)
+    )
+    flat: dict[str, np.ndarray] = {}
+    prefix = _prefix(source, pretrained)
+    unused = {name for name in source.names if not name.endswith(_DERIVED)}
+    if model.tie_embeddings:
+        unused.discard("lm_head.weight")
+    for entry in names.table(pretrained.family, model):
+        theirs = []
+        # What the layout changes do to empty arrays of our shapes are the shapes that theirs must have.
+        expected = entry.to_theirs(tuple(np.broadcast_to(np.float32(0), shapes[name].shape) for name in entry.ours))
+        for name, like in zip(entry.theirs, expected, strict=True):
+            name = name if name == "lm_head.weight" else name.removeprefix(prefix)
+            if name not in source.names:
+                raise UserError(f"{source.where}: has no weight {name}")
+            value = source.read(name)
+            if value.shape != like.shape:
+                raise UserError(f"{source.where}: {name} has the shape {value.shape}, its config says {like.shape}")
+            theirs.append(value)
+            unused.discard(name)
+        flat |= dict(zip(entry.ours, entry.to_ours(tuple(theirs)), strict=True))
+    if unused:
+        raise UserError(
+            f"{source.where}: has a weight {shown(min(unused))} that a model of its config does not have"
+            f" ({len(unused)} such weights)"
+        )
+    flat["start"] = flat["embedding"][pretrained.start]
+    for name, shape in shapes.items():
+        if name.startswith("aggregator."):
+            flat[name] = _aggregator_weight(name.removeprefix("aggregator."), shape.shape, flat["start"])
+    return flat
+
+
+def _prefix(source: Source, pretrained: Pretrained) -> str:
+    """What a source leaves out of all names, because it was saved without its head."""
+    match pretrained.family:
+        case "gpt2":
+            return "" if "transformer.wte.weight" in source.names else "transformer."
+        case "llama":
+            return "" if "model.embed_tokens.weight" in source.names else "model."
+        case _:
+            assert_never(pretrained.family)
+
+
+def _aggregator_weight(name: str, shape: tuple[int, ...], start_D: np.ndarray) -> np.ndarray:
+    """A weight of the aggregator `neighbours` that leaves the token before a target as the source has it."""
+    match name.split("."):
+        case ["left"]:
+            return np.eye(*shape, dtype=np.float32)
+        case ["unseen_left"]:
+            return start_D  # where nothing is known to the left, as where a text begins
+        case _:
+            return np.zeros(shape, np.float32)
+
+
+def _tokenizer(source: Source) -> Tokenizer:
+    contents = source.tokenizer_files()
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = pathlib.Path(temporary)
+        for name, content in contents.items():
+            files.write(folder / name, content)
+        try:
+            return tokenizers.load(folder)
+        except UserError as error:
+            raise UserError(str(error).replace(temporary, source.where)) from error
