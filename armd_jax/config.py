@@ -352,7 +352,7 @@ def _check_positions(model: ModelConfig, where: str) -> None:
         )
     if model.learned_positions < model.max_length:
         raise UserError(
-            f"{where}.learned_positions={model.learned_positions}: must be at least {where}.max_length={model.max_length}"
+            f"{where}.learned_positions={model.learned_positions}: rows of {model.max_length} tokens need as many"
         )
 
 

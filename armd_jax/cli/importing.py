@@ -18,7 +18,7 @@ def add(parser: argparse.ArgumentParser) -> None:
         dest="source",
         required=True,
         type=folder,
-        help="a folder with config.json and safetensors, or a .gguf",
+        help="a Hugging Face folder, or a .gguf file",
     )
     parser.add_argument("--out", required=True, type=folder, help="folder to write; must not exist")
     parser.add_argument(

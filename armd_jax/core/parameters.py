@@ -20,10 +20,10 @@ Params = dict[str, Any]
 def init(key: jax.Array, config: ModelConfig) -> Params:
     """Float32 parameters as a plain nested dict; layers of one kind are stacked along their first axis.
 
-    Keys: embedding [V, D], start [D], positions (if they are learned), aggregator (if it has any), two_stream (M - 1 layers), last_two_stream, causal
-    (L - M layers), final_norm, and head [D, V] if it is not tied to the embedding. In a denoiser, bidirectional
-    (L layers) takes the place of aggregator and of the three kinds of layers, and start is the vector of a masked
-    token.
+    Keys: embedding [V, D], start [D], positions (if they are learned), aggregator (if it has any), two_stream (M - 1
+    layers), last_two_stream, causal (L - M layers), final_norm, and head [D, V] if it is not tied to the embedding. In
+    a denoiser, bidirectional (L layers) takes the place of aggregator and of the three kinds of layers, and start is
+    the vector of a masked token.
     """
     keys = jax.random.split(key, 6)
     width, vocab = config.width, padded_vocab(config)
