@@ -11,6 +11,7 @@ REQUIREMENTS = [
     line for line in (ROOT / "requirements.txt").read_text().splitlines() if line.strip() and not line.startswith("#")
 ]
 SERVE = ["starlette>=1.0", "uvicorn>=0.30", "prometheus_client>=0.20"]
+STABLEHLO = ["flatbuffers>=24"]  # what `jax.export` writes and reads files with
 
 setup(
     name="armd-jax",
@@ -30,9 +31,11 @@ setup(
         "tensorboard": ["tensorboardX>=2.6"],
         "wandb": ["wandb>=0.17"],
         "serve": SERVE,
+        "stablehlo": STABLEHLO,
         "benchmark": ["torch>=2.4", "transformers>=4.44"],
         "test": [
             *SERVE,
+            *STABLEHLO,
             "openai>=1.50",
             "playwright>=1.40",
             "pytest>=8",

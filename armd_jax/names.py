@@ -41,6 +41,7 @@ TokenizerKind = Literal[NamedTokenizer, VocabularyTokenizerKind]
 DenoisingSampler = Literal["first_hitting", "ancestral", "confidence"]
 DecodingMode = Literal["strided", "lossless", "confident"]  # of a model that is trained on orders
 CompiledProgram = Literal["train", "sample"]  # what `armd compile` compiles: the training step or the sampler
+ExportFormat = Literal["armd", "stablehlo"]  # what `armd export` writes
 
 SPLASH_TILE = 128  # the TPU kernel needs rows of a multiple of this length
 FLASH_WIDEST = 256  # the GPU kernel takes heads up to this width
