@@ -8,6 +8,7 @@ starts.
 """
 
 import dataclasses
+import functools
 import hashlib
 import pathlib
 from collections.abc import Callable
@@ -22,7 +23,6 @@ from armd_jax import files, typed
 from armd_jax.config import ModelConfig
 from armd_jax.core import order as orders
 from armd_jax.core.order import Order
-from armd_jax.core.parameters import Params
 from armd_jax.errors import UserError
 from armd_jax.inference import likelihood, sampler, schedule
 from armd_jax.inference.draw import GREEDY, Draw
@@ -142,23 +142,25 @@ def write(lm: LanguageModel, streams: int, length: int, out: pathlib.Path) -> No
         "length": length,
         "end_of_text": lm.tokenizer.end_of_text,
     }
+    page = _README.format(**facts | {"platforms": ", ".join(PLATFORMS)}, prompt=_longest_prompt(config, length))
     with files.new_folder(out) as folder:
-        for name, each in exported.items():
-            files.write(folder / f"{name}.jax_export", bytes(each.serialize()))
         try:
             np.savez(folder / WEIGHTS, **flat)  # type: ignore[arg-type]  # its other argument is no name of a tensor
         except OSError as error:
             raise files.os_error(error, out / WEIGHTS) from error
+        for name, each in exported.items():
+            files.write(folder / f"{name}.jax_export", bytes(each.serialize()))
         lm.tokenizer.save(folder / "tokenizer")
         files.write(folder / "export.json", typed.to_json(facts, indent=2) + "\n")
         files.write(folder / "run.py", _RUNNER)
-        files.write(
-            folder / "README.md",
-            _README.format(**facts | {"platforms": ", ".join(PLATFORMS)}, prompt=_longest_prompt(config, length)),
-        )
+        files.write(folder / "README.md", page)
         paths = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-        sums = [f"{hashlib.sha256((folder / path).read_bytes()).hexdigest()}  {path}\n" for path in paths]
-        files.write(folder / "SHA256SUMS", "".join(sums))
+        files.write(folder / "SHA256SUMS", "".join(f"{_digest(folder / path)}  {path}\n" for path in paths))
+
+
+def _digest(path: pathlib.Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _longest_prompt(config: ModelConfig, length: int) -> int:
@@ -173,51 +175,22 @@ def _fixed(config: ModelConfig) -> ModelConfig:
 
 
 def _programs(
-    config: ModelConfig, shapes: dict[str, jax.ShapeDtypeStruct], streams: int, length: int, end: int
+    config: ModelConfig, shapes: dict[str, jax.ShapeDtypeStruct], streams: int, new: int, end: int
 ) -> dict[str, jax.export.Exported]:
     """The programs by name."""
     (batch, tokens), (texts, prompt) = (
         jax.export.symbolic_shape(f"b, {name}", constraints=[f"{name} <= {most}"])
-        for name, most in (("n", config.max_length), ("p", _longest_prompt(config, length)))
+        for name, most in (("n", config.max_length), ("p", _longest_prompt(config, new)))
     )
     ints_BN = jax.ShapeDtypeStruct((batch, tokens), jnp.int32)
     ints_BP = jax.ShapeDtypeStruct((texts, prompt), jnp.int32)
     ints_B = jax.ShapeDtypeStruct((texts,), jnp.int32)
     seed, temperature = jax.ShapeDtypeStruct((), jnp.int32), jax.ShapeDtypeStruct((), jnp.float32)
-
-    def score(weights: Weights, tokens_BN: jax.Array) -> jax.Array:
-        return _score(
-            safetensors_format.per_layer(weights, config),
-            config,
-            tokens_BN,
-            orders.left_to_right(tokens_BN.shape[0], tokens_BN.shape[1]),
-        )
-
-    def score_in_order(
-        weights: Weights, tokens_BN: jax.Array, positions_BN: jax.Array, block_BN: jax.Array
-    ) -> jax.Array:
-        order = Order(positions_BN, block_BN, jnp.ones(tokens_BN.shape, jnp.float32))
-        return _score(safetensors_format.per_layer(weights, config), config, tokens_BN, order)
-
-    def sample(
-        weights: Weights, seed: jax.Array, prompt_BP: jax.Array, length_B: jax.Array, temperature: jax.Array
-    ) -> tuple[jax.Array, jax.Array]:
-        return _sample(
-            safetensors_format.per_layer(weights, config),
-            config,
-            seed,
-            prompt_BP,
-            length_B,
-            temperature,
-            streams,
-            length,
-            end,
-        )
-
+    draws = functools.partial(_sample, config, streams, new, end)
     return {
-        "score": _export(score, shapes, ints_BN),
-        "score_in_order": _export(score_in_order, shapes, ints_BN, ints_BN, ints_BN),
-        "sample": _export(sample, shapes, seed, ints_BP, ints_B, temperature),
+        "score": _export(functools.partial(_score, config), shapes, ints_BN),
+        "score_in_order": _export(functools.partial(_score_in_order, config), shapes, ints_BN, ints_BN, ints_BN),
+        "sample": _export(draws, shapes, seed, ints_BP, ints_B, temperature),
     }
 
 
@@ -226,7 +199,7 @@ def _export(function: Callable[..., Any], *shapes: Any) -> jax.export.Exported:
 
     These would name folders of this machine, and make programs differ that compute the same.
     """
-    frames = jax.config.jax_traceback_in_locations_limit
+    frames = jax.config.values["jax_traceback_in_locations_limit"]
     jax.config.update("jax_traceback_in_locations_limit", 0)
     try:
         return jax.export.export(jax.jit(function), platforms=PLATFORMS)(*shapes)
@@ -234,8 +207,16 @@ def _export(function: Callable[..., Any], *shapes: Any) -> jax.export.Exported:
         jax.config.update("jax_traceback_in_locations_limit", frames)
 
 
-def _score(params: Params, config: ModelConfig, tokens_BN: jax.Array, order: Order) -> jax.Array:
-    """`likelihood.log_prob` for any length.
+def _score(config: ModelConfig, weights: Weights, tokens_BN: jax.Array) -> jax.Array:
+    """log p of every token [B, N], left to right."""
+    order = orders.left_to_right(tokens_BN.shape[0], tokens_BN.shape[1])
+    return _score_in_order(config, weights, tokens_BN, order.positions_BN, order.block_BN)
+
+
+def _score_in_order(
+    config: ModelConfig, weights: Weights, tokens_BN: jax.Array, positions_BN: jax.Array, block_BN: jax.Array
+) -> jax.Array:
+    """`likelihood.log_prob` under an order, for any length.
 
     What is computed always has max_length positions, because the network's own loops need a number. Those that are
     added come last and one by one, so that they change no probability of the others.
@@ -244,28 +225,29 @@ def _score(params: Params, config: ModelConfig, tokens_BN: jax.Array, order: Ord
     index_W = jnp.arange(width, dtype=jnp.int32)
 
     def padded(a_BN: jax.Array, added: jax.Array | int) -> jax.Array:
-        return jnp.where(index_W < length, jnp.pad(a_BN, ((0, 0), (0, width - length))), added)
+        return jnp.where(index_W < length, a_BN[:, jnp.minimum(index_W, length - 1)], added)
 
-    order = Order(
-        padded(order.positions_BN, index_W),
-        padded(order.block_BN, order.block_BN[:, -1:] + 1 + index_W - length),
-        padded(order.weight_BN, 1),
-    )
-    return likelihood.log_prob(params, config, padded(tokens_BN, 0), order)[:, :length]
+    positions_BW = padded(positions_BN, index_W)
+    block_BW = padded(block_BN, block_BN[:, -1:] + 1 + index_W - length)
+    order = Order(positions_BW, block_BW, jnp.ones(block_BW.shape, jnp.float32))
+    params = safetensors_format.per_layer(weights, config)
+    # Gathers fit any length, so that JAX can say which one is too long. With a slice it would find a fault in its size.
+    return likelihood.log_prob(params, config, padded(tokens_BN, 0), order)[:, jnp.arange(length)]
 
 
 def _sample(
-    params: Params,
     config: ModelConfig,
+    streams: int,
+    new: int,
+    end: int,
+    weights: Weights,
     seed: jax.Array,
     prompt_BP: jax.Array,
     length_B: jax.Array,
     temperature: jax.Array,
-    streams: int,
-    new: int,
-    end: int,
 ) -> tuple[jax.Array, jax.Array]:
-    """What `LanguageModel.generate` draws behind prompts, with one seed: tokens and log-probabilities [B, new]."""
+    """What `LanguageModel.generate` draws behind prompts with one seed: tokens and log-probabilities [B, new]."""
+    params = safetensors_format.per_layer(weights, config)
     most = jnp.minimum(prompt_BP.shape[1], config.max_length - new)
     plan = schedule.after_prompts(prompt_BP, jnp.clip(length_B, 0, most), new, streams)
     seed_B, text_B = jnp.broadcast_to(seed, length_B.shape), jnp.arange(length_B.shape[0], dtype=jnp.int32)
@@ -283,4 +265,4 @@ def _sample(
     # In one stream, nothing is drawn behind an end.
     is_end_BR = (tokens_BR == end).astype(jnp.int32)
     behind_BR = jnp.cumsum(is_end_BR, axis=1) > is_end_BR
-    return jnp.where(behind_BR, max(end, 0), tokens_BR), jnp.where(behind_BR, 0.0, log_prob_BR)
+    return jnp.where(behind_BR, end, tokens_BR), jnp.where(behind_BR, 0.0, log_prob_BR)
