@@ -79,16 +79,16 @@ From Python, for batches (`import run`; arrays are int32, log-probabilities floa
   which they are predicted, and the number of the block of each, which starts at 1 and grows in steps of 0 or 1.
 - `run.sample(seed, prompts, lengths, temperature)`: prompts [B, P], of which the first lengths [B] tokens count (0: no
   prompt); P is at most {prompt}. It returns the {length} tokens behind each prompt, drawn in {streams} stream(s), and
-  their log-probabilities, which are the model's own, before temperature: both [B, {length}]. Temperature 0 takes the
-  likeliest tokens. Token {end_of_text} ends a text; what is behind it is no part of the text.
+  their log-probabilities, which are the model's own, before temperature: both [B, {length}]. Temperature is a float, and
+  0.0 takes the likeliest tokens. Token {end_of_text} ends a text; what is behind it is no part of the text.
 
 Ids are not checked. `tokenizer/` has the files of the tokenizer. Arrays may have any size, but each new one is
 compiled. Activations are {dtype} on every device.
 
 **How long it can be read.** The programs are portable StableHLO, written by jax {jax} with calling convention
 {calling_convention_version} for {platforms}, and have no custom calls beyond those that jax.export vouches for. It
-promises that they can be compiled and run by a jax and jaxlib up to 6 months newer or 3 weeks older than those. Later
-ones often can, but keep the run or the safetensors export for an archive.
+promises that a jax and jaxlib up to 6 months newer or 3 weeks older than those compile and run them. For an archive,
+keep the run or its safetensors.
 
 `sha256sum -c SHA256SUMS` checks all files.
 """

@@ -99,8 +99,10 @@ np.savez(sys.argv[3], scores=run.score(given["tokens"]), tokens=tokens, log_prob
 """
 
 
-def _python(*words: str | pathlib.Path) -> str:
-    done = subprocess.run([sys.executable, "-I", *words], capture_output=True, text=True, timeout=120, check=False)
+def _python(*words: str | pathlib.Path, **environment: str) -> str:
+    environment = os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"} | environment
+    command = [sys.executable, *words]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -109,18 +111,14 @@ def _python(*words: str | pathlib.Path) -> str:
 def test_a_process_without_the_package(tmp_path, capsys, smoke_run):
     """The command's folder scores and samples as the run does, where the package and what it needs cannot be imported.
 
-    Another process of another name writes the same bytes, and the checksums are those of all files.
+    Another process writes the same bytes, and the checksums are those of all files.
     """
     out, again = tmp_path / "out", tmp_path / "again"
     words = [f"--run={smoke_run}", "--format=stablehlo", "--streams=2", "--length=32"]
     assert cli.main(["export", *words, f"--out={out}", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == {"out": str(out)}
-    subprocess.run(
-        [sys.executable, "-m", "armd_jax", "export", *words, f"--out={again}"],
-        env=os.environ | {"PYTHONPATH": str(pathlib.Path(armd.__file__).parent.parent), "PYTHONHASHSEED": "1"},
-        check=True,
-        capture_output=True,
-    )
+    package = pathlib.Path(armd.__file__).parent.parent
+    _python("-m", "armd_jax", "export", *words, f"--out={again}", PYTHONPATH=str(package), PYTHONHASHSEED="1")
     found = {path.relative_to(out).as_posix(): path.read_bytes() for path in out.rglob("*") if path.is_file()}
     assert {"README.md", "SHA256SUMS", "export.json", "run.py", "sample.jax_export", "weights.npz"} <= found.keys()
     assert {name: (again / name).read_bytes() for name in found} == found
@@ -131,7 +129,7 @@ def test_a_process_without_the_package(tmp_path, capsys, smoke_run):
     prompts, lengths = _padded(PROMPTS)
     tokens = np.random.default_rng(0).integers(0, lm.config.vocab_size, (2, 64)).astype(np.int32)
     np.savez(tmp_path / "given.npz", tokens=tokens, prompts=prompts, lengths=lengths)
-    _python("-c", _ELSEWHERE, out, tmp_path / "given.npz", tmp_path / "made.npz")
+    _python("-I", "-c", _ELSEWHERE, out, tmp_path / "given.npz", tmp_path / "made.npz")
     made = dict(np.load(tmp_path / "made.npz"))
     expected = lm.log_prob(tokens, order.left_to_right(2, 64))
     np.testing.assert_allclose(made["scores"], expected, atol=1e-5)
@@ -139,12 +137,13 @@ def test_a_process_without_the_package(tmp_path, capsys, smoke_run):
     np.testing.assert_array_equal(made["tokens"], wanted)
     np.testing.assert_allclose(made["log_probs"], log_probs, atol=1e-5)
 
-    printed = _python(out / "run.py", "score", *map(str, tokens[0]))
+    printed = _python("-I", out / "run.py", "score", *map(str, tokens[0]))
     np.testing.assert_allclose(json.loads(printed), expected[0], atol=1e-5)
-    printed = _python(out / "run.py", "sample", "3", "1", *map(str, PROMPTS[0])).splitlines()
+    printed = _python("-I", out / "run.py", "sample", "3", "1", *map(str, PROMPTS[0])).splitlines()
     assert json.loads(printed[0]) == wanted[0].tolist() and len(json.loads(printed[1])) == 32
 
 
+@pytest.mark.slow
 def test_what_the_programs_promise(tmp_path):
     """All platforms, no custom call but the check of sizes, open sizes with their limits, no folder of this machine."""
     stablehlo.write(_model(SMALL), 2, 24, tmp_path / "out")
@@ -191,15 +190,24 @@ def test_mistakes_are_one_line(tmp_path, monkeypatch, capsys, smoke_run, words, 
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["file", "taken"]
 
 
-def test_what_cannot_be_exported(tmp_path, monkeypatch, full_disk):
-    """A denoiser, a missing package and a full disk: one line each, and nothing is left behind."""
+def test_what_cannot_be_exported(monkeypatch):
+    """A denoiser, which has no order, and a missing package, are one line."""
     with pytest.raises(armd.UserError, match="denoiser"):
         stablehlo.check(dataclasses.replace(SMALL, kind="denoiser"), 1, None)
-    with monkeypatch.context() as patched:
-        patched.setitem(sys.modules, "flatbuffers", None)
-        with pytest.raises(armd.UserError, match=r"needs flatbuffers.*\[stablehlo\]"):
-            stablehlo.check(SMALL, 1, None)
-    with full_disk(1000), pytest.raises(OSError) as error:
-        stablehlo.write(_model(SMALL), 1, stablehlo.check(SMALL, 1, None), tmp_path / "out")
-    assert error.value.filename == str(tmp_path / "out" / "weights.npz")
+    assert [stablehlo.check(SMALL, 4, length) for length in (None, 40)] == [20, 40]
+    monkeypatch.setitem(sys.modules, "flatbuffers", None)
+    with pytest.raises(armd.UserError, match=r"needs flatbuffers.*\[stablehlo\]"):
+        stablehlo.check(SMALL, 1, None)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [1000, 50_000])
+def test_the_folder_is_whole_or_absent(tmp_path, full_disk, size):
+    """On a full disk, whichever file no longer fits, nothing is left behind. An existing folder is not written into."""
+    lm = _model(SMALL)
+    with full_disk(size), pytest.raises(OSError):
+        stablehlo.write(lm, 1, 40, tmp_path / "out")
     assert not list(tmp_path.iterdir())
+    (tmp_path / "out").mkdir()
+    with pytest.raises(armd.UserError, match="exists already"):
+        stablehlo.write(lm, 1, 40, tmp_path / "out")
