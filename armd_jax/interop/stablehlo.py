@@ -79,7 +79,7 @@ From Python, for batches (`import run`; arrays are int32, log-probabilities floa
   which they are predicted, and the number of the block of each, which starts at 1 and grows in steps of 0 or 1.
 - `run.sample(seed, prompts, lengths, temperature)`: prompts [B, P], of which the first lengths [B] tokens count (0: no
   prompt); P is at most {prompt}. It returns the {length} tokens behind each prompt, drawn in {streams} stream(s), and
-  their log-probabilities, which are the model's own, before temperature: both [B, {length}]. Temperature is a float, and
+  their log-probabilities, which are the model's own, before temperature: both [B, {length}]. Temperature is a float;
   0.0 takes the likeliest tokens. Token {end_of_text} ends a text; what is behind it is no part of the text.
 
 Ids are not checked. `tokenizer/` has the files of the tokenizer. Arrays may have any size, but each new one is

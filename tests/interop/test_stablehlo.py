@@ -64,8 +64,10 @@ def _drawn(lm: LanguageModel, new: int, **how: Any) -> tuple[np.ndarray, np.ndar
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("config", "streams"), [(SMALL, 1), (OTHER, 4)], ids=["one stream", "other model"])
-def test_programs_are_the_model(tmp_path, config, streams):
+@pytest.mark.parametrize(
+    ("config", "streams", "temperatures"), [(SMALL, 1, (1.0, 0.0)), (OTHER, 4, (0.6,))], ids=["one stream", "another"]
+)
+def test_programs_are_the_model(tmp_path, config, streams, temperatures):
     """Log-probabilities of texts of any length, under any order, to 1e-5; samples of any prompts, token by token."""
     lm = _model(config)
     stablehlo.write(lm, streams, 24, tmp_path / "out")
@@ -78,7 +80,7 @@ def test_programs_are_the_model(tmp_path, config, streams):
     np.testing.assert_allclose(scores, lm.log_prob(tokens, drawn), atol=1e-5)
     assert np.abs(scores - expected).max() > 0.01
     ends = 0
-    for seed, temperature in ((0, 1.0), (7, 0.6), (0, 0.0)):
+    for seed, temperature in enumerate(temperatures):
         made, log_probs = run["sample"](seed, *_padded(PROMPTS), temperature)
         wanted, wanted_log_probs = _drawn(lm, 24, streams=streams, seed=seed, temperature=temperature)
         np.testing.assert_array_equal(made, wanted)
@@ -88,14 +90,13 @@ def test_programs_are_the_model(tmp_path, config, streams):
 
 
 _ELSEWHERE = """
-import sys
+import runpy, sys
 for name in ("armd_jax", "flax", "optax", "orbax", "safetensors", "tokenizers", "sentencepiece"):
     sys.modules[name] = None  # importing it fails
-sys.path.insert(0, sys.argv[1])
-import numpy as np, run
-given = dict(np.load(sys.argv[2]))
-tokens, log_probs = run.sample(3, given["prompts"], given["lengths"], 1.0)
-np.savez(sys.argv[3], scores=run.score(given["tokens"]), tokens=tokens, log_probs=log_probs)
+file, *commands = sys.argv[1:]
+for words in commands:
+    sys.argv = ["run.py", *words.split()]
+    runpy.run_path(file, run_name="__main__")
 """
 
 
@@ -126,21 +127,15 @@ def test_a_process_without_the_package(tmp_path, capsys, smoke_run):
     assert sums == {name: hashlib.sha256(content).hexdigest() for name, content in found.items()}
 
     lm = armd.load(smoke_run)
-    prompts, lengths = _padded(PROMPTS)
-    tokens = np.random.default_rng(0).integers(0, lm.config.vocab_size, (2, 64)).astype(np.int32)
-    np.savez(tmp_path / "given.npz", tokens=tokens, prompts=prompts, lengths=lengths)
-    _python("-I", "-c", _ELSEWHERE, out, tmp_path / "given.npz", tmp_path / "made.npz")
-    made = dict(np.load(tmp_path / "made.npz"))
-    expected = lm.log_prob(tokens, order.left_to_right(2, 64))
-    np.testing.assert_allclose(made["scores"], expected, atol=1e-5)
-    wanted, log_probs = _drawn(lm, 32, streams=2, seed=3)
-    np.testing.assert_array_equal(made["tokens"], wanted)
-    np.testing.assert_allclose(made["log_probs"], log_probs, atol=1e-5)
-
-    printed = _python("-I", out / "run.py", "score", *map(str, tokens[0]))
-    np.testing.assert_allclose(json.loads(printed), expected[0], atol=1e-5)
-    printed = _python("-I", out / "run.py", "sample", "3", "1", *map(str, PROMPTS[0])).splitlines()
-    assert json.loads(printed[0]) == wanted[0].tolist() and len(json.loads(printed[1])) == 32
+    tokens = np.random.default_rng(0).integers(0, lm.config.vocab_size, (1, 64)).astype(np.int32)
+    commands = f"score {' '.join(map(str, tokens[0]))}", "sample 3 1 5 6 7", "sample 3 0.5"
+    printed = [json.loads(line) for line in _python("-I", "-c", _ELSEWHERE, out / "run.py", *commands).splitlines()]
+    np.testing.assert_allclose(printed[0], lm.log_prob(tokens, order.left_to_right(1, 64))[0], atol=1e-5)
+    for lines, prompt, temperature in ((printed[1:3], [5, 6, 7], 1.0), (printed[3:], [], 0.5)):
+        asked = {"prompt": prompt, "max_new_tokens": 32, "seed": 3, "temperature": temperature}
+        made = lm.generate(1, streams=2, **asked)
+        assert lines[0] == made.tokens_BN[0, len(prompt) :].tolist() and len(lines) == 2
+        np.testing.assert_allclose(lines[1], made.log_prob_BN[0, len(prompt) :], atol=1e-5)
 
 
 @pytest.mark.slow
