@@ -12,6 +12,7 @@ REQUIREMENTS = [
 ]
 IMPORT = ["gguf>=0.19", "protobuf>=4"]
 SERVE = ["starlette>=1.0", "uvicorn>=0.30", "prometheus_client>=0.20"]
+STABLEHLO = ["flatbuffers>=24"]  # what `jax.export` writes and reads files with
 
 setup(
     name="armd-jax",
@@ -32,10 +33,12 @@ setup(
         "wandb": ["wandb>=0.17"],
         "serve": SERVE,
         "import": IMPORT,
+        "stablehlo": STABLEHLO,
         "benchmark": ["torch>=2.4", "transformers>=4.44"],
         "test": [
             *SERVE,
             *IMPORT,
+            *STABLEHLO,
             "openai>=1.50",
             "playwright>=1.40",
             "pytest>=8",
