@@ -34,7 +34,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--aggregator",
         choices=get_args(ImportAggregator),
-        default="neighbours",
+        default=None,
         help="neighbours (default): any order can be trained from here; shift: stays an autoregressive model",
     )
 
