@@ -19,7 +19,6 @@ from armd_jax import config as configs
 from armd_jax import files
 from armd_jax.config import Config, ModelConfig
 from armd_jax.core import parameters
-from armd_jax.core.parameters import Params
 from armd_jax.data import tokenizers
 from armd_jax.data.tokenizers import Tokenizer
 from armd_jax.errors import UserError, shown

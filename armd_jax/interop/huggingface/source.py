@@ -21,8 +21,11 @@ class Source(Protocol):
     where: the file or folder, for messages. config: the fields of a Hugging Face config.json.
     """
 
-    where: str
-    config: Mapping[str, Any]
+    @property
+    def where(self) -> str: ...
+
+    @property
+    def config(self) -> Mapping[str, Any]: ...
 
     @property
     def names(self) -> frozenset[str]:
@@ -57,10 +60,8 @@ class Folder:
         index = self._folder / INDEX
         if not index.is_file():
             other = next((file.name for file in sorted(self._folder.glob("*.bin"))), "")
-            reason = (
-                f"{other} is a pickle, which can run code when it is read; convert it to safetensors" if other else ""
-            )
-            raise UserError(f"{self._folder}: has no {SINGLE} and no {INDEX}" + (f"; {reason}" if reason else ""))
+            what = f"; {other} is a pickle, which can run code when it is read: convert it to safetensors"
+            raise UserError(f"{self._folder}: has no {SINGLE} and no {INDEX}{what if other else ''}")
         values = files.read_json(index)
         file_of = values.get("weight_map") if isinstance(values, dict) else None
         if not isinstance(file_of, dict) or not all(isinstance(name, str) for name in file_of.values()):
