@@ -32,6 +32,7 @@ from armd_jax.interop.huggingface.configs import Pretrained
 from armd_jax.interop.huggingface.names import Entry
 from armd_jax.interop.huggingface.source import Folder, Source
 from armd_jax.names import ImportAggregator
+from armd_jax.order_config import OrderConfig
 
 _HEAD = "lm_head.weight"
 LONGEST_ROW = 1024  # of an import that names no length: many sources could have rows of 100,000 tokens
@@ -63,9 +64,9 @@ def read(
     """
     pretrained = huggingface_configs.read(source.config, source.where)
     model = _model(pretrained, two_stream_layers, max_length, aggregator)
-    config = Config(model=model)
+    config = Config(model=model, order=OrderConfig(kind="left_to_right"))  # as the source was trained
     try:
-        configs.check(config)  # what is written can be read again
+        configs.check(config)
     except UserError as error:
         raise UserError(f"{source.where}: {error}") from error
     tokenizer = _tokenizer(source)

@@ -1,4 +1,4 @@
-"""Imports of pretrained models: the same likelihoods for every M, trainable in any order, from every form of a source."""
+"""Imports of pretrained models: the same likelihoods for every M, trainable in any order, from any form of source."""
 
 import dataclasses
 import json
@@ -108,12 +108,14 @@ def test_a_model_that_stays_autoregressive(folders, pretrained):
     )
 
 
-def test_sizes_that_are_chosen(folders):
+def test_sizes_that_are_chosen(tmp_path, folders):
     """M is half of the layers and N the source's length, unless they are given. What is written can be read."""
     lm, config = importing.read(importing.open_source(folders[GPT2]))
     assert (lm.config.two_stream_layers, lm.config.max_length) == (1, 40) and config.model == lm.config
     assert _read(folders[GPT2], 2, 40).config.two_stream_layers == 2
-    assert _read(folders[GPT2], 0, 1).config.max_length == 1
+    lm, config = importing.read(importing.open_source(folders[GPT2]), 0, 1)
+    safetensors_format.write(lm, config, tmp_path / "short")
+    assert armd.load(tmp_path / "short").config.max_length == 1
 
 
 def test_a_long_source_gets_rows_of_1024(tmp_path, pretrained):
@@ -154,7 +156,7 @@ def test_forms_of_a_source(tmp_path, pretrained, folders, name, form):
             more = {"lm_head.weight": embedding.copy()}
             if name == GPT2:
                 more |= {f"transformer.h.{i}.attn.bias": np.tri(40, dtype=bool)[None, None] for i in range(2)}
-                more |= {f"transformer.h.{i}.attn.masked_bias": np.float32(-1e4).reshape(()) for i in range(2)}
+                more |= {f"transformer.h.{i}.attn.masked_bias": np.full((), -1e4, np.float32) for i in range(2)}
             else:
                 more["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(3, np.float32)
             safetensors.numpy.save_file(weights | more, folder / "model.safetensors")
@@ -227,7 +229,7 @@ def test_parts_for_other_orders_are_closed_and_can_be_trained(folders, name):
 def _grouped_with_learned_positions() -> LanguageModel:
     """No source has both. Its parameters are random, those of the aggregator too."""
     model = ModelConfig(
-        **dict(vocab_size=270, max_length=40, num_layers=3, two_stream_layers=2, width=24, num_heads=4, num_kv_heads=2),
+        **dict(vocab_size=270, max_length=40, num_layers=2, two_stream_layers=1, width=24, num_heads=4, num_kv_heads=2),
         **dict(positional_width=8, embedding_scale="one", learned_positions=40, prediction_position="previous"),
         **dict(qkv_bias=True, attention_out_bias=True, mlp_bias=True, mlp="swiglu"),
     )
@@ -237,11 +239,11 @@ def _grouped_with_learned_positions() -> LanguageModel:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [GPT2, GROUPED, "grouped, with learned positions"])
+@pytest.mark.parametrize("name", [GROUPED, "grouped, with learned positions"])
 def test_decoding_reports_the_likelihoods_of_the_parallel_pass(folders, name):
     """Strided, lossless and confident: what a cache gives is what a forward pass under that order gives."""
     lm = _read(folders[name]) if name in folders else _grouped_with_learned_positions()
-    asked: dict[str, Any] = dict(batch=2, length=18, prompt=[[1, 2, 3], [4]], stop_at_end=False, seed=1)
+    asked: dict[str, Any] = dict(length=12, prompt=[[1, 2, 3], [4, 5, 6]], stop_at_end=False, seed=1)
     for how in ({"streams": 3}, {"mode": "lossless", "streams": 3}, {"mode": "confident", "streams": 3}):
         made = lm.generate(**asked, **how, temperature=0.7)
         np.testing.assert_allclose(
@@ -305,7 +307,6 @@ def test_training_goes_on_from_an_import(tmp_path, corpus, padded, capsys):
     command += [f"--workdir={tmp_path / 'run'}", "--config.model.vocab_size=0"]
     assert cli.main(command) == 0
     assert cli.main([*command, "--config.training.num_steps=4"]) == 0
-    assert cli.main([*command, "--config.training.num_steps=4", "--config.model.vocab_size=300"]) == 0
     lm = armd.load(tmp_path / "run", ema=False)
     assert (lm.config.vocab_size, lm.tokenizer.vocab_size) == (300, 270)
     before, after = armd.load(padded).params["embedding"], lm.params["embedding"]
@@ -335,11 +336,13 @@ def test_the_command_makes_what_the_others_take(tmp_path, capsys, corpus, folder
         f"--run={out}",
         f"--data={corpus}",
         "--no-baselines",
+        "--draws=0",
+        "--streams=2",
         "--json",
         f"--out={tmp_path / 'figures'}",
     ]
     assert cli.main(evaluation) == 0
-    assert json.loads(capsys.readouterr().out)["left_to_right"]["nll"] > 0
+    assert json.loads(capsys.readouterr().out)["left_to_right"]["perplexity_per_token"] > 1
 
 
 def test_an_import_survives_being_written(tmp_path, folders):
