@@ -66,7 +66,8 @@ class _Fields:
 
     def count(self, name: str, absent: Any = _MISSING, least: int = 1) -> int:
         value = self.get(name, absent)
-        value = absent if value is None and absent is not _MISSING else value
+        if value is absent or (value is None and absent is not _MISSING):
+            return int(absent)
         if not isinstance(value, int) or isinstance(value, bool) or not least <= value < 2**31:
             raise self.refusal(name, f"expected a whole number of at least {least}")
         return value
