@@ -142,6 +142,7 @@ def write(lm: LanguageModel, config: Config, out: pathlib.Path) -> None:
             safetensors.numpy.save_file(flat, folder / WEIGHTS, metadata={"format": "armd-jax"})
         except safetensors.SafetensorError as error:
             raise files.os_error(error, out / WEIGHTS) from error
+        (folder / WEIGHTS).chmod(0o644)  # the library makes private files; these are for whoever may read the folder
         files.write(folder / "config.json", configs.to_json(config))
         lm.tokenizer.save(folder / "tokenizer")
 
