@@ -46,7 +46,10 @@ def add(parser: argparse.ArgumentParser) -> None:
         " the folder; auto (default): native if the model is exactly such a network in the natural order",
     )
     parser.add_argument(
-        "--dtype", default=None, choices=typed.choices(ExportDtype), help="huggingface: of the weights; default: float32"
+        "--dtype",
+        default=None,
+        choices=typed.choices(ExportDtype),
+        help="huggingface: of the weights; default: float32",
     )
     parser.add_argument(
         "--shard-size", type=float, default=None, metavar="GB", help="huggingface: most weights of a file; default: 5"
@@ -119,14 +122,16 @@ def _facts(run: pathlib.Path, config: Config, average: bool) -> "Facts":
     from armd_jax.training import run_data
 
     evaluation = results.read_evaluation(run)
-    figures = tuple(
-        (
-            row.name,
-            results.formatted(row.score.nats_per_token, 4),
-            results.formatted_bits(row.score, evaluation.lossless, 4),
+    figures: tuple[tuple[str, str, str], ...] = ()
+    if evaluation:
+        figures = tuple(
+            (
+                row.name,
+                results.formatted(row.score.nats_per_token, 4),
+                results.formatted_bits(row.score, evaluation.lossless, 4),
+            )
+            for row in results.rows(evaluation)
         )
-        for row in (results.rows(evaluation) if evaluation else ())
-    )
     checkpoints = run / "checkpoints"
     trained = checkpoints.is_dir()
     steps = [int(path.name) for path in checkpoints.iterdir() if path.name.isdecimal()] if trained else []

@@ -33,7 +33,7 @@ def tokenizer_json(tokenizer: Tokenizer) -> str:
     made.encode_special_tokens = True
     for text in (probe, "The old tree,\n\nand  2024 leaves."):
         if made.encode(text, add_special_tokens=False).ids != tokenizer.encode(text):
-            raise UserError(f"its {tokenizer.kind} tokenizer cannot be written as a tokenizer.json that gives its tokens")
+            raise UserError(f"its {tokenizer.kind} tokenizer has no tokenizer.json that gives the same tokens")
     return made.to_str(pretty=True)
 
 

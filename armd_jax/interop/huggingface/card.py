@@ -53,12 +53,12 @@ print(tokenizer.decode(model.generate(ids, max_new_tokens=32, do_sample=True, st
 
 - `model.log_prob(ids)` gives the exact log-probability of every token, in nats. The model has a start token of its own:
   no bos is put before a text, and `logits[:, t]` are for token t + 1, as in other causal models.
-- `model.log_prob(ids, positions, blocks)` scores under any order: the natural positions in the sequence in which they are
-  predicted, and the number of the block of each, from 1. The tokens of a block are predicted together.
-- `model.generate(...)` is the usual one. With `streams=S` it writes S places at a time: S + ceil(R / S) - 1 network calls
-  for R tokens. Prompts of different lengths are padded on the left."""
+- `model.log_prob(ids, positions, blocks)` scores under any order: the natural positions in the sequence in which they
+  are predicted, and the number of the block of each, from 1. The tokens of a block are predicted together.
+- `model.generate(...)` is the usual one. With `streams=S` it writes S places at a time: S + ceil(R / S) - 1 network
+  calls for R tokens. Prompts of different lengths are padded on the left."""
 
-_NATIVE = """It is a network of transformers itself, and is loaded without any code from here (`import torch, transformers`):
+_NATIVE = """It is a network of transformers itself and needs no code from here (`import torch, transformers`):
 
 ```python
 model = transformers.AutoModelForCausalLM.from_pretrained("DIR").eval()
@@ -92,7 +92,7 @@ def page(config: ModelConfig, made: Native | None, dtype: str, facts: Facts) -> 
         table += [f"| {name} | {nats} | {bits} |" for name, nats, bits in facts.figures]
         parts += ["## Likelihoods", f"Of the split `{facts.split}`, as `armd eval` measured them:", "\n".join(table)]
     parts += ["## How to use it", use]
-    back = "`armd.load(\"DIR\")`" if made is None else "`armd import --from=DIR --aggregator=shift --out=NEW`"
+    back = '`armd.load("DIR")`' if made is None else "`armd import --from=DIR --aggregator=shift --out=NEW`"
     parts += [f"In JAX, {back} reads the same weights. `sha256sum -c SHA256SUMS` checks all files."]
     parts += ["## How to cite", CITATION]
     return "\n\n".join(parts) + "\n"

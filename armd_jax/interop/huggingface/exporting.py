@@ -1,7 +1,7 @@
 """`armd export --format=huggingface`: a folder that Hugging Face transformers loads.
 
-A model that is exactly one of transformers' own networks is written as that (`native`). Any other brings code in PyTorch,
-which is the files of `template`, and is loaded with trust_remote_code. Weights are written shard by shard: what is in
+A model that is exactly one of transformers' own networks is written as that (`native`). Any other brings code in
+PyTorch, the files of `template`, and is loaded with trust_remote_code. Weights are written shard by shard: what is in
 host memory beside the model itself is one shard.
 """
 
@@ -10,7 +10,6 @@ import pathlib
 from collections.abc import Iterator
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import safetensors
@@ -33,7 +32,7 @@ from armd_jax.interop.huggingface.source import INDEX, SINGLE
 from armd_jax.names import ExportCode, ExportDtype
 
 _TEMPLATE = pathlib.Path(__file__).parent / "template"
-_CODE = ("configuration_armd.py", "modeling_armd.py", "custom_generate/generate.py")
+_CODE = ("configuration_armd.py", "network_armd.py", "modeling_armd.py", "custom_generate/generate.py")
 SHARD_GB = 5.0
 
 
@@ -159,18 +158,23 @@ def _write_weights(weights: _Weights, folder: pathlib.Path, dtype: ExportDtype, 
     file_of: dict[str, str] = {}
     for number, shard in enumerate(shards, start=1):
         name = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        values = {tensor.name: _cast(weights.read(tensor), tensor.name, kind) for tensor in shard}
-        safetensors.numpy.save_file(values, folder / name, metadata={"format": "pt"})
-        (folder / name).chmod(0o644)
-        file_of |= dict.fromkeys(values, name)
+        _write_shard(weights, shard, folder / name, kind)
+        file_of |= {tensor.name: name for tensor in shard}
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": file_of}
         files.write(folder / INDEX, typed.to_json(index, indent=2) + "\n")
 
 
+def _write_shard(weights: _Weights, shard: list[_Tensor], file: pathlib.Path, kind: np.dtype) -> None:
+    # A function of its own, so that nothing of this shard is left when the next one is made.
+    values = {tensor.name: _cast(weights.read(tensor), tensor.name, kind) for tensor in shard}
+    safetensors.numpy.save_file(values, file, metadata={"format": "pt"})
+    file.chmod(0o644)
+
+
 def _cast(value: np.ndarray, name: str, kind: np.dtype) -> np.ndarray:
     with np.errstate(over="ignore"):
-        cast = np.ascontiguousarray(value).astype(kind)
+        cast = np.array(value, kind, order="C")
     if not np.isfinite(cast).all() and np.isfinite(value).all():
         raise UserError(f"--dtype={kind.name}: {name} has values beyond its range; use bfloat16 or float32")
     return cast

@@ -1,4 +1,4 @@
-"""`model.generate`: the usual one, and with `streams=S` text in S streams side by side (strided block-parallel order)."""
+"""`model.generate`: the usual one, and with `streams=S` text in S streams side by side (strided order)."""
 
 import torch
 from transformers import GenerationMixin
