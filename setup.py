@@ -30,6 +30,7 @@ setup(
         "tensorboard": ["tensorboardX>=2.6"],
         "wandb": ["wandb>=0.17"],
         "serve": SERVE,
+        "eval": ["lm-eval>=0.4.12"],
         "benchmark": ["torch>=2.4", "transformers>=4.44"],
         "test": [
             *SERVE,
