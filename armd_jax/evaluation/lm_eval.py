@@ -89,7 +89,8 @@ class Armd(TemplateLM):
             call.
         ema: take the averaged weights of a run.
         seed: of texts that are drawn (`do_sample`); every request has random numbers of its own.
-        batch_size: texts per network call; "auto": 16.
+        batch_size: texts per network call; "auto": 16. The harness' own command gives 1 unless it is told otherwise.
+        max_batch_size, device: not used; the harness always names a GPU, and JAX itself takes what it finds.
         Raises UserError if an argument is impossible, or if the model is a denoiser or has no tokenizer.
         """
         super().__init__()
@@ -105,8 +106,7 @@ class Armd(TemplateLM):
                 raise UserError("mode=confident: its order follows from what is drawn, so that it scores no given text")
             case _:
                 assert_never(mode)
-        if device is not None:
-            raise UserError(f"device={device}: JAX takes the first accelerator that it finds; JAX_PLATFORMS=cpu: none")
+        del max_batch_size, device
         self.batch_size = BATCH if str(batch_size).startswith("auto") else _whole(batch_size)
         lm = path if isinstance(path, LanguageModel) else load(path, ema)
         if not lm.config.has_orders:
@@ -235,8 +235,8 @@ class Armd(TemplateLM):
             )
         given = way.pop("until")
         out = {"max_new_tokens": tokens, "stop": tuple(text for text in given if text)}
-        sampled = way.pop("do_sample")
-        out["temperature"] = way.pop("temperature", 1.0) if sampled else 0.0
+        sampled, temperature = way.pop("do_sample"), way.pop("temperature", 1.0)
+        out["temperature"] = temperature if sampled else 0.0
         out |= {name: way.pop(name) for name in _PASSED_ON if way.get(name) is not None}
         for name, value in way.items():
             if value is not None and _NEUTRAL.get(name) != value:
