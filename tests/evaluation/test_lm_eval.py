@@ -7,6 +7,7 @@ import logging
 import math
 import os
 import pathlib
+import subprocess
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -340,6 +341,8 @@ def logging_as_before() -> Iterator[None]:
 @pytest.mark.usefixtures("logging_as_before")
 def test_the_command_line_of_the_harness(monkeypatch, capsys, tasks, smoke_run, tmp_path):
     """`python -m armd_jax.evaluation.lm_eval` runs a task, and says our mistakes in one line."""
+    # Without the harness' own tasks, which take seconds to read.
+    monkeypatch.setattr(adapter.TaskManager.__init__, "__defaults__", (None, None, False, None))
     command = ["lm_eval", "--model", "armd", "--tasks", "own_choice", "--include_path", str(tasks), "--batch_size", "4"]
     monkeypatch.setattr(sys, "argv", [*command, "--model_args", f"path={smoke_run}"])
     assert adapter.main() == 0
@@ -347,6 +350,16 @@ def test_the_command_line_of_the_harness(monkeypatch, capsys, tasks, smoke_run, 
     monkeypatch.setattr(sys, "argv", [*command, "--model_args", f"path={tmp_path / 'nowhere'}"])
     assert adapter.main() == 2
     assert [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+
+
+@pytest.mark.slow
+def test_the_command_without_the_extra():
+    """`python -m armd_jax.evaluation.lm_eval` says what to install in one line."""
+    code = "import runpy, sys; sys.modules['lm_eval'] = None\n"
+    code += "runpy.run_module('armd_jax.evaluation.lm_eval', run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and ".[eval]" in done.stderr
 
 
 @pytest.mark.slow
