@@ -32,6 +32,7 @@ setup(
         "wandb": ["wandb>=0.17"],
         "serve": SERVE,
         "import": IMPORT,
+        "eval": ["lm-eval>=0.4.12"],
         "benchmark": ["torch>=2.4", "transformers>=4.44"],
         "test": [
             *SERVE,

@@ -36,6 +36,7 @@ COMMANDS = [
     ("eval --run=gs://bucket/run", "--run"),
     (f"{EVAL} --data=s3a://bucket/text.txt", "--data"),
     (f"{EVAL} --out=s3://bucket/figures", "--out"),
+    (f"{EVAL} --tasks=own --include-path=gs://bucket/tasks", "--include-path"),
     ("sample --run=S3://bucket/run", "--run"),
     ("sample --run=here --out=gs://bucket/samples", "--out"),
     ("sample --run=here --prompts=gs://bucket/prompts.jsonl --out=new", "--prompts"),
@@ -50,7 +51,7 @@ COMMANDS = [
 ]
 # Arguments and fields that take a text which names no file.
 OTHER_TEXTS = {"--text-field", "--coordinator", "--topology", "--streams", "--steps", "--stop", "--prompt", "--suffix"}
-OTHER_TEXTS |= {"--mesh", "--host"}
+OTHER_TEXTS |= {"--mesh", "--host", "--tasks"}
 OTHER_FIELDS = {"data.text_field", "training.wandb_project"}
 
 
