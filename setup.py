@@ -10,8 +10,10 @@ VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "armd_jax/__init__.py").rea
 REQUIREMENTS = [
     line for line in (ROOT / "requirements.txt").read_text().splitlines() if line.strip() and not line.startswith("#")
 ]
+EVAL = ["lm-eval>=0.4.12"]
 IMPORT = ["gguf>=0.19", "protobuf>=4"]
 SERVE = ["starlette>=1.0", "uvicorn>=0.30", "prometheus_client>=0.20"]
+STABLEHLO = ["flatbuffers>=24"]  # what `jax.export` writes and reads files with
 
 setup(
     name="armd-jax",
@@ -32,11 +34,14 @@ setup(
         "wandb": ["wandb>=0.17"],
         "serve": SERVE,
         "import": IMPORT,
-        "eval": ["lm-eval>=0.4.12"],
+        "eval": EVAL,
+        "stablehlo": STABLEHLO,
         "benchmark": ["torch>=2.4", "transformers>=4.44"],
         "test": [
             *SERVE,
             *IMPORT,
+            *EVAL,
+            *STABLEHLO,
             "openai>=1.50",
             "playwright>=1.40",
             "pytest>=8",

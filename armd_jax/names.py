@@ -45,6 +45,7 @@ DenoisingSampler = Literal["first_hitting", "ancestral", "confidence"]
 DecodingMode = Literal["strided", "lossless", "confident"]  # of a model that is trained on orders
 HuggingFaceFamily = Literal["llama", "gpt2"]  # how the weights of a pretrained model are named and laid out
 CompiledProgram = Literal["train", "sample"]  # what `armd compile` compiles: the training step or the sampler
+ExportFormat = Literal["armd", "stablehlo"]  # what `armd export` writes
 
 SPLASH_TILE = 128  # the TPU kernel needs rows of a multiple of this length
 FLASH_WIDEST = 256  # the GPU kernel takes heads up to this width

@@ -39,6 +39,20 @@ class Mutation:
 MUTATIONS = (
     # --- updates ------------------------------------------------------------------------------------------------------
     Mutation(
+        "an exported sampler draws nothing behind an end in one stream",
+        "interop/stablehlo.py",
+        "jnp.cumsum(is_end_BR, axis=1) > is_end_BR",
+        "jnp.cumsum(is_end_BR, axis=1) < 0",
+        "interop/test_stablehlo.py::test_programs_are_the_model",
+    ),
+    Mutation(
+        "positions that a score adds to an order change none of the others",
+        "interop/stablehlo.py",
+        "block_BN[:, -1:] + 1 + index_W - length",
+        "block_BN[:, -1:]",
+        "interop/test_stablehlo.py::test_programs_are_the_model",
+    ),
+    Mutation(
         "an update whose gradient is not finite is not made",
         "training/step.py",
         "good = jnp.isfinite(loss) & jnp.isfinite(grad_norm)",

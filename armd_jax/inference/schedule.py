@@ -16,6 +16,7 @@ from typing import Any
 
 import flax.struct
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from armd_jax.core import order as orders
@@ -92,6 +93,40 @@ def strided(
     arrays |= dict(first_B=first_B, free_B=free_B, num_evidence=np.int32(num_evidence), num_calls=calls)
     # Unlike `jnp.asarray`, this compiles nothing for a shape that is new.
     return Schedule(**jax.device_put(arrays), streams=streams)
+
+
+def after_prompts(prompt_BP: jax.Array, length_B: jax.Array, new: int, streams: int) -> Schedule:
+    """The schedule that `strided` makes of prompts which are followed by `new` free positions. Traceable.
+
+    Its sizes are P, `new` and S, not rounded up, and B and P may be symbolic dimensions of `jax.export`.
+
+    prompt_BP: int32, anything behind the end of a prompt. length_B: int32, tokens of each prompt, in 0 .. P.
+    """
+    width = prompt_BP.shape[1] + new
+    capacity = width + streams
+    num_evidence = jnp.max(length_B)
+    first_B1 = (num_evidence - length_B)[:, None]
+    index, _ = orders.in_streams(new, streams)
+    in_order_R = np.empty(new, np.int32)
+    in_order_R[index] = np.arange(new)
+    # What each context index holds: the start token, prompt tokens 1, 2, …, then free positions in generation order.
+    rank_BT = jnp.arange(capacity) - first_B1
+    drawn_T = jnp.arange(capacity) - num_evidence - 1
+    prompt_BT = jnp.take_along_axis(prompt_BP, rank_BT - 1, axis=1, mode="clip")
+    free_BT = length_B[:, None] + 1 + jnp.asarray(in_order_R)[jnp.clip(drawn_T, 0, new - 1)]
+    place_BW = jnp.arange(width) - length_B[:, None]  # among the free positions
+    rank_BW = jnp.asarray(index, jnp.int32)[jnp.clip(place_BW, 0, new - 1)]
+    known_or_free_BW = jnp.where(place_BW < 0, first_B1 + 1 + jnp.arange(width), num_evidence + 1 + rank_BW)
+    return Schedule(
+        context_BT=jnp.where(rank_BT == 0, START, jnp.where(drawn_T < 0, prompt_BT, 0)).astype(jnp.int32),
+        positions_BT=jnp.where(drawn_T < 0, jnp.maximum(rank_BT, 0), free_BT).astype(jnp.int32),
+        index_BW=jnp.where(place_BW < new, known_or_free_BW, capacity).astype(jnp.int32),
+        first_B=first_B1[:, 0].astype(jnp.int32),
+        free_B=jnp.full_like(length_B, new),
+        num_evidence=num_evidence,
+        num_calls=jnp.int32(num_calls(new, streams)),
+        streams=streams,
+    )
 
 
 def width_of(known_BN: np.ndarray, max_length: int) -> int:

@@ -7,6 +7,7 @@ token, and all of its layers are of one kind. Padding rows of the vocabulary are
 """
 
 import pathlib
+from collections.abc import Mapping
 from typing import assert_never
 
 import jax
@@ -53,29 +54,34 @@ def flatten(params: Params, config: ModelConfig) -> dict[str, jax.Array]:
 
 def unflatten(flat: dict[str, np.ndarray], config: ModelConfig) -> Params:
     """The inverse of `flatten`; padding rows become 0."""
+    params = per_layer(flat, config)
+    for name in params.keys() & {"two_stream", "causal", "bidirectional"}:
+        params[name] = jax.tree.map(lambda *leaves: jnp.stack(leaves), *params[name])
+    return params
+
+
+def per_layer(flat: Mapping[str, np.ndarray | jax.Array], config: ModelConfig) -> Params:
+    """`parameters.unstack` of what `unflatten` gives. Traceable."""
     missing = padded_vocab(config) - config.vocab_size
-    flat = dict(flat, embedding=np.pad(flat["embedding"], ((0, missing), (0, 0))))
-    if "head" in flat:
-        flat["head"] = np.pad(flat["head"], ((0, 0), (0, missing)))
+    pads = {"embedding": ((0, missing), (0, 0)), "head": ((0, 0), (0, missing))}
     tree: Params = {}
     for name, value in flat.items():
         *parents, last = name.split(".")
         node = tree
         for parent in parents:
             node = node.setdefault(parent, {})
-        node[last] = jnp.asarray(value)
+        node[last] = jnp.pad(value, pads[name]) if name in pads else jnp.asarray(value)
     layers = [layer for _, layer in sorted(tree.pop("layers").items(), key=lambda item: int(item[0]))]
-    stack = lambda group: jax.tree.map(lambda *leaves: jnp.stack(leaves), *group)  # noqa: E731
     match config.kind:
         case "armd":
             two = config.two_stream_layers
             for name, group in (("two_stream", layers[: max(two - 1, 0)]), ("causal", layers[two:])):
                 if group:
-                    tree[name] = stack(group)
+                    tree[name] = group
             if two:
                 tree["last_two_stream"] = layers[two - 1]
         case "denoiser":
-            tree["bidirectional"] = stack(layers)
+            tree["bidirectional"] = layers
         case _:
             assert_never(config.kind)
     return tree

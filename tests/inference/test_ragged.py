@@ -254,6 +254,30 @@ def test_a_hundred_lengths_are_few_programs(compiled):
     assert 1 <= len(scored) <= 3, compiled
 
 
+@pytest.mark.parametrize("streams", [1, 2, 3])
+def test_the_traced_schedule_of_prompts_is_the_usual_one(streams):
+    """`after_prompts` lays out what `strided` does, as far as anything looks: up to the last token of each row."""
+    prompts, new = [[3, 4, 2], [], [1], [2, 2, 0]], 6
+    known_BN = np.full((4, 9), schedule.ABSENT)
+    prompt_BP = np.full((4, 5), 4, np.int32)  # wider than any prompt
+    for row, ids in enumerate(prompts):
+        known_BN[row, : len(ids)] = prompt_BP[row, : len(ids)] = ids
+        known_BN[row, len(ids) : len(ids) + new] = schedule.FREE
+    lengths = jnp.array([len(ids) for ids in prompts], jnp.int32)
+    plan = jax.jit(schedule.after_prompts, static_argnums=(2, 3))(prompt_BP, lengths, new, streams)
+    usual = schedule.strided(known_BN, streams, LENGTH)
+    assert plan.streams == usual.streams and plan.context_BT.shape == plan.positions_BT.shape == (4, 5 + new + streams)
+    for name in ("first_B", "free_B", "num_evidence", "num_calls"):
+        np.testing.assert_array_equal(getattr(plan, name), getattr(usual, name), err_msg=name)
+    for row, ids in enumerate(prompts):
+        total, first, behind = len(ids) + new, 3 - len(ids), 3 + 1
+        np.testing.assert_array_equal(plan.index_BW[row, :total], usual.index_BW[row, :total])
+        assert (plan.index_BW[row, total:] == plan.context_BT.shape[1]).all()
+        np.testing.assert_array_equal(plan.context_BT[row, first:behind], usual.context_BT[row, first:behind])
+        here = slice(first, behind + new)
+        np.testing.assert_array_equal(plan.positions_BT[row, here], usual.positions_BT[row, here])
+
+
 def test_sizes_are_rounded_to_few():
     """Upwards, by at most a half (small ones by at most one), to a power of two, 3/4 of one, or the largest size."""
     rounded = [schedule.round_up(size, 100) for size in range(1, 101)]
