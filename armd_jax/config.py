@@ -325,7 +325,7 @@ def check_model(model: ModelConfig, where: str = "model") -> None:
             " every head of keys serves the same number of queries"
         )
     if model.head_width % 2 and not model.learned_positions:
-        raise UserError(f"{where}: heads of width {model.head_width}, which is odd: RoPE rotates pairs")
+        raise UserError(f"{where}: heads of width {model.head_width}: it is odd, and RoPE rotates pairs")
     _check_positions(model, where)
     if model.positional_width < 2 or model.positional_width % 2:
         raise UserError(f"{where}.positional_width={model.positional_width}: must be even and at least 2")
