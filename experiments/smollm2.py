@@ -6,8 +6,8 @@ Command:   bash launch/smollm2.sh, which fetches and imports the model, trains a
                --workdir=runs/smollm2/tuned
            TEXT is a file, a folder or a glob; empty: the embedded corpus.
 Hardware:  2 CPU cores. `smollm2.py:gpu` is for one GPU of 80 GB, `smollm2.py:tpu` for a TPU v5e-16.
-Order:     strided with 2, 4 and 8 streams; a third of the steps stays left to right, so that nothing is forgotten, and a
-           tenth has contiguous blocks, for lossless decoding.
+Order:     strided with 2, 4 and 8 streams; a third of the steps stays left to right, so that nothing is forgotten, and
+           a tenth has contiguous blocks, for lossless decoding.
 Result:    experiments/README.md, "Pretrained models".
 """
 
