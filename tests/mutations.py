@@ -332,7 +332,7 @@ MUTATIONS = (
     Mutation(
         "nobody sees the padding before a shorter text",
         "core/kernels/attention.py",
-        "seen_ZQT &= index_T >= jnp.repeat(first_B, heads)[:, None, None]",
+        "seen_ZQT &= index_T >= jnp.repeat(first_B, kv_heads)[:, None, None]",
         "pass",
         "inference/test_ragged.py::test_a_row_does_not_depend_on_the_others_with_any_aggregator",
     ),
