@@ -113,7 +113,7 @@ WRONG_VALUES = [
     ),
     ({"model__two_stream_layers": 13}, r"two_stream_layers=13: cannot exceed model\.num_layers=12"),
     ({"model__num_heads": 7}, r"width=768 is not divisible by model\.num_heads=7"),
-    ({"model__width": 36}, r"= 3 is odd"),
+    ({"model__width": 36}, r"heads of width 3, which is odd"),
     ({"model__positional_width": 7}, r"positional_width=7: must be even"),
     ({"model__positional_width": 0}, r"positional_width=0"),
     ({"model__rope_base": 1.0}, r"rope_base=1.0: must be above 1"),
@@ -128,7 +128,7 @@ WRONG_VALUES = [
     ({"model__attention": "chunk"}, r"did you mean 'chunked'"),
     (
         {"model__attention": "flash", "model__num_heads": 2},
-        r"'flash': model\.width / model\.num_heads = 384 is more than 256",
+        r"'flash': heads of 384 are wider than 256",
     ),
     ({"data__valid_fraction": 1.0}, r"data\.valid_fraction=1.0"),
     ({"data__test_fraction": -0.5}, r"data\.test_fraction=-0.5"),
