@@ -338,7 +338,7 @@ def _check_positions(model: ModelConfig, where: str) -> None:
         raise UserError(f"{where}.rope_low={model.rope_low}: must be below {where}.rope_high={model.rope_high}")
     match model.prediction_position:  # the start token stands at position 0, and the last token at max_length
         case "own":
-            needed = model.max_length + 1
+            needed = model.max_length + 1 if model.has_orders else model.max_length
         case "previous":
             needed = model.max_length
         case _:

@@ -42,6 +42,8 @@ COMMANDS = [
     ("sample --run=here --prompts=gs://bucket/prompts.jsonl --out=new", "--prompts"),
     ("export --run=gs://bucket/run --out=new", "--run"),
     ("export --run=here --out=gs://bucket/export", "--out"),
+    ("import --from=hf://openai-community/gpt2 --out=new", "--from"),
+    ("import --from=here --out=gs://bucket/export", "--out"),
     ("checkpoints --run=dbfs:/mnt/run", "--run"),
     ("report --run=gs://bucket/run", "--run"),
     ("report --run=here --out=gs://bucket/report", "--out"),

@@ -114,7 +114,8 @@ def _write_exports(place: pathlib.Path) -> None:
     with_tensors("half", flat | {"start": flat["start"].astype(np.float16)})
     _edit(copy("layers") / "config.json", num_layers=2**31 - 1)
     _edit(copy("width") / "config.json", width=64)
-    _edit(copy("vocabulary") / "config.json", vocab_size=300)
+    _edit(copy("vocabulary") / "config.json", vocab_size=200)
+    _edit(copy("more-vocabulary") / "config.json", vocab_size=300)
     shutil.rmtree(copy("tokenizer") / "tokenizer")
     shutil.rmtree(copy("weights") / "checkpoints", ignore_errors=True)
     (place / "export-weights" / weights).unlink()
@@ -134,7 +135,7 @@ def _write_runs(place: pathlib.Path) -> None:
         if file.is_file() and "state" in file.parts:
             file.write_bytes(file.read_bytes()[:3])
     _edit(copy("foreign", "tensorboard") / "config.json", width=64)
-    _edit(copy("other-vocabulary", "tensorboard") / "config.json", vocab_size=300)
+    _edit(copy("other-vocabulary", "tensorboard") / "config.json", vocab_size=200)
     (copy("odd-scores", "checkpoints") / "eval.json").write_text(
         '{"split": "test", "lossless": true, "left_to_right": 3}'
     )
@@ -351,7 +352,7 @@ RUNS = [
     ("run-without-checkpoints", r"has no checkpoints yet"),
     ("run-with-empty-checkpoints", r"has no checkpoints yet"),
     ("run-without-tokenizer", r"tokenizer"),
-    ("run-other-vocabulary", r"tokenizer has 257 tokens, its config.json says model.vocab_size=300"),
+    ("run-other-vocabulary", r"tokenizer has 257 tokens, its config.json says model.vocab_size=200"),
     ("run-damaged", r"none of the checkpoints"),
     ("run-foreign", r"none of the checkpoints"),
     ("export-weights", r"has no checkpoints yet"),
@@ -366,7 +367,8 @@ RUNS = [
     ("export-half", r"start is float16, expected float32"),
     ("export-layers", r"has 2 layers, its config.json says model.num_layers=2147483647"),
     ("export-width", r"does not fit its config.json"),
-    ("export-vocabulary", r"tokenizer has 257 tokens, its config.json says model.vocab_size=300"),
+    ("export-vocabulary", r"tokenizer has 257 tokens, its config.json says model.vocab_size=200"),
+    ("export-more-vocabulary", r"does not fit its config.json"),
 ]
 
 PROMPTS = [

@@ -61,15 +61,19 @@ class Tokenizer(abc.ABC):
 
     @abc.abstractmethod
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of `ids`. End-of-text ids are dropped, and bytes that form no character become U+FFFD."""
+        """The text of `ids`. Those without text are dropped, and bytes that form no character become U+FFFD."""
 
     @abc.abstractmethod
     def token_text(self, token: int) -> str:
-        """A short text for one id, for pictures. A byte that is only part of a character is shown as <0x..>."""
+        """A short text for one id, for pictures: <0x..> for a byte that is part of a character, <id> for no token."""
 
     @abc.abstractmethod
     def _files(self) -> dict[str, bytes]:
         """The vocabulary files by name."""
+
+    def _tokens(self, ids: Iterable[int]) -> list[int]:
+        """`ids` without end-of-text, and without those behind the last token, which a padded embedding may have."""
+        return [token for token in map(int, ids) if token != self.end_of_text and token < self.vocab_size]
 
     def encode(self, text: str) -> list[int]:
         """The ids of `text`, without an end-of-text."""
@@ -122,12 +126,12 @@ class BytesTokenizer(Tokenizer):
         return [list(text.encode()) for text in texts]
 
     def decode(self, ids: Iterable[int]) -> str:
-        return bytes(token for token in map(int, ids) if token != self.end_of_text).decode(errors="replace")
+        return bytes(self._tokens(ids)).decode(errors="replace")
 
     def token_text(self, token: int) -> str:
         if token == self.end_of_text:
             return "<|endoftext|>"
-        return chr(token) if token < 128 else f"<0x{token:02X}>"
+        return chr(token) if token < 128 else f"<0x{token:02X}>" if token < self.vocab_size else f"<{token}>"
 
     def _files(self) -> dict[str, bytes]:
         return {}
@@ -159,10 +163,7 @@ class SentencePieceTokenizer(Tokenizer):
             raise UserError(f"{name}: the ids of the added tokens do not follow its {self._num_pieces} pieces")
         self.end_of_text = self._end_of_text(settings.end_of_text)
         if self.end_of_text < 0:
-            what = (
-                f"{settings.end_of_text} as its end-of-text" if settings.end_of_text else "end-of-text piece (eos_id)"
-            )
-            raise UserError(f"{name} has no {what}")
+            raise UserError(f"{name} has no {settings.end_of_text or 'piece (eos_id)'} as its end-of-text")
         # The library reads a literal U+2581 as a space. Written as bytes instead, it comes back as itself.
         mark = [self._pieces.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE_MARK.encode()]
         self._mark = mark if all(self._pieces.is_byte(token) for token in mark) else None
@@ -189,7 +190,7 @@ class SentencePieceTokenizer(Tokenizer):
         return first + [token for part in rest for token in mark + part]
 
     def decode(self, ids: Iterable[int]) -> str:
-        kept = [token for token in map(int, ids) if token != self.end_of_text]
+        kept = self._tokens(ids)
         if all(token < self._num_pieces for token in kept):
             return self._pieces.decode(kept)
         parts: list[str] = []
@@ -203,8 +204,8 @@ class SentencePieceTokenizer(Tokenizer):
         return "".join([*parts, self._pieces.decode(pieces)])
 
     def token_text(self, token: int) -> str:
-        if self._num_pieces <= token < self.vocab_size:
-            return self._added[token - self._num_pieces]
+        if token >= self._num_pieces:
+            return self._added[token - self._num_pieces] if token < self.vocab_size else f"<{token}>"
         piece = self._pieces.id_to_piece(int(token))
         return piece if self._pieces.is_byte(int(token)) else piece.replace(SPACE_MARK, " ")
 
@@ -282,13 +283,12 @@ class VocabularyTokenizer(Tokenizer):
         return [part for token in ids for part in (self._end_spelled if token == self.end_of_text else [token])]
 
     def decode(self, ids: Iterable[int]) -> str:
-        kept = [token for token in map(int, ids) if token != self.end_of_text]
-        return self._library.decode(kept, skip_special_tokens=False)
+        return self._library.decode(self._tokens(ids), skip_special_tokens=False)
 
     def token_text(self, token: int) -> str:
         piece = self._library.id_to_token(int(token))
         if piece is None:
-            raise IndexError(f"id {token} of {self.vocab_size}")
+            return f"<{token}>"
         if self._pieces_are_text or token == self.end_of_text:
             return piece.replace(SPACE_MARK, " ")
         text = self._library.decode([int(token)], skip_special_tokens=False)

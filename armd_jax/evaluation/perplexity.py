@@ -218,7 +218,7 @@ def check_data(lm: LanguageModel, data: PreparedData) -> None:
             f" max_length={lm.config.max_length}; prepare the text at that length"
         )
     theirs = data.tokenizer
-    if lm.config.vocab_size != theirs.vocab_size or (lm.tokenizer is not None and lm.tokenizer.hash != theirs.hash):
+    if lm.config.vocab_size < theirs.vocab_size or (lm.tokenizer is not None and lm.tokenizer.hash != theirs.hash):
         raise UserError(
             f"the checkpoint was made for another vocabulary ({lm.config.vocab_size} tokens) than the data in"
             f" {data.folder} ({theirs.vocab_size} tokens): prepare the text with the checkpoint's tokenizer folder"

@@ -152,6 +152,10 @@ class GgufSource:
         """The names of the tensors, as the modules of `transformers` call them."""
         return frozenset(self._rows)
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a tensor at Hugging Face."""
+        return tuple(self._sizes[size] for size in self._rows[name].shape)
+
     def read(self, name: str) -> np.ndarray:
         """One tensor in float32, as Hugging Face has it. Raises UserError if there is none or it cannot be read."""
         if name not in self._rows:

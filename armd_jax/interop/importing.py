@@ -8,6 +8,7 @@ layer what the source has there, whatever the number M of two-stream layers.
 """
 
 import dataclasses
+import math
 import pathlib
 import tempfile
 from typing import Any, assert_never
@@ -28,9 +29,12 @@ from armd_jax.interop.gguf import GgufSource
 from armd_jax.interop.huggingface import configs as huggingface_configs
 from armd_jax.interop.huggingface import names
 from armd_jax.interop.huggingface.configs import Pretrained
+from armd_jax.interop.huggingface.names import Entry
 from armd_jax.interop.huggingface.source import Folder, Source
 from armd_jax.names import ImportAggregator
+from armd_jax.order_config import OrderConfig
 
+_HEAD = "lm_head.weight"
 LONGEST_ROW = 1024  # of an import that names no length: many sources could have rows of 100,000 tokens
 # Weights of a source that follow from its config, or are copies.
 _DERIVED = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")
@@ -60,14 +64,17 @@ def read(
     """
     pretrained = huggingface_configs.read(source.config, source.where)
     model = _model(pretrained, two_stream_layers, max_length, aggregator)
-    configs.check_model(model)
+    config = Config(model=model, order=OrderConfig(kind="left_to_right"))  # as the source was trained
+    try:
+        configs.check(config)
+    except UserError as error:
+        raise UserError(f"{source.where}: {error}") from error
     tokenizer = _tokenizer(source)
     if tokenizer.vocab_size > model.vocab_size:
         raise UserError(
             f"{source.where}: its tokenizer has {tokenizer.vocab_size} tokens, its config says"
             f" vocab_size={model.vocab_size}"
         )
-    config = Config(model=model)
     params = safetensors_format.unflatten(_weights(source, pretrained, model), model)
     return LanguageModel(model, params, tokenizer), config
 
@@ -89,38 +96,67 @@ def _model(
 
 def _weights(source: Source, pretrained: Pretrained, model: ModelConfig) -> dict[str, np.ndarray]:
     """All weights under the names of an export. Raises UserError if one is missing, unknown or of another shape."""
+    _check_size(source, model)
     shapes = jax.eval_shape(
         lambda key: safetensors_format.flatten(parameters.init(key, model), model), jax.random.key(0)
     )
-    flat: dict[str, np.ndarray] = {}
     prefix = _prefix(source, pretrained)
+    entries = [(entry, _names_there(entry, prefix)) for entry in names.table(pretrained.family, model)]
+    # Everything that the headers tell is looked at before the first weight is read.
     unused = {name for name in source.names if not name.endswith(_DERIVED)}
     if model.tie_embeddings:
-        unused.discard("lm_head.weight")
-    for entry in names.table(pretrained.family, model):
-        theirs = []
+        unused.discard(_HEAD)
+    for entry, theirs in entries:
         # What the layout changes do to empty arrays of our shapes are the shapes that theirs must have.
         expected = entry.to_theirs(tuple(np.broadcast_to(np.float32(0), shapes[name].shape) for name in entry.ours))
-        for name, like in zip(entry.theirs, expected, strict=True):
-            name = name if name == "lm_head.weight" else name.removeprefix(prefix)
+        for name, like in zip(theirs, expected, strict=True):
             if name not in source.names:
                 raise UserError(f"{source.where}: has no weight {name}")
-            value = source.read(name)
-            if value.shape != like.shape:
-                raise UserError(f"{source.where}: {name} has the shape {value.shape}, its config says {like.shape}")
-            theirs.append(value)
+            if (found := source.shape(name)) != like.shape:
+                raise UserError(f"{source.where}: {name} has the shape {found}, its config says {like.shape}")
             unused.discard(name)
-        flat |= dict(zip(entry.ours, entry.to_ours(tuple(theirs)), strict=True))
     if unused:
         raise UserError(
             f"{source.where}: has a weight {shown(min(unused))} that a model of its config does not have"
             f" ({len(unused)} such weights)"
+        )
+    flat: dict[str, np.ndarray] = {}
+    for entry, theirs in entries:
+        values = tuple(_finite(source, name) for name in theirs)
+        flat |= dict(zip(entry.ours, entry.to_ours(values), strict=True))
+    if model.tie_embeddings and _HEAD in source.names and not np.array_equal(source.read(_HEAD), flat["embedding"]):
+        raise UserError(
+            f"{source.where}: {_HEAD} is not the embedding, although its config says tie_word_embeddings; set it to"
+            " false if the head is a table of its own"
         )
     flat["start"] = flat["embedding"][pretrained.start]
     for name, shape in shapes.items():
         if name.startswith("aggregator."):
             flat[name] = _aggregator_weight(name.removeprefix("aggregator."), shape.shape, flat["embedding"])
     return flat
+
+
+def _check_size(source: Source, model: ModelConfig) -> None:
+    """Raises UserError if the model is larger than its source, before anything of its size is made."""
+    num_values = sum(math.prod(source.shape(name)) for name in source.names)
+    widest = max(model.vocab_size, model.learned_positions, model.num_heads * model.head_width, model.mlp_width)
+    if model.num_layers > len(source.names) or model.width * widest > num_values:
+        raise UserError(
+            f"{source.where}: its config asks for {model.num_layers} layers of width {model.width}, with {widest} as"
+            f" the longest other axis; its {len(source.names)} weights have {num_values} numbers in all"
+        )
+
+
+def _names_there(entry: Entry, prefix: str) -> list[str]:
+    """The names of an entry's weights in a source that leaves a prefix out."""
+    return [name if name == _HEAD else name.removeprefix(prefix) for name in entry.theirs]
+
+
+def _finite(source: Source, name: str) -> np.ndarray:
+    value = source.read(name)
+    if not np.isfinite(value).all():
+        raise UserError(f"{source.where}: {name} has numbers that are not finite")
+    return value
 
 
 def _prefix(source: Source, pretrained: Pretrained) -> str:

@@ -29,7 +29,7 @@ def load(path: str | os.PathLike[str], ema: bool = True, mesh: Mesh | None = Non
     folder = pathlib.Path(path)
     config = configs.read(folder)
     tokenizer = tokenizers.load(folder / "tokenizer")
-    if tokenizer.vocab_size != config.model.vocab_size:
+    if tokenizer.vocab_size > config.model.vocab_size:  # ids behind those of the tokenizer are padding of the source's
         raise UserError(
             f"{folder}: its tokenizer has {tokenizer.vocab_size} tokens, its config.json says"
             f" model.vocab_size={config.model.vocab_size}"

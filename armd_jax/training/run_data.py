@@ -12,6 +12,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
+from armd_jax import config as configs
 from armd_jax.config import Config
 from armd_jax.data import loader, packing, prepared, tokenizers
 from armd_jax.data import manifest as manifests
@@ -47,9 +48,9 @@ def prepare(
     else:
         tokenizer = tokenizers.ready_made(config.data)
         if tokenizer is not None:
-            with_vocabulary(config, tokenizer)  # a mistake is found before any text is prepared
+            with_vocabulary(config, tokenizer, old)  # a mistake is found before any text is prepared
         data = packing.prepare(config.data, length, _root(config, workdir), progress=progress)
-    config = with_vocabulary(config, data.tokenizer)
+    config = with_vocabulary(config, data.tokenizer, old)
     if old is not None and progress and (changes := workdirs.data_changes(old, config)):
         print(f"{workdir}: goes on with the same rows and the same tokenizer ({changes})", file=sys.stderr)
     return data, config
@@ -148,7 +149,7 @@ def prepare_together(
             f"process {jax.process_index()}: its rows in {found.folder} are not those of process 0 in {folder}:"
             " give all machines the same text, or a data.cache_dir that all of them see"
         )
-    return found, with_vocabulary(config, found.tokenizer)
+    return found, with_vocabulary(config, found.tokenizer, old)
 
 
 def _from_first(text: str) -> str:
@@ -160,13 +161,22 @@ def _from_first(text: str) -> str:
     return np.asarray(shared).astype(np.uint8).tobytes().rstrip(b"\0").decode(errors="surrogateescape")
 
 
-def with_vocabulary(config: Config, tokenizer: Tokenizer) -> Config:
-    """The config with the vocabulary size of the data's tokenizer. Raises UserError if it names another one."""
-    size = tokenizer.vocab_size
+def with_vocabulary(config: Config, tokenizer: Tokenizer, old: Config | None = None) -> Config:
+    """The config with its vocabulary size: that of the data's tokenizer, or that of the weights to start from.
+
+    Those of a pretrained model may have rows for more ids than the tokenizer has tokens, and keep them.
+    old: as in `prepare`. A run that goes on does not read again what it started from.
+    Raises UserError if the config names another size.
+    """
+    before = 0
+    if old is not None:
+        before = old.model.vocab_size
+    elif config.training.init_from:
+        before = configs.read(pathlib.Path(config.training.init_from)).model.vocab_size
+    size = max(before, tokenizer.vocab_size)  # if `before` is smaller, this is another tokenizer, which is refused
     if config.model.vocab_size not in (0, size):
-        raise UserError(
-            f"model.vocab_size={config.model.vocab_size}, but the data's tokenizer has {size}; leave it at 0"
-        )
+        whose = "the data's tokenizer has" if size == tokenizer.vocab_size else "the weights to start from have"
+        raise UserError(f"model.vocab_size={config.model.vocab_size}, but {whose} {size}; leave it at 0")
     return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=size))
 
 

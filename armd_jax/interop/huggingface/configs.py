@@ -1,6 +1,7 @@
 """The config of a pretrained autoregressive model as a `ModelConfig`, or a refusal that names the field in the way."""
 
 import dataclasses
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,6 +10,7 @@ from armd_jax.errors import UserError, shown
 from armd_jax.names import HuggingFaceFamily
 
 LLAMA_TYPES = ("llama", "mistral", "qwen2", "qwen3")
+_EVERY_TOKEN = "full_attention"
 _MISSING = object()
 
 
@@ -63,16 +65,18 @@ class _Fields:
             raise self.refusal(name, "expected a text")
         return value
 
-    def count(self, name: str, absent: Any = _MISSING, least: int = 1) -> int:
-        value = self.get(name, absent)
-        value = absent if value is None and absent is not _MISSING else value
-        if not isinstance(value, int) or isinstance(value, bool) or not least <= value < 2**31:
-            raise self.refusal(name, f"expected a whole number of at least {least}")
+    def count(self, name: str, absent: int | None = None) -> int:
+        """A size. absent: what takes the place of none, which may be written as null."""
+        value = self.get(name) if absent is None else self.get(name, None)
+        if value is None and absent is not None:
+            return absent
+        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value < 2**31:
+            raise self.refusal(name, "expected a whole number from 1 to 2147483647")
         return value
 
     def number(self, name: str, absent: Any = _MISSING) -> float:
         value = self.get(name, absent)
-        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < float("inf"):
+        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value <= sys.float_info.max:
             raise self.refusal(name, "expected a number above 0")
         return float(value)
 
@@ -97,7 +101,7 @@ class _Fields:
             if isinstance(value, list) and value:
                 value = value[0]
             if value is not None:
-                if not isinstance(value, int) or not 0 <= value < self.count("vocab_size"):
+                if type(value) is not int or not 0 <= value < self.count("vocab_size"):
                     raise self.refusal(name, "expected an id of the vocabulary")
                 return value
         raise UserError(f"{self._where}: has neither bos_token_id nor eos_token_id, one of which begins a text")
@@ -108,14 +112,17 @@ def _llama(fields: _Fields, kind: str) -> Pretrained:
     fields.must_be("pretraining_tp", 1, absent=1)
     fields.must_be("partial_rotary_factor", 1, None, absent=None)
     length = fields.count("max_position_embeddings")
-    if fields.get("sliding_window", None) is not None and fields.flag("use_sliding_window", kind == "mistral"):
-        raise fields.refusal("sliding_window", "every token attends to all earlier ones here")
-    layer_types = fields.get("layer_types", None) or ()
-    if any(each != "full_attention" for each in layer_types):
+    # What transformers takes for a field that is absent. Only Mistral's window is there without a switch.
+    window = fields.get("sliding_window", 4096 if kind == "mistral" else None)
+    if window is not None and fields.flag("use_sliding_window", kind == "mistral"):
+        raise fields.refusal("sliding_window", "every token attends to all earlier ones here; null is no window")
+    layer_types = fields.get("layer_types", None)
+    if layer_types is not None and (not isinstance(layer_types, list) or set(map(str, layer_types)) - {_EVERY_TOKEN}):
         raise fields.refusal("layer_types", "every layer attends to all earlier tokens here")
     width, heads = fields.count("hidden_size"), fields.count("num_attention_heads")
     head_width = fields.count("head_dim", absent=128 if kind == "qwen3" else max(width // heads, 1))
-    biases = fields.flag("attention_bias", False)
+    # Biases that the models of the other types have, or do not have, whatever their configs say.
+    biases = kind in ("llama", "qwen3") and fields.flag("attention_bias", False)
     epsilon = fields.number("rms_norm_eps", 1e-6)
     if kind == "qwen3" and epsilon != 1e-6:
         raise fields.refusal("rms_norm_eps", "norms of queries and keys have an epsilon of 1e-6 here")
@@ -134,7 +141,7 @@ def _llama(fields: _Fields, kind: str) -> Pretrained:
         norm_epsilon=epsilon,
         qkv_bias=biases or kind == "qwen2",
         attention_out_bias=biases,
-        mlp_bias=fields.flag("mlp_bias", False),
+        mlp_bias=kind == "llama" and fields.flag("mlp_bias", False),
         qk_norm=kind == "qwen3",
         tie_embeddings=fields.flag("tie_word_embeddings", False),
         **_rope(fields, length),
@@ -177,7 +184,10 @@ _AS_SOURCES: dict[str, Any] = {"embedding_scale": "one", "prediction_position": 
 
 def _rope(fields: _Fields, length: int) -> dict[str, Any]:
     """The fields of RoPE, which newer configs have in one section and older ones in two places."""
-    section = fields.section("rope_parameters") or fields.section("rope_scaling")
+    newer, older = (fields.get(name, None) or None for name in ("rope_parameters", "rope_scaling"))
+    if newer is not None and older is not None and newer != older:
+        raise fields.refusal("rope_scaling", "rope_parameters says something else")
+    section = fields.section("rope_scaling" if newer is None else "rope_parameters")
     found: dict[str, Any] = {"rope_base": fields.number("rope_theta", 10_000.0)}
     if section is None:
         return found

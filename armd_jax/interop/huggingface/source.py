@@ -1,5 +1,6 @@
 """A pretrained model as another program wrote it: its config, its weights one at a time, and its tokenizer's files."""
 
+import dataclasses
 import json
 import pathlib
 from collections.abc import Mapping
@@ -13,6 +14,7 @@ from armd_jax.errors import UserError, shown
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+_FLOATS = ("F32", "F16", "BF16")
 
 
 class Source(Protocol):
@@ -30,6 +32,9 @@ class Source(Protocol):
     @property
     def names(self) -> frozenset[str]:
         """The names of all weights, as Hugging Face's modules have them."""
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of one weight in Hugging Face's models, known without reading it."""
 
     def read(self, name: str) -> np.ndarray:
         """One weight, float32, in Hugging Face's shape. Raises UserError if it cannot be read."""
@@ -52,11 +57,11 @@ class Folder:
         if not isinstance(config, dict):
             raise UserError(f"{file}: expected an object of fields")
         self.config = config
-        self._file_of = self._find()
+        self._tensors = self._find()
 
-    def _find(self) -> dict[str, pathlib.Path]:
+    def _find(self) -> dict[str, "_Tensor"]:
         if (self._folder / SINGLE).is_file():
-            return dict.fromkeys(_names(self._folder / SINGLE), self._folder / SINGLE)
+            return _tensors(self._folder / SINGLE)
         index = self._folder / INDEX
         if not index.is_file():
             other = next((file.name for file in sorted(self._folder.glob("*.bin"))), "")
@@ -66,31 +71,37 @@ class Folder:
         file_of = values.get("weight_map") if isinstance(values, dict) else None
         if not isinstance(file_of, dict) or not all(isinstance(name, str) for name in file_of.values()):
             raise UserError(f"{index}: has no weight_map from names to files")
-        found: dict[str, pathlib.Path] = {}
+        found: dict[str, _Tensor] = {}
         for shard in sorted(set(file_of.values())):
             if pathlib.PurePath(shard).name != shard:
                 raise UserError(f"{index}: {shown(shard)} is no file of this folder")
             if not (self._folder / shard).is_file():
                 raise UserError(f"{index}: names {shown(shard)}, which is not there")
-            found |= dict.fromkeys(_names(self._folder / shard), self._folder / shard)
+            of_shard = _tensors(self._folder / shard)
+            if twice := sorted(found.keys() & of_shard.keys()):
+                raise UserError(f"{index}: {shown(twice[0])} is in {shown(shard)} and in another of its files")
+            found |= of_shard
         if missing := sorted(set(file_of) - set(found)):
             raise UserError(f"{index}: names {shown(missing[0])}, which no file has")
         return found
 
     @property
     def names(self) -> frozenset[str]:
-        return frozenset(self._file_of)
+        return frozenset(self._tensors)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._tensors[name].shape
 
     def read(self, name: str) -> np.ndarray:
-        file = self._file_of[name]
+        file, dtype = self._tensors[name].file, self._tensors[name].dtype
+        if dtype not in _FLOATS:  # asked before it is read: jax would make other types narrower without a word
+            raise UserError(f"{file}: {name} is {dtype}; expected one of {', '.join(_FLOATS)}")
         try:
             # numpy has no bfloat16, in which most models are kept. jax has.
             with safetensors.safe_open(file, framework="flax") as opened:
                 value = np.asarray(opened.get_tensor(name))
         except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
             raise UserError(f"{file}: {name} cannot be read ({error})") from error
-        if value.dtype.name not in ("float32", "float16", "bfloat16"):
-            raise UserError(f"{file}: {name} is {value.dtype.name}; expected float32, float16 or bfloat16")
         return value.astype(np.float32)
 
     def tokenizer_files(self) -> dict[str, bytes]:
@@ -99,9 +110,19 @@ class Folder:
         return {name: (self._folder / name).read_bytes() for name in known + older if (self._folder / name).is_file()}
 
 
-def _names(file: pathlib.Path) -> list[str]:
+@dataclasses.dataclass(frozen=True)
+class _Tensor:
+    """What the header of a file says about a tensor. dtype: as safetensors names it."""
+
+    file: pathlib.Path
+    dtype: str
+    shape: tuple[int, ...]
+
+
+def _tensors(file: pathlib.Path) -> dict[str, _Tensor]:
     try:
         with safetensors.safe_open(file, framework="numpy") as opened:
-            return list(opened.keys())
+            slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
+            return {name: _Tensor(file, one.get_dtype(), tuple(one.get_shape())) for name, one in slices.items()}
     except (OSError, ValueError, json.JSONDecodeError, safetensors.SafetensorError) as error:
         raise UserError(f"{file}: cannot be read as safetensors ({error})") from error
