@@ -10,6 +10,7 @@ VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "armd_jax/__init__.py").rea
 REQUIREMENTS = [
     line for line in (ROOT / "requirements.txt").read_text().splitlines() if line.strip() and not line.startswith("#")
 ]
+EVAL = ["lm-eval>=0.4.12"]
 IMPORT = ["gguf>=0.19", "protobuf>=4"]
 SERVE = ["starlette>=1.0", "uvicorn>=0.30", "prometheus_client>=0.20"]
 STABLEHLO = ["flatbuffers>=24"]  # what `jax.export` writes and reads files with
@@ -40,11 +41,13 @@ setup(
         "wandb": ["wandb>=0.17"],
         "serve": SERVE,
         "import": IMPORT,
+        "eval": EVAL,
         "stablehlo": STABLEHLO,
         "benchmark": ["torch>=2.4", "transformers>=4.44"],
         "test": [
             *SERVE,
             *IMPORT,
+            *EVAL,
             *STABLEHLO,
             "openai>=1.50",
             "playwright>=1.40",

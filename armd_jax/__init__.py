@@ -13,6 +13,7 @@ _HOME = {
     "ModelConfig": "armd_jax.config",
     "UserError": "armd_jax.errors",
     "Order": "armd_jax.core.order",
+    "per_token_logps": "armd_jax.core.objective",
 }
 _MODULES = {
     "order": "armd_jax.core.order",

@@ -327,7 +327,7 @@ def check_model(model: ModelConfig, where: str = "model") -> None:
             " every head of keys serves the same number of queries"
         )
     if model.head_width % 2 and not model.learned_positions:
-        raise UserError(f"{where}: heads of width {model.head_width}, which is odd: RoPE rotates pairs")
+        raise UserError(f"{where}: heads of width {model.head_width}: it is odd, and RoPE rotates pairs")
     _check_positions(model, where)
     if model.positional_width < 2 or model.positional_width % 2:
         raise UserError(f"{where}.positional_width={model.positional_width}: must be even and at least 2")
@@ -338,24 +338,16 @@ def check_model(model: ModelConfig, where: str = "model") -> None:
 def _check_positions(model: ModelConfig, where: str) -> None:
     if model.rope_low >= model.rope_high:
         raise UserError(f"{where}.rope_low={model.rope_low}: must be below {where}.rope_high={model.rope_high}")
-    if not model.learned_positions:
-        return
-    # The start token stands at position 0, and the last token of a row at max_length.
-    match model.prediction_position:
+    match model.prediction_position:  # the start token stands at position 0, and the last token at max_length
         case "own":
-            needed = model.max_length + 1
+            needed = model.max_length + 1 if model.has_orders else model.max_length
         case "previous":
             needed = model.max_length
         case _:
             assert_never(model.prediction_position)
-    if model.has_orders and model.learned_positions < needed:
-        raise UserError(
-            f"{where}.learned_positions={model.learned_positions}: rows of {model.max_length} tokens need {needed}"
-        )
-    if model.learned_positions < model.max_length:
-        raise UserError(
-            f"{where}.learned_positions={model.learned_positions}: rows of {model.max_length} tokens need as many"
-        )
+    if 0 < model.learned_positions < needed:
+        fault = f"rows of {model.max_length} tokens need {needed}"
+        raise UserError(f"{where}.learned_positions={model.learned_positions}: {fault}")
 
 
 def check(config: Config) -> None:

@@ -346,7 +346,7 @@ MUTATIONS = (
     Mutation(
         "nobody sees the padding before a shorter text",
         "core/kernels/attention.py",
-        "seen_ZQT &= index_T >= jnp.repeat(first_B, heads)[:, None, None]",
+        "seen_ZQT &= index_T >= jnp.repeat(first_B, kv_heads)[:, None, None]",
         "pass",
         "inference/test_ragged.py::test_a_row_does_not_depend_on_the_others_with_any_aggregator",
     ),
@@ -471,6 +471,56 @@ MUTATIONS = (
         "_sequence(_split(LLAMA3_WORDS), _byte_level(use_regex=False)), None, True",
         "_sequence(_split(QWEN2_WORDS), _byte_level(use_regex=False)), None, True",
         "interop/test_gguf.py::test_a_byte_level_tokenizer_comes_back",
+    ),
+    # --- pretrained models --------------------------------------------------------------------------------------------
+    Mutation(
+        "rows of an import predict from where the source does",
+        "interop/huggingface/configs.py",
+        '"prediction_position": "previous"',
+        '"prediction_position": "own"',
+        "interop/test_importing.py::test_likelihoods_are_those_of_the_source",
+    ),
+    Mutation(
+        "keys of an import are keys and values are values",
+        "interop/huggingface/names.py",
+        '(attention + "k_proj.weight", attention + "v_proj.weight")',
+        '(attention + "v_proj.weight", attention + "k_proj.weight")',
+        "interop/test_importing.py::test_likelihoods_are_those_of_the_source",
+    ),
+    Mutation(
+        "a weight that an import does not use is refused",
+        "interop/importing.py",
+        "    if unused:\n",
+        "    if False:\n",
+        "interop/test_refused_imports.py::test_a_folder_that_cannot_be_imported_is_one_line",
+    ),
+    Mutation(
+        "a config that claims more than its weights have is refused before anything of that size is made",
+        "interop/importing.py",
+        " or model.width * widest > num_values:",
+        ":",
+        "interop/test_refused_imports.py::test_a_folder_that_cannot_be_imported_is_one_line",
+    ),
+    Mutation(
+        "the parts of an import for other orders add nothing at first",
+        "interop/importing.py",
+        "return np.zeros(shape, np.float32)",
+        "return np.full(shape, 0.01, np.float32)",
+        "interop/test_importing.py::test_parts_for_other_orders_are_closed_and_can_be_trained",
+    ),
+    Mutation(
+        "neighbouring heads of queries share a head of keys",
+        "core/layer.py",
+        "jnp.repeat(a, heads // config.kv_heads, axis=2)",
+        "jnp.concatenate([a] * (heads // config.kv_heads), axis=2)",
+        "core/test_network.py::test_grouped_queries_are_heads_that_share_keys",
+    ),
+    Mutation(
+        "a model may have more ids than its tokenizer has tokens",
+        "interop/load.py",
+        "if tokenizer.vocab_size > config.model.vocab_size:",
+        "if tokenizer.vocab_size != config.model.vocab_size:",
+        "interop/test_importing.py::test_a_padded_vocabulary_is_kept",
     ),
 )
 

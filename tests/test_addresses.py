@@ -36,11 +36,14 @@ COMMANDS = [
     ("eval --run=gs://bucket/run", "--run"),
     (f"{EVAL} --data=s3a://bucket/text.txt", "--data"),
     (f"{EVAL} --out=s3://bucket/figures", "--out"),
+    (f"{EVAL} --tasks=own --include-path=gs://bucket/tasks", "--include-path"),
     ("sample --run=S3://bucket/run", "--run"),
     ("sample --run=here --out=gs://bucket/samples", "--out"),
     ("sample --run=here --prompts=gs://bucket/prompts.jsonl --out=new", "--prompts"),
     ("export --run=gs://bucket/run --out=new", "--run"),
     ("export --run=here --out=gs://bucket/export", "--out"),
+    ("import --from=hf://openai-community/gpt2 --out=new", "--from"),
+    ("import --from=here --out=gs://bucket/export", "--out"),
     ("checkpoints --run=dbfs:/mnt/run", "--run"),
     ("report --run=gs://bucket/run", "--run"),
     ("report --run=here --out=gs://bucket/report", "--out"),
@@ -50,7 +53,7 @@ COMMANDS = [
 ]
 # Arguments and fields that take a text which names no file.
 OTHER_TEXTS = {"--text-field", "--coordinator", "--topology", "--streams", "--steps", "--stop", "--prompt", "--suffix"}
-OTHER_TEXTS |= {"--mesh", "--host"}
+OTHER_TEXTS |= {"--mesh", "--host", "--tasks"}
 OTHER_FIELDS = {"data.text_field", "training.wandb_project"}
 
 

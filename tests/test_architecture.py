@@ -35,7 +35,7 @@ ALLOWED = {
     "data": {"errors", "typed", "files", "names", "config", "data"},
     "training": READERS | {"streams", "training"},
     "inference": READERS | {"inference"},
-    "evaluation": READERS | {"training", "inference", "evaluation"},
+    "evaluation": READERS | {"training", "inference", "interop", "evaluation"},
     "interop": READERS | {"training", "inference", "interop"},
     "compilation": READERS | {"training", "inference", "compilation"},
     "report": READERS | {"training", "inference", "evaluation", "report"},

@@ -135,10 +135,11 @@ def test_train_with_any_overrides(monkeypatch, empty, smoke_config, words):
     assert os.listdir(empty) == []
 
 
-VERBS = ["prepare", "train", "eval", "sample", "export", "report"]
+VERBS = ["prepare", "train", "eval", "sample", "export", "import", "report"]
 FLAGS = ["--source", "--out", "--tokenizer", "--vocab-size", "--length", "--text-field", "--skip-damaged", "--config"]
 FLAGS += ["--workdir", "--run", "--no-ema", "--split", "--data", "--streams", "--draws", "--batch", "--seed", "--json"]
 FLAGS += ["--temperature", "--top-k", "--top-p", "--prompt", "--suffix", "--help", "-h", "--config.model.width"]
+FLAGS += ["--from", "--two-stream", "--max-length", "--aggregator"]
 words = st.sampled_from(FLAGS) | texts
 flags = st.tuples(st.sampled_from(FLAGS) | texts, texts | numbers.map(str)).map("=".join)
 
@@ -148,7 +149,8 @@ flags = st.tuples(st.sampled_from(FLAGS) | texts, texts | numbers.map(str)).map(
 def test_any_command_line(monkeypatch, empty, verb, arguments):
     """Any words after any verb, none of which names a run, a corpus or an experiment that is there."""
     monkeypatch.chdir(empty)
-    last = {"prepare": "--source=missing.txt", "train": "--config=missing.py"}.get(verb, "--run=missing")
+    missing = {"prepare": "--source=missing.txt", "train": "--config=missing.py", "import": "--from=missing"}
+    last = missing.get(verb, "--run=missing")
     _assert_one_error([verb, *arguments, last])
     assert os.listdir(empty) == []
 

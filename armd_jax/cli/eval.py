@@ -1,4 +1,4 @@
-"""`armd eval`: likelihoods of held-out text under several generation orders, or their bound."""
+"""`armd eval`: likelihoods of held-out text under several generation orders, or tasks of lm-evaluation-harness."""
 
 import argparse
 import contextlib
@@ -8,13 +8,22 @@ from collections.abc import Sequence
 
 from armd_jax import config as configs
 from armd_jax import files, typed
-from armd_jax.cli.arguments import add_out, add_run, check_out, check_seed, local, show_and_keep, whole_numbers
+from armd_jax.cli.arguments import (
+    add_out,
+    add_run,
+    check_out,
+    check_seed,
+    folder,
+    local,
+    show_and_keep,
+    whole_numbers,
+)
 from armd_jax.errors import UserError
 from armd_jax.names import Split
 
 HELP = (
     "Exact left-to-right likelihood, expected likelihood over random orders, likelihood under strided orders;"
-    " for a model without orders, the bound of its masked diffusion (ELBO)."
+    " for a model without orders, the bound of its masked diffusion (ELBO). Or, with --tasks, lm-evaluation-harness."
 )
 IF_MEMORY_RUNS_OUT = "lower --batch"
 
@@ -42,13 +51,32 @@ def add(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="leave out the unigram model and the compressor, which read all training rows the first time",
     )
-    add_out(parser, "eval.json, and rows that have to be prepared,")
+    parser.add_argument(
+        "--tasks",
+        default=None,
+        metavar="NAME,NAME",
+        help="instead of held-out text: tasks of lm-evaluation-harness, left to right or in one number of --streams",
+    )
+    parser.add_argument(
+        "--include-path",
+        default=None,
+        type=folder,
+        metavar="DIR",
+        help="a folder of your own tasks, whose Python the harness runs",
+    )
+    parser.add_argument("--limit", type=int, default=None, help="documents of each task; default: all")
+    add_out(parser, "eval.json (or lm_eval.json), and rows that have to be prepared,")
 
 
 def run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
     """Scores the text, prints the figures, and keeps them in the run if the text is the run's own."""
     del overrides
     check_out(args)
+    if args.tasks is not None:
+        return _tasks(args)
+    for flag, given in (("--include-path", args.include_path), ("--limit", args.limit)):
+        if given is not None:
+            raise UserError(f"{flag} belongs to --tasks, the tasks of lm-evaluation-harness")
     streams = whole_numbers(args.streams or "2,4,8", "--streams")
     if (args.draws is not None and args.draws < 0) or args.batch < 1:
         raise UserError("--draws must be at least 0, --batch at least 1")
@@ -101,3 +129,37 @@ def run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
         )
     keep = args.run if args.data is None else None
     return show_and_keep(args, found.as_dict(), perplexity.as_text(found), keep, results.EVALUATION_FILE)
+
+
+def _tasks(args: argparse.Namespace) -> int:
+    """Runs tasks of lm-evaluation-harness."""
+    for flag, given in (
+        ("--data", args.data is not None),
+        ("--draws", args.draws is not None),
+        ("--no-baselines", args.no_baselines),
+    ):
+        if given:
+            raise UserError(f"{flag} does not go together with --tasks, which say themselves what is scored")
+    streams = whole_numbers(args.streams or "1", "--streams")
+    if len(streams) > 1:
+        raise UserError(f"--streams={args.streams}: with --tasks, give one number of streams")
+    names = [name.strip() for name in args.tasks.split(",") if name.strip()]
+    if not names:
+        raise UserError(f"--tasks={args.tasks!r}: name at least one task")
+    if args.limit is not None and args.limit < 1:
+        raise UserError(f"--limit={args.limit}: must be at least 1")
+    if args.batch < 1:
+        raise UserError(f"--batch={args.batch}: must be at least 1")
+    check_seed(args.seed)
+    if not configs.read(args.run).model.has_orders:
+        raise UserError(f"--run={args.run}: a denoiser (model.kind) has a bound only; --tasks need a likelihood")
+
+    from armd_jax.evaluation import lm_eval
+    from armd_jax.interop.load import load
+    from armd_jax.training import sharding
+
+    tasks, found = lm_eval.find_tasks(names, args.include_path)
+    lm = load(args.run, not args.no_ema, args.mesh and sharding.make_mesh(args.mesh))
+    model = lm_eval.Armd(lm, streams[0], seed=args.seed, batch_size=args.batch)
+    result = lm_eval.evaluate(model, tasks, found, args.limit)
+    return show_and_keep(args, result, lm_eval.as_text(result), args.run, lm_eval.FILE)

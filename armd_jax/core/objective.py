@@ -19,6 +19,7 @@ The task of a denoiser is a corruption (`core.corruption`):
 Its mean is the negative ELBO of a masked diffusion in continuous time.
 """
 
+from collections.abc import Callable
 from typing import assert_never
 
 import flax.struct
@@ -27,14 +28,18 @@ import jax.numpy as jnp
 
 from armd_jax.config import ModelConfig
 from armd_jax.core import axes, block_mask, network
+from armd_jax.core import order as orders
 from armd_jax.core.context import PLAIN, Context
 from armd_jax.core.corruption import Corruption
 from armd_jax.core.order import Order
 from armd_jax.core.parameters import Params
 from armd_jax.core.rows import rows_for_training
 from armd_jax.core.sizes import padded_vocab
+from armd_jax.errors import UserError
 
 Task = Order | Corruption  # what is predicted, and from what
+# (logits [B, C, V], targets [B, C]) -> arrays [B, C], for C of the N positions
+OfLogits = Callable[[jax.Array, jax.Array], tuple[jax.Array, ...]]
 
 _LOGIT_BYTES = 64 * 2**20
 
@@ -64,27 +69,26 @@ def loss_chunk(logits_per_position: int, length: int) -> int:
     return max(1, min(length, _LOGIT_BYTES // (4 * logits_per_position)))
 
 
-def token_log_probs(
+def by_chunks(
+    of_logits: OfLogits,
     params: Params,
     config: ModelConfig,
     h_BND: jax.Array,
     targets_BN: jax.Array,
     context: Context = PLAIN,
-) -> tuple[jax.Array, jax.Array]:
-    """log p of each target, and the log-partition of its logits; both [B, N] float32.
+) -> tuple[jax.Array, ...]:
+    """What a function makes of the logits and the target of each position; arrays [B, N].
 
     Logits exist for one chunk of positions at a time, in the backward pass too.
     """
     batch, length, width = h_BND.shape
 
-    def chunk_log_probs(h: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
-        logits = context.constrain(network.head_logits(params, config, h), axes.LOGITS)
-        log_partition = jax.nn.logsumexp(logits, axis=-1)
-        return jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0] - log_partition, log_partition
+    def of_chunk(h: jax.Array, targets: jax.Array) -> tuple[jax.Array, ...]:
+        return of_logits(context.constrain(network.head_logits(params, config, h), axes.LOGITS), targets)
 
     size = min(config.loss_chunk, length) or loss_chunk(batch * padded_vocab(config), length)
     if size == length:
-        return chunk_log_probs(h_BND, targets_BN)
+        return of_chunk(h_BND, targets_BN)
     # The head is gathered once and not for every chunk.
     head = "embedding" if config.tie_embeddings else "head"
     params = params | {head: context.constrain(params[head], axes.PARAMETERS[head])}
@@ -92,10 +96,27 @@ def token_log_probs(
     missing = num_chunks * size - length
     h = jnp.pad(h_BND, ((0, 0), (0, missing), (0, 0))).reshape(batch, num_chunks, size, width)
     targets = jnp.pad(targets_BN, ((0, 0), (0, missing))).reshape(batch, num_chunks, size)
-    step = jax.checkpoint(lambda carry, inputs: (carry, chunk_log_probs(*inputs)))
-    _, (log_probs, partitions) = jax.lax.scan(step, None, (jnp.moveaxis(h, 1, 0), jnp.moveaxis(targets, 1, 0)))
-    join = lambda a: jnp.moveaxis(a, 0, 1).reshape(batch, -1)[:, :length]  # noqa: E731
-    return join(log_probs), join(partitions)
+    step = jax.checkpoint(lambda carry, inputs: (carry, of_chunk(*inputs)))
+    _, found = jax.lax.scan(step, None, (jnp.moveaxis(h, 1, 0), jnp.moveaxis(targets, 1, 0)))
+    return tuple(jnp.moveaxis(part, 0, 1).reshape(batch, -1)[:, :length] for part in found)
+
+
+def of_target(logits_BCV: jax.Array, targets_BC: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """log p of each target, and the log-partition of its logits."""
+    log_partition = jax.nn.logsumexp(logits_BCV, axis=-1)
+    return jnp.take_along_axis(logits_BCV, targets_BC[..., None], axis=-1)[..., 0] - log_partition, log_partition
+
+
+def token_log_probs(
+    params: Params,
+    config: ModelConfig,
+    h_BND: jax.Array,
+    targets_BN: jax.Array,
+    context: Context = PLAIN,
+) -> tuple[jax.Array, jax.Array]:
+    """log p of each target, and the log-partition of its logits; both [B, N] float32, computed by chunks."""
+    log_probs_BN, partitions_BN = by_chunks(of_target, params, config, h_BND, targets_BN, context)
+    return log_probs_BN, partitions_BN
 
 
 def generation_log_probs(
@@ -184,3 +205,42 @@ def to_natural(task: Task, values_BN: jax.Array) -> jax.Array:
             assert_never(task)
     back_BN = jnp.argsort(order.positions_BN, axis=1)
     return jnp.take_along_axis(values_BN, back_BN.reshape(back_BN.shape + (1,) * (values_BN.ndim - 2)), axis=1)
+
+
+def per_token_logps(
+    params: Params,
+    config: ModelConfig,
+    tokens_BN: jax.Array,
+    mask_BN: jax.Array,
+    order: Order | None = None,
+    context: Context = PLAIN,
+) -> jax.Array:
+    """log p of every token under an order [B, N] float32, in nats, at natural positions: what RL trainers ask for.
+
+    It can be differentiated in `params`, and traced with everything but `config` and `context` as data. It is exact if
+    each block of the order is one token: the sum over a row is then log p of its tokens given those that come before.
+    Logits [B, N, V] never exist at once: they are made, and made again for the gradient, `loss_chunk` positions at a
+    time.
+
+    tokens_BN: int32, at natural positions, prompts included.
+    mask_BN: bool, or numbers that are 0 where False is meant: which log-probabilities are wanted. The others are 0 and
+        contribute nothing to any gradient. A token that is left out is still seen by those behind it in the order, as a
+        prompt has to be; padding that nobody may see belongs to the end of the order, which is to the right of the text
+        if the order is left to right.
+    order: default: left to right.
+    context: how the call is carried out, as in training: on which devices, with which dropout (none by default).
+    Raises UserError if the shapes differ, if N exceeds the model's max_length, or if the model is a denoiser.
+    """
+    if not config.has_orders:
+        raise UserError("per_token_logps: a denoiser (model.kind) scores no order, and has a bound only (ELBO)")
+    batch, length = tokens_BN.shape
+    if length > config.max_length:
+        raise UserError(f"per_token_logps: length {length} exceeds the model's max_length={config.max_length}")
+    order = orders.left_to_right(batch, length) if order is None else order
+    if mask_BN.shape != (batch, length) or order.shape != (batch, length):
+        raise UserError(
+            f"per_token_logps: tokens have shape {(batch, length)}, but the mask {mask_BN.shape} and the order"
+            f" {order.shape}"
+        )
+    log_probs_BN, _ = generation_log_probs(params, config, tokens_BN, order, context)
+    return jnp.where(mask_BN.astype(bool), to_natural(order, log_probs_BN), 0.0)

@@ -163,10 +163,7 @@ class SentencePieceTokenizer(Tokenizer):
             raise UserError(f"{name}: the ids of the added tokens do not follow its {self._num_pieces} pieces")
         self.end_of_text = self._end_of_text(settings.end_of_text)
         if self.end_of_text < 0:
-            what = (
-                settings.end_of_text + " as its end-of-text" if settings.end_of_text else "end-of-text piece (eos_id)"
-            )
-            raise UserError(f"{name} has no {what}")
+            raise UserError(f"{name} has no {settings.end_of_text or 'piece (eos_id)'} as its end-of-text")
         # The library reads a literal U+2581 as a space. Written as bytes instead, it comes back as itself.
         mark = [self._pieces.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE_MARK.encode()]
         self._mark = mark if all(self._pieces.is_byte(token) for token in mark) else None

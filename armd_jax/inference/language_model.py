@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal, TypedDict, Unpack, assert_never
+from typing import Any, Literal, TypedDict, TypeVar, Unpack, assert_never
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +29,7 @@ from armd_jax.inference.strided import Strided
 from armd_jax.names import DecodingMode, DenoisingSampler
 
 MAX_ENTROPY = 1.0  # nats
+_T = TypeVar("_T")
 
 # Each compiled as one program, and not as one for every shape of a parameter.
 _unstack = jax.jit(parameters.unstack)
@@ -148,6 +149,15 @@ class LanguageModel:
         """
         self._check_has_orders("log_prob")
         return self._score(likelihood.log_prob, tokens_BN, order)
+
+    def log_prob_and_greedy(self, tokens_BN: np.ndarray | jax.Array, order: Order) -> tuple[jax.Array, jax.Array]:
+        """`log_prob`, and bool [B, N]: whether each token is the likeliest one given all earlier blocks.
+
+        If it is, greedy decoding in this order draws it after the same tokens. Raises UserError if the model is a
+        denoiser.
+        """
+        self._check_has_orders("log_prob_and_greedy")
+        return self._score(likelihood.log_prob_and_greedy, tokens_BN, order)
 
     def generate(self, batch: int | None = None, length: PerRow | None = None, **how: Unpack[How]) -> Generation:
         """Samples a batch of texts, each of which may have a prompt, known places and a length of its own.
@@ -290,7 +300,7 @@ class LanguageModel:
         if not self.config.has_orders:
             raise UserError(f"{what}: a denoiser (model.kind) scores no order; armd eval reports its bound (ELBO)")
 
-    def _score(self, score: Callable[..., jax.Array], tokens_BN: np.ndarray | jax.Array, order: Order) -> jax.Array:
+    def _score(self, score: Callable[..., _T], tokens_BN: np.ndarray | jax.Array, order: Order) -> _T:
         """A function of `likelihood` for tokens and an order, whose sizes are rounded up so that few are compiled.
 
         Positions that are added come last in the order, where no other sees them.
@@ -307,4 +317,5 @@ class LanguageModel:
         rows, width = schedule.round_up(batch), schedule.round_up(length, self.config.max_length)
         padded = schedule.pad(order, rows, width)
         tokens = np.pad(tokens_BN.astype(np.int32), ((0, rows - batch), (0, width - length)))
-        return score(self.params, self.config, tokens, padded)[:batch, :length]
+        found = score(self.params, self.config, tokens, padded)
+        return jax.tree.map(lambda each: each[:batch, :length], found)

@@ -141,7 +141,7 @@ def _weights(source: Source, pretrained: Pretrained, model: ModelConfig) -> dict
     flat["start"] = flat["embedding"][pretrained.start]
     for name, shape in shapes.items():
         if name.startswith("aggregator."):
-            flat[name] = _aggregator_weight(name.removeprefix("aggregator."), shape.shape, flat["start"])
+            flat[name] = _aggregator_weight(name.removeprefix("aggregator."), shape.shape, flat["embedding"])
     return flat
 
 
@@ -179,13 +179,13 @@ def _prefix(source: Source, pretrained: Pretrained) -> str:
             assert_never(pretrained.family)
 
 
-def _aggregator_weight(name: str, shape: tuple[int, ...], start_D: np.ndarray) -> np.ndarray:
+def _aggregator_weight(name: str, shape: tuple[int, ...], embedding_VD: np.ndarray) -> np.ndarray:
     """A weight of the aggregator `neighbours` that leaves the token before a target as the source has it."""
     match name.split("."):
         case ["left"]:
             return np.eye(*shape, dtype=np.float32)
         case ["unseen_left"]:
-            return start_D  # where nothing is known to the left, as where a text begins
+            return embedding_VD.mean(axis=0)  # the source knows no unseen tokens; their mean is any of them
         case _:
             return np.zeros(shape, np.float32)
 

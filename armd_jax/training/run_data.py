@@ -175,10 +175,8 @@ def with_vocabulary(config: Config, tokenizer: Tokenizer, old: Config | None = N
         before = configs.read(pathlib.Path(config.training.init_from)).model.vocab_size
     size = max(before, tokenizer.vocab_size)  # if `before` is smaller, this is another tokenizer, which is refused
     if config.model.vocab_size not in (0, size):
-        raise UserError(
-            f"model.vocab_size={config.model.vocab_size}, but the data's tokenizer has {tokenizer.vocab_size}; leave it"
-            " at 0"
-        )
+        whose = "the data's tokenizer has" if size == tokenizer.vocab_size else "the weights to start from have"
+        raise UserError(f"model.vocab_size={config.model.vocab_size}, but {whose} {size}; leave it at 0")
     return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=size))
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from armd_jax.core import block_mask, objective, order, parameters
-from armd_jax.core.kernels.attention import attention
+from armd_jax.core.kernels.attention import attention, cached_attention
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -97,6 +97,24 @@ def test_chunked_never_touches_keys_that_no_query_of_a_chunk_can_see():
     half = run(q, *(jnp.where(jnp.arange(keys)[:, None, None] >= 8, jnp.nan, a) for a in (k, v)))
     np.testing.assert_array_equal(half[:, :4], out[:, :4])
     assert np.isnan(half[:, 4:]).any()
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 6])
+def test_cached_attention_shares_heads_of_keys(kv_heads):
+    """A head of keys serves neighbouring heads of queries, with prefixes, padding in front and a key of its own."""
+    rng, heads = np.random.default_rng(6), 6
+    q = rng.standard_normal((B, Q, heads, K)).astype(np.float32)
+    k, v = (rng.standard_normal((B, T, kv_heads, K)).astype(np.float32) for _ in range(2))
+    lens, own = rng.integers(3, T - 2, (B, Q)), rng.integers(T - 2, T, (B, Q))
+    first = np.asarray([0, 2])
+    k_ZKT = jnp.asarray(k.transpose(0, 2, 3, 1).reshape(B * kv_heads, K, T))
+    v_ZTK = jnp.asarray(v.transpose(0, 2, 1, 3).reshape(B * kv_heads, T, K))
+    found = cached_attention(jnp.asarray(q), k_ZKT, v_ZTK, *map(jnp.asarray, (lens, first, own)))
+    for b, n, h in np.ndindex(B, Q, heads):
+        seen = [*range(first[b], lens[b, n]), own[b, n]]
+        shared = h // (heads // kv_heads)
+        weights = np.exp(k[b, seen, shared] @ q[b, n, h] / np.sqrt(K))
+        np.testing.assert_allclose(found[b, n, h], weights @ v[b, seen, shared] / weights.sum(), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 
 from armd_jax import typed
+from armd_jax.config import ModelConfig
 from armd_jax.core import axes, block_mask, network, objective, order, parameters, sizes
 from armd_jax.core import cache as caches
 from armd_jax.core.context import Context
@@ -129,6 +131,33 @@ def test_initial_values(toy):
     drawn = order.left_to_right(8, LENGTH)
     sums = jax.jit(lambda params: objective.loss_sums(params, config, tokens, drawn))(params)
     assert float(sums.nll / sums.tokens) == pytest.approx(np.log(7), abs=0.1)
+
+
+def _ungrouped(params: parameters.Params, heads: int) -> parameters.Params:
+    """The same parameters with a head of keys and values for every head of queries."""
+
+    def repeated(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
+        axis = {"key_value": -2, "key_value_bias": -2}.get(path[-1].key)
+        return leaf if axis is None else jnp.repeat(leaf, heads // leaf.shape[axis], axis=axis)
+
+    return jax.tree_util.tree_map_with_path(repeated, params)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kv_heads", "attention"), [(1, "dense"), (2, "chunked")])
+def test_grouped_queries_are_heads_that_share_keys(toy, kv_heads, attention):
+    """Every token has the probability that a model gives it whose heads of keys are repeated."""
+    config = toy.config(vocab_size=7, max_length=LENGTH, num_heads=4, num_kv_heads=kv_heads, qkv_bias=True)
+    config = dataclasses.replace(config, attention=attention, attention_chunk=4)
+    params = toy.params(config, scale=1.0)
+    drawn, tokens = order.strided(2, LENGTH, 2), jax.random.randint(jax.random.key(1), (2, LENGTH), 0, 7)
+
+    def log_probs(params: parameters.Params, config: ModelConfig) -> jax.Array:
+        return objective.task_log_probs(params, config, tokens, drawn)[0]
+
+    run = jax.jit(log_probs, static_argnums=1)
+    expected = run(_ungrouped(params, 4), dataclasses.replace(config, num_kv_heads=0))
+    np.testing.assert_allclose(run(params, config), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.slow
@@ -303,11 +332,18 @@ def test_constraints_are_given_for_every_activation(toy):
     assert seen.count((LENGTH, axes.LOGITS)) == 1
 
 
+# Fields of pretrained models that change what decoding keeps, and where its rows stand.
+GROUPED = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 6, "qkv_bias": True, "prediction_position": "previous"}
+CACHED = [{"aggregator": name} for name in typed.choices(AggregatorKind)]
+CACHED += [GROUPED | {"qk_norm": True, "rope_scaling": "linear", "rope_factor": 2.0}]
+CACHED += [GROUPED | {"learned_positions": 7, "attention_out_bias": True, "mlp_bias": True, "mlp": "swiglu"}]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("aggregator", typed.choices(AggregatorKind))
-def test_cached_calls_equal_the_parallel_forward(toy, aggregator):
+@pytest.mark.parametrize("changes", CACHED, ids=lambda changes: ", ".join(map(str, changes.values())))
+def test_cached_calls_equal_the_parallel_forward(toy, changes):
     """Block by block through the cache (X rows of the last block, G rows of the next), padding rows included."""
-    config = toy.config(vocab_size=7, num_layers=3, two_stream_layers=2, aggregator=aggregator)
+    config = toy.config(vocab_size=7, num_layers=3, two_stream_layers=2, **changes)
     params = toy.params(config, scale=1.0)
     unstacked = parameters.unstack(params)
     blocks = [[3], [0, 5], [1], [4, 2]]

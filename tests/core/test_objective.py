@@ -8,7 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from armd_jax.core import network, objective, order, parameters, sizes
+from armd_jax.core import block_mask, network, objective, order, parameters, sizes
+from armd_jax.core.rows import rows_for_training
+from armd_jax.errors import UserError
+from armd_jax.inference.language_model import LanguageModel
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -168,3 +171,93 @@ def test_to_natural():
     assert objective.to_natural(drawn, pairs)[0].tolist() == [[20, 2], [40, 4], [10, 1], [30, 3]]
     many = order.uniform(jax.random.key(0), 5, 7)
     np.testing.assert_array_equal(objective.to_natural(many, many.positions_BN), np.tile(np.arange(7), (5, 1)))
+
+
+def _plain_log_probs(params, config, tokens, drawn):
+    """log p of every token, from a softmax of all logits at once; at natural positions."""
+    rows = rows_for_training(tokens, drawn, block_mask.build(drawn))
+    h_BND, _ = network.forward(params, config, rows)
+    logits = network.head_logits(params, config, objective.to_natural(drawn, h_BND))
+    return jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[..., None], axis=-1)[..., 0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("chunk", [0, 3])
+def test_log_probs_per_token_and_their_gradients(toy, chunk):
+    """Under the default and any other order they are those of a plain softmax, as is the gradient of a policy loss."""
+    config = toy.config(vocab_size=7, max_length=8, loss_chunk=chunk)
+    params, rng = toy.params(config), np.random.default_rng(0)
+    tokens = jnp.asarray(rng.integers(0, 7, (2, 8)), jnp.int32)
+    mask = jnp.asarray([[0, 0, 1, 1, 1, 1, 0, 0], [0, 1, 1, 0, 1, 1, 1, 1]], bool)
+    pull = jnp.asarray(rng.standard_normal((2, 8)), jnp.float32)
+    found = jax.jit(objective.per_token_logps, static_argnums=1)
+    plain = jax.jit(_plain_log_probs, static_argnums=1)
+    for given in (None, order.uniform(jax.random.key(1), 2, 8), order.strided(2, 8, 4)):
+        drawn = order.left_to_right(2, 8) if given is None else given
+        lm = LanguageModel(config, params)
+
+        def loss(params, given=given):
+            return jnp.sum(pull * jnp.exp(found(params, config, tokens, mask, given)))
+
+        def plain_loss(params, drawn=drawn):
+            return jnp.sum(jnp.where(mask, pull * jnp.exp(plain(params, config, tokens, drawn)), 0.0))
+
+        values = found(params, config, tokens, mask, given)
+        assert values.dtype == jnp.float32 and (values[~mask] == 0).all() and (values[mask] < 0).all()
+        np.testing.assert_allclose(values[mask], lm.log_prob(tokens, drawn)[mask], rtol=2e-5, atol=2e-5)
+        expected, gradients = jax.grad(plain_loss)(params), jax.grad(loss)(params)
+        for one, other in zip(jax.tree.leaves(expected), jax.tree.leaves(gradients), strict=True):
+            np.testing.assert_allclose(other, one, rtol=2e-4, atol=2e-5)
+        assert any((np.abs(leaf) > 1e-3).any() for leaf in jax.tree.leaves(gradients))
+
+
+@pytest.mark.slow
+def test_masked_tokens_have_no_gradient(toy):
+    """A gradient depends on no log-probability that is masked: not on its weight, and not on padding to the right."""
+    config = toy.config(vocab_size=7, max_length=8, loss_chunk=3)
+    params = toy.params(config)
+    mask = jnp.asarray([[0, 0, 1, 1, 1, 0, 0, 0]])
+
+    @jax.jit
+    def gradients(tokens, weight):
+        return jax.grad(lambda p: jnp.sum(weight * objective.per_token_logps(p, config, tokens, mask)))(params)
+
+    tokens = jnp.asarray([[3, 1, 4, 1, 5, 2, 6, 5]], jnp.int32)
+    weight = jnp.ones((1, 8))
+    first = jax.tree.leaves(gradients(tokens, weight))
+    assert any((leaf != 0).any() for leaf in first)
+    padded = tokens.at[:, 5:].set(0)
+    for other in (gradients(tokens, jnp.where(mask, weight, 1e6)), gradients(padded, weight)):
+        for one, two in zip(first, jax.tree.leaves(other), strict=True):
+            np.testing.assert_array_equal(one, two)
+    assert all((leaf == 0).all() for leaf in jax.tree.leaves(gradients(tokens, jnp.where(mask, 0.0, weight))))
+    prompt = gradients(tokens.at[0, 0].set(6), weight)  # a prompt is masked, and seen
+    assert any((one != two).any() for one, two in zip(first, jax.tree.leaves(prompt), strict=True))
+
+
+def test_log_probs_per_token_hold_no_large_logits(toy):
+    """Forward and backward, as the loss: logits of `loss_chunk` positions at most."""
+    config = toy.config(vocab_size=50_257, max_length=256, num_layers=1, loss_chunk=8)
+    vocab = sizes.padded_vocab(config)
+    params = jax.eval_shape(lambda: parameters.init(jax.random.key(0), config))
+
+    def total(params, tokens, mask):
+        return objective.per_token_logps(params, config, tokens, mask).sum()
+
+    tokens, mask = (jax.ShapeDtypeStruct((4, 256), dtype) for dtype in (jnp.int32, jnp.bool_))
+    shapes = toy.shapes(jax.make_jaxpr(jax.value_and_grad(total))(params, tokens, mask))
+    found = [int(np.prod(shape)) for shape in shapes - {(vocab, config.width), (config.width, vocab)} if vocab in shape]
+    assert max(found) == 4 * 8 * vocab
+
+
+def test_log_probs_per_token_refuse_what_does_not_fit(toy):
+    config = toy.config(max_length=4)
+    tokens = jnp.zeros((2, 4), jnp.int32)
+    for arguments, words in (
+        ((config, tokens, tokens[:1]), r"mask \(1, 4\)"),
+        ((config, tokens, tokens, order.left_to_right(2, 3)), r"order \(2, 3\)"),
+        ((config, jnp.zeros((2, 5), jnp.int32), jnp.ones((2, 5))), "length 5 exceeds"),
+        ((dataclasses.replace(config, kind="denoiser"), tokens, tokens), "denoiser"),
+    ):
+        with pytest.raises(UserError, match=words):
+            objective.per_token_logps({}, *arguments)

@@ -8,13 +8,16 @@ import struct
 import sys
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
+import safetensors.numpy
 import sentencepiece
 import tokenizers as library
 
 from armd_jax.data import tokenizers
 from armd_jax.errors import UserError
+from armd_jax.interop import importing
 from armd_jax.interop.gguf import GgufSource
 from armd_jax.interop.gguf_file import GgufFile
 
@@ -339,6 +342,36 @@ def test_tensors_are_those_that_transformers_reads(tmp_path, name):
     assert source.names <= theirs.keys()
     for key in source.names:
         np.testing.assert_array_equal(source.read(key), theirs[key].numpy(), err_msg=key)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["llama with biases", "qwen3", "gpt2"])
+def test_an_import_is_that_of_the_folder(tmp_path, name):
+    """A file and the folder that it was converted from are imported as the same model, config and tokenizer."""
+    keys = _bpe_keys(_trained("gpt-2"), "gpt-2")
+    ours, theirs = _weights(name)
+    rng = np.random.default_rng(1)
+    for own, there in (
+        ("model.embed_tokens.weight", "token_embd.weight"),
+        ("transformer.wte.weight", "token_embd.weight"),
+        ("lm_head.weight", "output.weight"),
+    ):
+        if own in ours:
+            ours[own] = theirs[there] = rng.standard_normal((len(keys["tokenizer.ggml.tokens"]), WIDTH), np.float32)
+    file = GgufSource(_write(tmp_path / "model.gguf", name.split()[0], _keys(name) | keys, theirs))
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(dict(file.config)))
+    safetensors.numpy.save_file(ours, folder / "model.safetensors")
+    _trained("gpt-2").save(str(folder / "tokenizer.json"))
+    for source in (one := importing.open_source(folder)), file:
+        assert {each: source.shape(each) for each in source.names} == {each: a.shape for each, a in ours.items()}
+    (lm, config), (other, other_config) = importing.read(one), importing.read(file)
+    assert config == other_config and lm.tokenizer.vocab_size == other.tokenizer.vocab_size == lm.config.vocab_size
+    assert [lm.tokenizer.encode(text) for text in TEXTS] == [other.tokenizer.encode(text) for text in TEXTS]
+    assert jax.tree.structure(lm.params) == jax.tree.structure(other.params)
+    for a, b in zip(jax.tree.leaves(lm.params), jax.tree.leaves(other.params), strict=True):
+        np.testing.assert_array_equal(a, b)
 
 
 # --- tokenizers -------------------------------------------------------------------------------------------------------

@@ -306,7 +306,6 @@ def test_training_goes_on_from_an_import(tmp_path, corpus, padded, capsys):
     command = ["train", f"--config={tmp_path / 'tune.py'}:{padded}", f"--config.data.path={corpus}"]
     command += [f"--workdir={tmp_path / 'run'}", "--config.model.vocab_size=0"]
     assert cli.main(command) == 0
-    assert cli.main([*command, "--config.training.num_steps=4"]) == 0
     lm = armd.load(tmp_path / "run", ema=False)
     assert (lm.config.vocab_size, lm.tokenizer.vocab_size) == (300, 270)
     before, after = armd.load(padded).params["embedding"], lm.params["embedding"]

@@ -132,6 +132,7 @@ FOLDERS: dict[str, tuple[Change, str]] = {
     "odd heads": (_config(head_dim=5), r"heads of width 5, which is odd"),
     "NaN in the config": (_config(rms_norm_eps=float("nan")), r"rms_norm_eps=nan cannot be imported"),
     "infinity in the config": (_config(rope_theta=float("inf")), r"rope_theta=inf cannot be imported"),
+    "a number beyond all": (_config(rope_theta=10**400), r"rope_theta=10+\.\.\.0+ cannot be imported"),
     "a size that is a fraction": (_config(hidden_size=24.5), r"hidden_size=24.5 cannot be imported"),
     "a size that is a flag": (_config(num_hidden_layers=True), r"num_hidden_layers=True cannot be imported"),
     "no layers": (_config(num_hidden_layers=0), r"num_hidden_layers=0 cannot be imported"),

@@ -11,7 +11,7 @@ import pytest
 from armd_jax import config as configs
 from armd_jax import files
 from armd_jax.config import Config
-from armd_jax.data import embedded, packing, text_files
+from armd_jax.data import embedded, packing, text_files, tokenizers
 from armd_jax.errors import UserError
 from armd_jax.training import run_data
 from armd_jax.training import workdir as workdirs
@@ -258,3 +258,30 @@ def test_only_the_first_process_reads_text(place, monkeypatch):
     pathlib.Path("docs.jsonl").write_text(pathlib.Path("docs.jsonl").read_text().replace("river", "brook"))
     with pytest.raises(UserError, match="process 1: its rows in .* are not those of process 0"):
         run_data.prepare_together(config, place / "another-disk", False, None)
+
+
+def test_weights_to_start_from_keep_their_vocabulary(place):
+    """A pretrained model may have more ids than the tokenizer has tokens. A run that goes on needs no source."""
+
+    def sized(config: Config, size: int) -> Config:
+        return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=size))
+
+    plain = _config(tokenizer="bytes")
+    tokenizer = tokenizers.BytesTokenizer()
+    os.mkdir("source")
+    pathlib.Path("source/config.json").write_text(configs.to_json(sized(plain, 300)))
+    tuned = dataclasses.replace(plain, training=dataclasses.replace(plain.training, init_from="source"))
+    begun = run_data.with_vocabulary(tuned, tokenizer)
+    assert begun.model.vocab_size == run_data.with_vocabulary(begun, tokenizer).model.vocab_size == 300
+    assert run_data.with_vocabulary(plain, tokenizer).model.vocab_size == 257
+    for config, has in (
+        (sized(tuned, 257), "=257, but the weights to start from have 300; leave it at 0"),
+        (sized(tuned, 301), "=301, but the weights to start from have 300; leave it at 0"),
+        (sized(plain, 300), "=300, but the data's tokenizer has 257; leave it at 0"),
+    ):
+        with pytest.raises(UserError, match=has):
+            run_data.with_vocabulary(config, tokenizer)
+    shutil.rmtree("source")
+    assert run_data.with_vocabulary(tuned, tokenizer, old=begun) == begun
+    with pytest.raises(UserError, match="source: there is no such folder"):
+        run_data.with_vocabulary(tuned, tokenizer)

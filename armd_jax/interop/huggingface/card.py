@@ -62,12 +62,13 @@ _NATIVE = """It is a network of transformers itself and needs no code from here 
 
 ```python
 model = transformers.AutoModelForCausalLM.from_pretrained("DIR").eval()
-tokenizer = transformers.AutoTokenizer.from_pretrained("DIR")
+tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained("DIR")
 ids = torch.tensor([[{bos}, *tokenizer("The old tree").input_ids]])
 print(tokenizer.decode(model.generate(ids, max_new_tokens=32, do_sample=True)[0, 1:]))
 ```
 
-Every text begins with token {bos}, whose vector the model was trained to start from; put it before your tokens."""
+Every text begins with token {bos}, whose vector the model was trained to start from; put it before your tokens. (With
+Qwen's types, AutoTokenizer takes Qwen's own rules for words, whatever tokenizer.json says; the class above does not.)"""
 
 
 def page(config: ModelConfig, made: Native | None, dtype: str, facts: Facts) -> str:

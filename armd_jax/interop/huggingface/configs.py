@@ -1,6 +1,7 @@
 """The config of a pretrained autoregressive model as a `ModelConfig`, or a refusal that names the field in the way."""
 
 import dataclasses
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -92,17 +93,18 @@ class _Fields:
             raise self.refusal(name, "expected a text")
         return value
 
-    def count(self, name: str, absent: Any = _MISSING, least: int = 1) -> int:
-        value = self.get(name, absent)
-        if value is absent or (value is None and absent is not _MISSING):
-            return int(absent)
-        if not isinstance(value, int) or isinstance(value, bool) or not least <= value < 2**31:
-            raise self.refusal(name, f"expected a whole number of at least {least}")
+    def count(self, name: str, absent: int | None = None) -> int:
+        """A size. absent: what takes the place of none, which may be written as null."""
+        value = self.get(name) if absent is None else self.get(name, None)
+        if value is None and absent is not None:
+            return absent
+        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value < 2**31:
+            raise self.refusal(name, "expected a whole number from 1 to 2147483647")
         return value
 
     def number(self, name: str, absent: Any = _MISSING) -> float:
         value = self.get(name, absent)
-        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < float("inf"):
+        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value <= sys.float_info.max:
             raise self.refusal(name, "expected a number above 0")
         return float(value)
 
