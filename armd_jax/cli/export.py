@@ -3,7 +3,7 @@
 import argparse
 import pathlib
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, assert_never
+from typing import Any, assert_never
 
 from armd_jax import config as configs
 from armd_jax import typed
@@ -11,10 +11,6 @@ from armd_jax.cli.arguments import add_run, folder, show
 from armd_jax.config import Config
 from armd_jax.errors import UserError
 from armd_jax.names import ExportCode, ExportDtype, ExportFormat
-
-if TYPE_CHECKING:
-    from armd_jax.data.packing import PreparedData
-    from armd_jax.interop.huggingface.card import Facts
 
 HELP = "Write safetensors, config.json and tokenizer files, programs that run with JAX alone, or a transformers folder."
 IF_MEMORY_RUNS_OUT = "the weights have to fit; use a machine with more memory"
@@ -97,11 +93,11 @@ def run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
             stablehlo.write(load(args.run, not args.no_ema, mesh), streams, length, args.out)
             files = f"{stablehlo.WEIGHTS}, three programs, run.py, README.md"
         case "huggingface":
-            from armd_jax.interop.huggingface import exporting
+            from armd_jax.interop.huggingface import card, exporting
 
             shard_gb = exporting.SHARD_GB if args.shard_size is None else args.shard_size
             exporting.check(config.model, shard_gb)
-            facts = _facts(args.run, config, average=not args.no_ema)
+            facts = card.Facts(**_facts(args.run, config, average=not args.no_ema))
             lm = load(args.run, not args.no_ema, mesh)
             written = exporting.write(lm, args.out, facts, args.code or "auto", args.dtype or "float32", shard_gb)
             files = ", ".join(name for name in written.files if "/" not in name)
@@ -114,17 +110,16 @@ def run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
     return show(args, {"out": str(args.out)}, f"{args.out}: {files}")
 
 
-def _facts(run: pathlib.Path, config: Config, average: bool) -> "Facts":
-    """What the model card says of a run; of an export, whose training left no files, less."""
+def _facts(run: pathlib.Path, config: Config, average: bool) -> dict[str, Any]:
+    """What the model card says of a run (`card.Facts`); of an export, whose training left no files, less."""
     from armd_jax.core import curriculum
     from armd_jax.evaluation import results
-    from armd_jax.interop.huggingface.card import Facts
     from armd_jax.training import run_data
 
-    evaluation = results.read_evaluation(run)
-    figures: tuple[tuple[str, str, str], ...] = ()
-    if evaluation:
-        figures = tuple(
+    facts: dict[str, Any] = {}
+    if evaluation := results.read_evaluation(run):
+        facts["split"] = evaluation.split
+        facts["figures"] = tuple(
             (
                 row.name,
                 results.formatted(row.score.nats_per_token, 4),
@@ -133,24 +128,18 @@ def _facts(run: pathlib.Path, config: Config, average: bool) -> "Facts":
             for row in results.rows(evaluation)
         )
     checkpoints = run / "checkpoints"
-    trained = checkpoints.is_dir()
-    steps = [int(path.name) for path in checkpoints.iterdir() if path.name.isdecimal()] if trained else []
-    return Facts(
-        data=_data(run_data.own_rows(run, config), config) if trained else "",
-        orders=curriculum.describe(config.order) if trained else "",
-        step=max(steps, default=None),
-        average=trained and average and config.optimizer.ema_decay > 0,
-        split=evaluation.split if evaluation else "",
-        figures=figures,
-    )
+    if checkpoints.is_dir():
+        facts["data"] = _without_folders(config.data.path)
+        if rows := run_data.own_rows(run, config):
+            counts = rows.manifest.splits["train"].counts
+            facts["data"] += f": {counts.documents:,} documents, {counts.bytes:,} bytes, {counts.tokens:,} tokens"
+        facts["orders"] = curriculum.describe(config.order)
+        facts["step"] = max((int(path.name) for path in checkpoints.iterdir() if path.name.isdecimal()), default=None)
+        facts["average"] = average and config.optimizer.ema_decay > 0
+    return facts
 
 
-def _data(rows: "PreparedData | None", config: Config) -> str:
+def _without_folders(path: str) -> str:
     """The text of a run, without the folders of this machine."""
-    path = config.data.path
     name = path if path.startswith("tfds:") else pathlib.PurePath(path).name
-    name = f"`{name}`" if name else "the documentation that is embedded in Python"
-    if rows is None:
-        return name
-    counts = rows.manifest.splits["train"].counts
-    return f"{name}: {counts.documents:,} documents, {counts.bytes:,} bytes, {counts.tokens:,} tokens"
+    return f"`{name}`" if name else "the documentation that is embedded in Python"

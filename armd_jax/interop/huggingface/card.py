@@ -67,8 +67,8 @@ ids = torch.tensor([[{bos}, *tokenizer("The old tree").input_ids]])
 print(tokenizer.decode(model.generate(ids, max_new_tokens=32, do_sample=True)[0, 1:]))
 ```
 
-Every text begins with token {bos}, whose vector the model was trained to start from; put it before your tokens. (With
-Qwen's types, AutoTokenizer takes Qwen's own rules for words, whatever tokenizer.json says; the class above does not.)"""
+Every text begins with token {bos}, whose vector the model was trained to start from; put it before your tokens. (For
+Qwen's types, AutoTokenizer takes Qwen's rules for words, whatever tokenizer.json says. The class above does not.)"""
 
 
 def page(config: ModelConfig, made: Native | None, dtype: str, facts: Facts) -> str:
