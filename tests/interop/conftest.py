@@ -307,11 +307,13 @@ _ARMD: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="session")
 def small_armd() -> types.SimpleNamespace:
-    """configs, and model(name): with weights that are nowhere zero, so that none can be left out unnoticed."""
+    """configs, model(name) and of(config): with weights nowhere zero, so that none can be left out unnoticed."""
 
     @functools.cache
     def model(name: str) -> LanguageModel:
-        config = ModelConfig(**(_SIZES | {"dtype": "auto", "positional_width": 16} | _ARMD[name]))
+        return of(ModelConfig(**(_SIZES | {"positional_width": 16} | _ARMD[name])))
+
+    def of(config: ModelConfig) -> LanguageModel:
         rng = np.random.default_rng(0)
 
         def draw(leaf: jax.ShapeDtypeStruct) -> jax.Array:
@@ -321,4 +323,4 @@ def small_armd() -> types.SimpleNamespace:
         params = jax.tree.map(draw, jax.eval_shape(lambda: parameters.init(jax.random.key(0), config)))
         return LanguageModel(config, load.without_padding(params, Config(model=config)), tokenizers.BytesTokenizer())
 
-    return types.SimpleNamespace(configs=_ARMD, model=model)
+    return types.SimpleNamespace(configs=_ARMD, model=model, of=of)

@@ -84,31 +84,36 @@ def test_logits_and_log_probs_are_ours(exported, name):
     np.testing.assert_allclose(shared[0], model.log_prob(IDS, *blocks)[0], atol=1e-5)
 
 
-@pytest.mark.parametrize("name", NAMES)
+# Without M, with all layers in M, with and without state beside the keys: each with all that decoding can need.
+@pytest.mark.parametrize("name", ["default", "positional", "mean", "shift"])
 def test_greedy_texts_are_ours(exported, name):
-    """One stream by the usual method with its cache, four by the folder's own; prompts of two lengths, and none."""
-    lm, folder, model = exported(name)
-    prompt, mask = IDS[:, :5], torch.ones_like(IDS[:, :5])
-    mask[0, :2] = 0
+    """One stream by the usual method with its cache, four by the folder's own."""
+    lm, _, model = exported(name)
+    prompt = IDS[:, :5]
     for streams in (1, 4):
+        ours = _greedy(lm, TOKENS[:, :5], streams)
         how: dict[str, Any] = {"max_new_tokens": NEW, "do_sample": False, **NO_END}
         how |= {"streams": streams} if streams > 1 else {}
-        ours = lm.generate(
-            prompt=TOKENS[:, :5], max_new_tokens=NEW, temperature=0, streams=streams, stop_at_end=False
-        ).tokens_BN
         np.testing.assert_array_equal(model.generate(prompt, attention_mask=torch.ones_like(prompt), **how), ours)
-        padded = model.generate(prompt, attention_mask=mask, **how)
-        shorter = lm.generate(
-            prompt=TOKENS[:1, 2:5], max_new_tokens=NEW, temperature=0, streams=streams, stop_at_end=False
-        ).tokens_BN
-        np.testing.assert_array_equal(padded[0, 2:], shorter[0])
-        np.testing.assert_array_equal(padded[1], ours[1])
+
+
+def _greedy(lm: LanguageModel, prompt: np.ndarray, streams: int) -> np.ndarray:
+    return lm.generate(prompt=prompt, max_new_tokens=NEW, temperature=0, streams=streams, stop_at_end=False).tokens_BN
+
+
+def test_greedy_texts_of_all_prompts(exported):
+    """Prompts of two lengths, and none; and the folder's method by its name."""
+    lm, folder, model = exported("both neighbours")
+    prompt, mask = IDS[:, :5], torch.ones_like(IDS[:, :5])
+    mask[0, :2] = 0
+    how: dict[str, Any] = {"max_new_tokens": NEW, "do_sample": False, **NO_END}
+    for streams, more in ((1, {}), (4, {"streams": 4}), (4, {"streams": 4, "custom_generate": str(folder)})):
+        trusted = {"trust_remote_code": True} if "custom_generate" in more else {}
+        padded = model.generate(prompt, attention_mask=mask, **how, **more, **trusted)
+        np.testing.assert_array_equal(padded[0, 2:], _greedy(lm, TOKENS[:1, 2:5], streams)[0])
+        np.testing.assert_array_equal(padded[1], _greedy(lm, TOKENS[1:, :5], streams)[0])
     alone = lm.generate(1, 12, temperature=0, streams=3, stop_at_end=False).tokens_BN
     np.testing.assert_array_equal(model.generate(max_new_tokens=12, streams=3, **NO_END), alone)
-    named = model.generate(
-        prompt, custom_generate=str(folder), trust_remote_code=True, max_new_tokens=NEW, streams=4, **NO_END
-    )
-    np.testing.assert_array_equal(named, ours)
 
 
 @torch.no_grad()
@@ -209,7 +214,8 @@ def test_native_models_load_without_code(tmp_path, pretrained):
     classes = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
     classes |= {"mistral": "LlamaForCausalLM", "gpt2": "GPT2LMHeadModel"}
     tokens = np.random.default_rng(0).integers(0, 260, (2, 20)).astype(np.int32)
-    for number, config in enumerate(pretrained.configs.values()):
+    for number, name in enumerate(("gpt2", "llama with all biases", "llama 3", "qwen2", "qwen3", "mistral")):
+        config = pretrained.configs[name]
         source = Folder(pretrained.write(tmp_path / f"{number}", config))
         lm, _ = importing.read(source, two_stream_layers=1, aggregator="shift")
         assert exporting.write(lm, tmp_path / f"{number}.out", Facts()).native
