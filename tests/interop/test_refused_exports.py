@@ -1,6 +1,7 @@
 """Models that cannot be exported for transformers, and exported folders that were damaged: one line each."""
 
 import dataclasses
+import errno
 import json
 import pathlib
 import shutil
@@ -59,6 +60,21 @@ def test_what_cannot_be_exported_is_one_line(tmp_path, small_armd, capsys):
         error = capsys.readouterr().err
         assert message in error and error.strip().splitlines()[-1].startswith(("error: ", "armd export: error: "))
     assert sorted(tmp_path.iterdir()) == before
+
+
+def test_an_export_is_whole_or_absent(tmp_path, small_armd, full_disk):
+    """A full disk leaves nothing behind, in one file or in shards, and an existing folder is not written into."""
+    lm = small_armd.model("default")
+    for shard_gb in (5, 2e-5):
+        with full_disk(10_000), pytest.raises(OSError) as error:
+            exporting.write(lm, tmp_path / "out", Facts(), shard_gb=shard_gb)
+        assert error.value.errno == errno.EFBIG and not list(tmp_path.iterdir())
+    (tmp_path / "out").mkdir()
+    with pytest.raises(UserError, match="exists already"):
+        exporting.write(lm, tmp_path / "out", Facts())
+    with pytest.raises(UserError, match="no tokenizer"):
+        exporting.write(dataclasses.replace(lm, tokenizer=None), tmp_path / "other", Facts())
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def _edit(name: str, **changes: Any) -> Any:
