@@ -24,7 +24,14 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["armd_jax", "armd_jax.*"]),
-    package_data={"armd_jax": ["py.typed", "serving/page.html"]},
+    package_data={
+        "armd_jax": [
+            "py.typed",
+            "serving/page.html",
+            "interop/huggingface/template/*.py",
+            "interop/huggingface/template/custom_generate/*.py",
+        ]
+    },
     install_requires=REQUIREMENTS,
     extras_require={
         "tpu": ["jax[tpu]>=0.10"],

@@ -281,6 +281,8 @@ def read(folder: pathlib.Path) -> Config:
     if not file.is_file():
         raise UserError(f"{folder}: neither a training run nor an export (it has no config.json)")
     values = files.read_json(file)
+    if isinstance(values, dict) and "model_type" in values and "model" not in values:
+        raise UserError(f"{folder}: is a folder of Hugging Face; armd import --from={folder} makes an export of it")
     if isinstance(values, dict) and isinstance(model := values.get("model"), dict):
         values = values | {"model": _BEFORE | model}
     try:

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import hashlib
 import json
 import os
 import pathlib
@@ -120,6 +121,17 @@ def new_folder(path: pathlib.Path) -> Iterator[pathlib.Path]:
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def write_checksums(folder: pathlib.Path) -> None:
+    """Writes SHA256SUMS with all files of a folder, which `sha256sum -c SHA256SUMS` checks."""
+
+    def digest(path: pathlib.Path) -> str:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    paths = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    write(folder / "SHA256SUMS", "".join(f"{digest(folder / path)}  {path}\n" for path in paths))
 
 
 def read_json(path: pathlib.Path) -> Any:

@@ -43,9 +43,11 @@ VocabularyTokenizerKind = Literal["bpe", "wordpiece", "tokenizer_json"]  # read 
 TokenizerKind = Literal[NamedTokenizer, VocabularyTokenizerKind]
 DenoisingSampler = Literal["first_hitting", "ancestral", "confidence"]
 DecodingMode = Literal["strided", "lossless", "confident"]  # of a model that is trained on orders
-HuggingFaceFamily = Literal["llama", "gpt2"]  # how the weights of a pretrained model are named and laid out
+HuggingFaceFamily = Literal["llama", "gpt2", "armd"]  # how weights are named and laid out in Hugging Face folders
 CompiledProgram = Literal["train", "sample"]  # what `armd compile` compiles: the training step or the sampler
-ExportFormat = Literal["armd", "stablehlo"]  # what `armd export` writes
+ExportFormat = Literal["armd", "stablehlo", "huggingface"]  # what `armd export` writes
+ExportCode = Literal["auto", "native", "remote"]  # huggingface: whose code reads it, that of transformers or its own
+ExportDtype = Literal["float32", "bfloat16", "float16"]
 
 SPLASH_TILE = 128  # the TPU kernel needs rows of a multiple of this length
 FLASH_WIDEST = 256  # the GPU kernel takes heads up to this width

@@ -522,6 +522,35 @@ MUTATIONS = (
         "if tokenizer.vocab_size != config.model.vocab_size:",
         "interop/test_importing.py::test_a_padded_vocabulary_is_kept",
     ),
+    Mutation(
+        "a scaled embedding is written with its scale",
+        "interop/huggingface/exporting.py",
+        "return value * np.float32(self.made.scale) if name",
+        "return value if name",
+        "interop/test_huggingface.py::test_a_model_of_our_own_is_native_if_nothing_tells_the_difference",
+    ),
+    Mutation(
+        "what is native begins with a token",
+        "interop/huggingface/native.py",
+        "if (table_VD[token] * np.float32(scale) == start_D).all():",
+        "if True:",
+        "interop/test_huggingface.py::test_what_is_not_exactly_native_says_why",
+    ),
+    Mutation(
+        "learned positions begin where those of GPT-2 do",
+        "interop/huggingface/native.py",
+        "first = 1 if config.learned_positions and _is_own(config) else 0",
+        "first = 0",
+        "interop/test_huggingface.py::test_a_model_of_our_own_is_native_if_nothing_tells_the_difference",
+    ),
+    Mutation(
+        "one shard is in memory at a time",
+        "interop/huggingface/exporting.py",
+        "if shards[-1] and size + needed > most:",
+        "if shards[-1] and size + needed > 8 * most:",
+        "interop/test_huggingface.py::test_one_shard_is_in_memory_at_a_time"
+        " interop/test_huggingface.py::test_shards_and_their_index",
+    ),
 )
 
 

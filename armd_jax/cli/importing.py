@@ -7,7 +7,7 @@ from typing import get_args
 from armd_jax.cli.arguments import folder, show
 from armd_jax.names import ImportAggregator
 
-HELP = "Make an ARMD of a pretrained autoregressive model: a Hugging Face folder (Llama, Qwen, GPT-2) or a GGUF file."
+HELP = "Make an ARMD of a pretrained model: a Hugging Face folder (Llama, Qwen, GPT-2, or an exported ARMD) or GGUF."
 IF_MEMORY_RUNS_OUT = "the weights have to fit; use a machine with more memory"
 
 
@@ -34,7 +34,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--aggregator",
         choices=get_args(ImportAggregator),
-        default="neighbours",
+        default=None,
         help="neighbours (default): any order can be trained from here; shift: stays an autoregressive model",
     )
 

@@ -13,13 +13,11 @@ import pathlib
 import tempfile
 from typing import Any, assert_never
 
-import jax
 import numpy as np
 
 from armd_jax import config as configs
 from armd_jax import files
 from armd_jax.config import Config, ModelConfig
-from armd_jax.core import parameters
 from armd_jax.data import tokenizers
 from armd_jax.data.tokenizers import Tokenizer
 from armd_jax.errors import UserError, shown
@@ -53,13 +51,14 @@ def read(
     source: Source,
     two_stream_layers: int | None = None,
     max_length: int | None = None,
-    aggregator: ImportAggregator = "neighbours",
+    aggregator: ImportAggregator | None = None,
 ) -> tuple[LanguageModel, Config]:
     """The model of a source, and the config that is stored with it.
 
     two_stream_layers: M; None: half of the layers, as in the paper. max_length: N; None: the source's, at most 1,024.
-    aggregator: `neighbours`, with which any order can be trained, or `shift`, with which the model stays an
+    aggregator: `neighbours` (None), with which any order can be trained, or `shift`, with which the model stays an
         autoregressive one.
+    An exported ARMD has all three already.
     Raises UserError if the source cannot be represented exactly, or if it is damaged.
     """
     pretrained = huggingface_configs.read(source.config, source.where)
@@ -80,16 +79,26 @@ def read(
 
 
 def _model(
-    pretrained: Pretrained, two_stream_layers: int | None, max_length: int | None, aggregator: ImportAggregator
+    pretrained: Pretrained,
+    two_stream_layers: int | None,
+    max_length: int | None,
+    aggregator: ImportAggregator | None,
 ) -> ModelConfig:
     theirs = pretrained.model
+    if pretrained.start is None:
+        for flag, value in (("two-stream", two_stream_layers), ("max-length", max_length), ("aggregator", aggregator)):
+            if value is not None:
+                raise UserError(f"--{flag}={value}: the source is an ARMD already, which is imported as it is")
+        return theirs
     if max_length is not None and not 1 <= max_length <= theirs.max_length:
         raise UserError(f"--max-length={max_length}: must be in 1 .. {theirs.max_length}, the source's")
     layers = theirs.num_layers // 2 if two_stream_layers is None else two_stream_layers
     if not 0 <= layers <= theirs.num_layers:
         raise UserError(f"--two-stream={layers}: must be in 0 .. {theirs.num_layers}, the layers of the source")
     changed: dict[str, Any] = dict(
-        two_stream_layers=layers, aggregator=aggregator, max_length=max_length or min(theirs.max_length, LONGEST_ROW)
+        two_stream_layers=layers,
+        aggregator=aggregator or "neighbours",
+        max_length=max_length or min(theirs.max_length, LONGEST_ROW),
     )
     return dataclasses.replace(theirs, **changed)
 
@@ -97,9 +106,7 @@ def _model(
 def _weights(source: Source, pretrained: Pretrained, model: ModelConfig) -> dict[str, np.ndarray]:
     """All weights under the names of an export. Raises UserError if one is missing, unknown or of another shape."""
     _check_size(source, model)
-    shapes = jax.eval_shape(
-        lambda key: safetensors_format.flatten(parameters.init(key, model), model), jax.random.key(0)
-    )
+    shapes = safetensors_format.shapes(model)
     prefix = _prefix(source, pretrained)
     entries = [(entry, _names_there(entry, prefix)) for entry in names.table(pretrained.family, model)]
     # Everything that the headers tell is looked at before the first weight is read.
@@ -129,6 +136,8 @@ def _weights(source: Source, pretrained: Pretrained, model: ModelConfig) -> dict
             f"{source.where}: {_HEAD} is not the embedding, although its config says tie_word_embeddings; set it to"
             " false if the head is a table of its own"
         )
+    if pretrained.start is None:
+        return flat
     flat["start"] = flat["embedding"][pretrained.start]
     for name, shape in shapes.items():
         if name.startswith("aggregator."):
@@ -164,7 +173,7 @@ def _prefix(source: Source, pretrained: Pretrained) -> str:
     match pretrained.family:
         case "gpt2":
             return "" if "transformer.wte.weight" in source.names else "transformer."
-        case "llama":
+        case "llama" | "armd":
             return "" if "model.embed_tokens.weight" in source.names else "model."
         case _:
             assert_never(pretrained.family)

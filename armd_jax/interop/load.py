@@ -14,12 +14,17 @@ from armd_jax.core.parameters import Params
 from armd_jax.data import tokenizers
 from armd_jax.errors import UserError
 from armd_jax.inference.language_model import LanguageModel
-from armd_jax.interop import safetensors_format
+from armd_jax.interop import importing, safetensors_format
+from armd_jax.interop.huggingface.configs import ARMD_TYPE
+from armd_jax.interop.huggingface.source import Folder
 from armd_jax.training import checkpoints, divisibility, sharding
 
 
 def load(path: str | os.PathLike[str], ema: bool = True, mesh: Mesh | None = None) -> LanguageModel:
     """The model in `path`: a training run (its newest whole checkpoint) or a folder written by `armd export`.
+
+    Of the exports for transformers, those with code of their own can be loaded. The others are no different from what
+    other programs write, for which there is `armd import`.
 
     ema: take the averaged weights of a run, if it keeps an average. An export holds the weights that were exported.
     mesh: spread the weights over it as in training; None puts them on one device.
@@ -27,6 +32,12 @@ def load(path: str | os.PathLike[str], ema: bool = True, mesh: Mesh | None = Non
     """
     files.check_local(path, "path")
     folder = pathlib.Path(path)
+    if _model_type(folder) == ARMD_TYPE:
+        lm, config = importing.read(Folder(folder))
+        if mesh is not None:
+            divisibility.check_model(config.model, mesh)
+            lm = lm.replace(jax.device_put(lm.params, sharding.param_shardings(mesh, lm.params)))
+        return lm
     config = configs.read(folder)
     tokenizer = tokenizers.load(folder / "tokenizer")
     if tokenizer.vocab_size > config.model.vocab_size:  # ids behind those of the tokenizer are padding of the source's
@@ -43,6 +54,13 @@ def load(path: str | os.PathLike[str], ema: bool = True, mesh: Mesh | None = Non
     else:
         params = without_padding(checkpoints.restore_params(folder, config, ema, mesh), config)
     return LanguageModel(config.model, params, tokenizer)
+
+
+def _model_type(folder: pathlib.Path) -> object:
+    """What a Hugging Face folder says it holds; None if it is no such folder."""
+    file = folder / "config.json"
+    values = files.read_json(file) if file.is_file() else None
+    return values.get("model_type") if isinstance(values, dict) else None
 
 
 def without_padding(params: Params, config: Config) -> Params:

@@ -52,6 +52,39 @@ def flatten(params: Params, config: ModelConfig) -> dict[str, jax.Array]:
     return flat
 
 
+def shapes(config: ModelConfig) -> dict[str, jax.ShapeDtypeStruct]:
+    """The shapes of all weights by their export names, without making any."""
+    return jax.eval_shape(lambda key: flatten(parameters.init(key, config), config), jax.random.key(0))
+
+
+def weight(params: Params, config: ModelConfig, name: str) -> np.ndarray:
+    """One of the weights that `flatten` gives, by its export name. No other weight is copied for it."""
+    *parents, last = name.split(".")
+    node, layer = params, None
+    if parents[:1] == ["layers"]:
+        number, two = int(parents[1]), config.two_stream_layers
+        parents = parents[2:]
+        if "bidirectional" in params:
+            node, layer = params["bidirectional"], number
+        elif number == two - 1:
+            node = params["last_two_stream"]
+        elif number < two:
+            node, layer = params["two_stream"], number
+        else:
+            node, layer = params["causal"], number - two
+    for parent in parents:
+        node = node[parent]
+    value = node[last] if layer is None else node[last][layer]
+    match name:
+        case "embedding":
+            value = value[: config.vocab_size]
+        case "head":
+            value = value[:, : config.vocab_size]
+        case _:
+            pass
+    return np.asarray(value)
+
+
 def unflatten(flat: dict[str, np.ndarray], config: ModelConfig) -> Params:
     """The inverse of `flatten`; padding rows become 0."""
     params = per_layer(flat, config)
@@ -129,8 +162,7 @@ def read(folder: pathlib.Path, config: ModelConfig) -> Params:
     other = sorted(name for name, value in flat.items() if value.dtype != np.float32)
     if other:
         raise UserError(f"{file}: {other[0]} is {flat[other[0]].dtype}, expected float32")
-    expected = jax.eval_shape(lambda key: flatten(parameters.init(key, config), config), jax.random.key(0))
-    wanted = {name: value.shape for name, value in expected.items()}
+    wanted = {name: value.shape for name, value in shapes(config).items()}
     found = {name: value.shape for name, value in flat.items()}
     if wanted != found:
         wrong = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))

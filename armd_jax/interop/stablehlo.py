@@ -9,7 +9,6 @@ starts.
 
 import dataclasses
 import functools
-import hashlib
 import pathlib
 from collections.abc import Callable
 from typing import Any
@@ -154,13 +153,7 @@ def write(lm: LanguageModel, streams: int, length: int, out: pathlib.Path) -> No
         files.write(folder / "export.json", typed.to_json(facts, indent=2) + "\n")
         files.write(folder / "run.py", _RUNNER)
         files.write(folder / "README.md", page)
-        paths = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-        files.write(folder / "SHA256SUMS", "".join(f"{_digest(folder / path)}  {path}\n" for path in paths))
-
-
-def _digest(path: pathlib.Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        files.write_checksums(folder)
 
 
 def _longest_prompt(config: ModelConfig, length: int) -> int:

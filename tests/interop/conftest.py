@@ -3,15 +3,24 @@
 The forward passes share no code with the package: float64, one text at a time, attention without a cache.
 """
 
+import functools
 import json
 import pathlib
 import types
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
 import tokenizers as library
+
+from armd_jax.config import Config, ModelConfig
+from armd_jax.core import parameters
+from armd_jax.data import tokenizers
+from armd_jax.inference.language_model import LanguageModel
+from armd_jax.interop import load
 
 END = "<|endoftext|>"
 WIDTH, HEADS, KV_HEADS, HEAD, MLP, LAYERS, POSITIONS = 24, 4, 2, 6, 40, 2, 40
@@ -263,3 +272,55 @@ def pretrained(byte_level: pathlib.Path) -> types.SimpleNamespace:
         log_probs=_log_probs,
         write=write,
     )
+
+
+# --- small models of ours ---------------------------------------------------------------------------------------------
+
+_SIZES = {"vocab_size": 257, "max_length": 32, "num_layers": 3, "two_stream_layers": 2, "width": 32, "num_heads": 4}
+# Together they have every kind of aggregator, norm, MLP, bias, head, scale and position.
+_ARMD: dict[str, dict[str, Any]] = {
+    "default": {},
+    "positional": {"aggregator": "positional", "norm": "rmsnorm", "mlp": "swiglu", "num_kv_heads": 2},
+    "mean": {"aggregator": "mean", "two_stream_layers": 0, "tie_embeddings": False, "logit_cap": 5.0},
+    "shift": {"aggregator": "shift", "two_stream_layers": 3, "qk_norm": True, "head_dim": 16},
+    "both neighbours": {
+        "neighbours": "both",
+        "positional_gain": 0.0,
+        "rope_scaling": "llama3",
+        "rope_factor": 4.0,
+        "rope_original_length": 16,
+        "prediction_position": "previous",
+        "qkv_bias": True,
+    },
+    "learned positions": {
+        "learned_positions": 33,
+        "qkv_bias": True,
+        "attention_out_bias": True,
+        "mlp_bias": True,
+        "embedding_scale": "one",
+        "two_stream_layers": 1,
+        "neighbours": "both",
+    },
+    "scaled RoPE": {"rope_scaling": "linear", "rope_factor": 3.0, "mlp": "swiglu", "mlp_bias": True, "mlp_width": 48},
+}
+
+
+@pytest.fixture(scope="session")
+def small_armd() -> types.SimpleNamespace:
+    """configs, model(name) and of(config): with weights nowhere zero, so that none can be left out unnoticed."""
+
+    @functools.cache
+    def model(name: str) -> LanguageModel:
+        return of(ModelConfig(**(_SIZES | {"positional_width": 16} | _ARMD[name])))
+
+    def of(config: ModelConfig) -> LanguageModel:
+        rng = np.random.default_rng(0)
+
+        def draw(leaf: jax.ShapeDtypeStruct) -> jax.Array:
+            scale = 1.5 * leaf.shape[-1] ** -0.5 if leaf.ndim > 1 else 1
+            return jnp.asarray(scale * rng.standard_normal(leaf.shape), jnp.float32)
+
+        params = jax.tree.map(draw, jax.eval_shape(lambda: parameters.init(jax.random.key(0), config)))
+        return LanguageModel(config, load.without_padding(params, Config(model=config)), tokenizers.BytesTokenizer())
+
+    return types.SimpleNamespace(configs=_ARMD, model=model, of=of)

@@ -5,26 +5,52 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
+from armd_jax import typed
 from armd_jax.config import ModelConfig
+from armd_jax.core.sizes import mlp_width
 from armd_jax.errors import UserError, shown
 from armd_jax.names import HuggingFaceFamily
 
 LLAMA_TYPES = ("llama", "mistral", "qwen2", "qwen3")
+ARMD_TYPE = "armd"
 _EVERY_TOKEN = "full_attention"
 _MISSING = object()
+
+# The fields of an exported ARMD: ours, and what Hugging Face's programs call those that Llama has too. The rest of ours
+# decide no weight, or follow from the section of RoPE.
+ARMD_FIELDS = {
+    "vocab_size": "vocab_size",
+    "max_length": "max_position_embeddings",
+    "num_layers": "num_hidden_layers",
+    "two_stream_layers": "two_stream_layers",
+    "width": "hidden_size",
+    "num_heads": "num_attention_heads",
+    "num_kv_heads": "num_key_value_heads",
+    "head_dim": "head_dim",
+    "mlp_width": "intermediate_size",
+    "tie_embeddings": "tie_word_embeddings",
+}
+ARMD_FIELDS |= {
+    name: name
+    for name in (
+        *("mlp", "norm", "norm_epsilon", "qkv_bias", "attention_out_bias", "mlp_bias", "aggregator", "neighbours"),
+        *("positional_gain", "positional_width", "embedding_scale", "qk_norm", "logit_cap", "learned_positions"),
+        "prediction_position",
+    )
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class Pretrained:
     """What a source's config says.
 
-    model: its network as an autoregressive model of ours, with rows of its longest length.
-    start: the id of the token that its texts begin with.
+    model: its network as an autoregressive model of ours, with rows of its longest length; of armd, the model itself.
+    start: the id of the token that its texts begin with; None: it has a start token beside its vocabulary.
     """
 
     family: HuggingFaceFamily
     model: ModelConfig
-    start: int
+    start: int | None
 
 
 def read(config: Mapping[str, Any], where: str) -> Pretrained:
@@ -36,7 +62,9 @@ def read(config: Mapping[str, Any], where: str) -> Pretrained:
         return _gpt2(fields)
     if kind in LLAMA_TYPES:
         return _llama(fields, kind)
-    known = ", ".join((*LLAMA_TYPES, "gpt2"))
+    if kind == ARMD_TYPE:
+        return _armd(fields)
+    known = ", ".join((*LLAMA_TYPES, "gpt2", ARMD_TYPE))
     raise fields.refusal("model_type", f"known are {known}")
 
 
@@ -44,15 +72,15 @@ class _Fields:
     """The fields of a config, read with errors that name them."""
 
     def __init__(self, values: Mapping[str, Any], where: str) -> None:
-        self._values, self._where = values, where
+        self._values, self.where = values, where
 
     def refusal(self, name: str, reason: str) -> UserError:
-        return UserError(f"{self._where}: {name}={shown(self._values.get(name))} cannot be imported: {reason}")
+        return UserError(f"{self.where}: {name}={shown(self._values.get(name))} cannot be imported: {reason}")
 
     def get(self, name: str, absent: Any = _MISSING) -> Any:
         value = self._values.get(name, absent)
         if value is _MISSING:
-            raise UserError(f"{self._where}: has no field {name}")
+            raise UserError(f"{self.where}: has no field {name}")
         return value
 
     def must_be(self, name: str, *values: Any, absent: Any) -> None:
@@ -92,7 +120,7 @@ class _Fields:
             return None
         if not isinstance(value, Mapping):
             raise self.refusal(name, "expected an object")
-        return _Fields(value, f"{self._where}: {name}")
+        return _Fields(value, f"{self.where}: {name}")
 
     def start(self) -> int:
         """The token that texts begin with: bos, or what ends a text if there is no bos."""
@@ -104,7 +132,7 @@ class _Fields:
                 if type(value) is not int or not 0 <= value < self.count("vocab_size"):
                     raise self.refusal(name, "expected an id of the vocabulary")
                 return value
-        raise UserError(f"{self._where}: has neither bos_token_id nor eos_token_id, one of which begins a text")
+        raise UserError(f"{self.where}: has neither bos_token_id nor eos_token_id, one of which begins a text")
 
 
 def _llama(fields: _Fields, kind: str) -> Pretrained:
@@ -175,6 +203,26 @@ def _gpt2(fields: _Fields) -> Pretrained:
         **_AS_SOURCES,
     )
     return Pretrained("gpt2", model, fields.start())
+
+
+def _armd(fields: _Fields) -> Pretrained:
+    values = {ours: fields.get(theirs) for ours, theirs in ARMD_FIELDS.items()}
+    rope = _rope(fields, fields.count("max_position_embeddings"))
+    try:
+        model = typed.build(ModelConfig, values | rope, largest=2**31 - 1)
+        typed.check(model, "model")
+    except UserError as error:
+        raise UserError(f"{fields.where}: {error}") from error
+    # Sizes that follow from others are written out for Hugging Face's programs, and stay open in ours.
+    open_sizes = dataclasses.replace(model, num_kv_heads=0, head_dim=0, mlp_width=0)
+    same: dict[str, Any] = {}
+    if model.num_kv_heads == model.num_heads:
+        same["num_kv_heads"] = 0
+    if model.head_dim == open_sizes.head_width:
+        same["head_dim"] = 0
+    if model.mlp_width == mlp_width(open_sizes):
+        same["mlp_width"] = 0
+    return Pretrained("armd", dataclasses.replace(model, **same), None)
 
 
 # What every autoregressive source has in common: token vectors as they lie in the table, and predictions made one place

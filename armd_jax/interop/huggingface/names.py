@@ -32,29 +32,74 @@ class Entry:
 
 
 def table(family: HuggingFaceFamily, config: ModelConfig) -> Iterator[Entry]:
-    """All entries of a model, but for those that only an ARMD has: start token and aggregator."""
+    """All entries of a model. Those of llama and gpt2 leave out what only an ARMD has: start token and aggregator.
+
+    armd: the names of Llama, as far as it has such weights.
+    """
     match family:
-        case "llama":
+        case "llama" | "armd":
             yield _same("embedding", "model.embed_tokens.weight")
+            if family == "armd":
+                yield from _armd_alone(config)
             for number in range(config.num_layers):
                 yield from _llama_layer(config, f"layers.{number}.", f"model.layers.{number}.")
-            yield _same("final_norm.scale", "model.norm.weight")
+            yield from _norm(config, "final_norm", "model.norm")
         case "gpt2":
             yield _same("embedding", "transformer.wte.weight")
             yield _same("positions", "transformer.wpe.weight")
             for number in range(config.num_layers):
                 yield from _gpt2_layer(config, f"layers.{number}.", f"transformer.h.{number}.")
-            yield from _norm("final_norm", "transformer.ln_f")
+            yield from _norm(config, "final_norm", "transformer.ln_f")
         case _:
             assert_never(family)
     if not config.tie_embeddings:
         yield _turned("head", "lm_head.weight")
 
 
+def _armd_alone(config: ModelConfig) -> Iterator[Entry]:
+    """Start token, learned positions and aggregator."""
+    yield _same("start", "model.start")
+    if config.learned_positions:
+        yield _same("positions", "model.embed_positions.weight")
+    ours, theirs = "aggregator.", "model.aggregator."
+    match config.aggregator:
+        case "positional" | "mean":
+            yield from _prefix_sum(ours, theirs)
+        case "neighbours":
+            if config.positional_gain:
+                yield from _prefix_sum(ours + "sum.", theirs + "sum.")
+            else:
+                yield from _position(ours, theirs)
+            match config.neighbours:
+                case "left":
+                    sides = ["left"]
+                case "both":
+                    sides = ["left", "right"]
+                case _:
+                    assert_never(config.neighbours)
+            for side in sides:
+                yield _same(f"{ours}unseen_{side}", f"{theirs}unseen_{side}")
+                yield _turned(ours + side, f"{theirs}{side}.weight")
+        case "shift":
+            pass
+        case _:
+            assert_never(config.aggregator)
+
+
+def _prefix_sum(ours: str, theirs: str) -> Iterator[Entry]:
+    yield _same(ours + "norm.scale", theirs + "norm.weight")
+    yield from _position(ours, theirs)
+
+
+def _position(ours: str, theirs: str) -> Iterator[Entry]:
+    yield _turned(ours + "position.kernel", theirs + "position.weight")
+    yield _same(ours + "position.bias", theirs + "position.bias")
+
+
 def _llama_layer(config: ModelConfig, ours: str, theirs: str) -> Iterator[Entry]:
     width, heads, kv_heads, head_width = config.width, config.num_heads, config.kv_heads, config.head_width
     attention = theirs + "self_attn."
-    yield _same(ours + "attention_norm.scale", theirs + "input_layernorm.weight")
+    yield from _norm(config, ours + "attention_norm", theirs + "input_layernorm")
     yield Entry(
         (ours + "query",),
         (attention + "q_proj.weight",),
@@ -91,8 +136,16 @@ def _llama_layer(config: ModelConfig, ours: str, theirs: str) -> Iterator[Entry]
     if config.qk_norm:
         yield _same(ours + "query_norm.scale", attention + "q_norm.weight")
         yield _same(ours + "key_norm.scale", attention + "k_norm.weight")
-    yield _same(ours + "mlp_norm.scale", theirs + "post_attention_layernorm.weight")
-    for name, proj in (("mlp_gate", "gate_proj"), ("mlp_in", "up_proj"), ("mlp_out", "down_proj")):
+    yield from _norm(config, ours + "mlp_norm", theirs + "post_attention_layernorm")
+    matrices = [("mlp_in", "up_proj"), ("mlp_out", "down_proj")]
+    match config.mlp:
+        case "swiglu":
+            matrices.insert(0, ("mlp_gate", "gate_proj"))
+        case "gelu":
+            pass
+        case _:
+            assert_never(config.mlp)
+    for name, proj in matrices:
         yield _turned(ours + name, f"{theirs}mlp.{proj}.weight")
         if config.mlp_bias:
             yield _same(f"{ours}{name}_bias", f"{theirs}mlp.{proj}.bias")
@@ -100,7 +153,7 @@ def _llama_layer(config: ModelConfig, ours: str, theirs: str) -> Iterator[Entry]
 
 def _gpt2_layer(config: ModelConfig, ours: str, theirs: str) -> Iterator[Entry]:
     width, heads, head_width = config.width, config.num_heads, config.head_width
-    yield from _norm(ours + "attention_norm", theirs + "ln_1")
+    yield from _norm(config, ours + "attention_norm", theirs + "ln_1")
     yield Entry(
         (ours + "query", ours + "key_value"),
         (theirs + "attn.c_attn.weight",),
@@ -123,7 +176,7 @@ def _gpt2_layer(config: ModelConfig, ours: str, theirs: str) -> Iterator[Entry]:
         lambda a: (a[0].reshape(-1, width),),
     )
     yield _same(ours + "attention_out_bias", theirs + "attn.c_proj.bias")
-    yield from _norm(ours + "mlp_norm", theirs + "ln_2")
+    yield from _norm(config, ours + "mlp_norm", theirs + "ln_2")
     for name, proj in (("mlp_in", "c_fc"), ("mlp_out", "c_proj")):
         yield _same(ours + name, f"{theirs}mlp.{proj}.weight")
         yield _same(f"{ours}{name}_bias", f"{theirs}mlp.{proj}.bias")
@@ -137,6 +190,12 @@ def _turned(ours: str, theirs: str) -> Entry:
     return Entry((ours,), (theirs,), lambda a: (a[0].T,), lambda a: (a[0].T,))
 
 
-def _norm(ours: str, theirs: str) -> Iterator[Entry]:
+def _norm(config: ModelConfig, ours: str, theirs: str) -> Iterator[Entry]:
     yield _same(ours + ".scale", theirs + ".weight")
-    yield _same(ours + ".bias", theirs + ".bias")
+    match config.norm:
+        case "layernorm":
+            yield _same(ours + ".bias", theirs + ".bias")
+        case "rmsnorm":
+            pass
+        case _:
+            assert_never(config.norm)

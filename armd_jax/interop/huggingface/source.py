@@ -105,6 +105,9 @@ class Folder:
         return value.astype(np.float32)
 
     def tokenizer_files(self) -> dict[str, bytes]:
+        own = self._folder / "tokenizer"  # of an export, beside the form of it that Hugging Face's programs read
+        if (own / "tokenizer_config.json").is_file():
+            return {file.name: file.read_bytes() for file in own.iterdir() if file.is_file()}
         known = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
         older = ("vocab.json", "merges.txt", "encoder.json", "vocab.bpe", "tokenizer.model", "spiece.model")
         return {name: (self._folder / name).read_bytes() for name in known + older if (self._folder / name).is_file()}
