@@ -2,7 +2,7 @@
 
     python experiments/benchmarks/warm_start.py --workdir=runs/warm_start --picture=experiments/pictures/warm_start.png
 
-Three runs of `experiments/quickstart.py` on the same rows of the embedded corpus, each by the commands that a user would
+Three runs of `experiments/quickstart.py` on the same rows of the embedded corpus, each by commands that a user would
 take: an AR model for `--ar-steps`; what `armd import` makes of it, trained on the paper's curriculum and strided orders
 for the steps that are left of `--steps`; and an ARMD from scratch for all of `--steps`. The learning rate of each run
 goes through the quickstart's schedule. Finished parts are not run again, so the command can be repeated after a stop.
