@@ -8,7 +8,8 @@ Command:   bash launch/smollm2.sh, which fetches and imports the model, trains a
 Hardware:  2 CPU cores. `smollm2.py:gpu` is for one GPU of 80 GB, `smollm2.py:tpu` for a TPU v5e-16.
 Order:     strided with 2, 4 and 8 streams; a third of the steps stays left to right, so that nothing is forgotten, and
            a tenth has contiguous blocks, for lossless decoding.
-Result:    experiments/README.md, "Pretrained models".
+Result:    500 steps of the form for a GPU: 2.92 nats per token left to right, 2.98 / 3.05 / 3.12 with 2 / 4 / 8 streams
+           (as imported 3.22, 4.31 / 4.55 / 4.71). experiments/IMPORT.md, "SmolLM2".
 """
 
 from ml_collections import ConfigDict

@@ -7,7 +7,7 @@ from typing import get_args
 from armd_jax.cli.arguments import folder, show
 from armd_jax.names import ImportAggregator
 
-HELP = "Make an ARMD of a pretrained model: a Hugging Face folder (Llama, Qwen, GPT-2, or an exported ARMD) or GGUF."
+HELP = "Make an ARMD of a pretrained autoregressive model: a Hugging Face folder, a GGUF file, or a run."
 IF_MEMORY_RUNS_OUT = "the weights have to fit; use a machine with more memory"
 
 
@@ -18,7 +18,7 @@ def add(parser: argparse.ArgumentParser) -> None:
         dest="source",
         required=True,
         type=folder,
-        help="a Hugging Face folder, or a .gguf file",
+        help="a Hugging Face folder, a .gguf file, or a run",
     )
     parser.add_argument("--out", required=True, type=folder, help="folder to write; must not exist")
     parser.add_argument(
@@ -43,11 +43,14 @@ def run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
     """Reads the source and writes the export."""
     del overrides
 
-    from armd_jax.interop import importing, safetensors_format
+    from armd_jax.interop import continuing, importing, safetensors_format
 
     safetensors_format.check_new(args.out)
-    source = importing.open_source(args.source)
-    lm, config = importing.read(source, args.two_stream, args.max_length, args.aggregator)
+    how = args.two_stream, args.max_length, args.aggregator
+    if continuing.is_run(args.source):
+        lm, config = continuing.read(args.source, *how)
+    else:
+        lm, config = importing.read(importing.open_source(args.source), *how)
     safetensors_format.write(lm, config, args.out)
     model = config.model
     text = (

@@ -90,6 +90,13 @@ def _model(
             if value is not None:
                 raise UserError(f"--{flag}={value}: the source is an ARMD already, which is imported as it is")
         return theirs
+    return with_arguments(theirs, two_stream_layers, max_length, aggregator)
+
+
+def with_arguments(
+    theirs: ModelConfig, two_stream_layers: int | None, max_length: int | None, aggregator: ImportAggregator | None
+) -> ModelConfig:
+    """The config of an autoregressive model with what `read` was given. Raises UserError if that is impossible."""
     if max_length is not None and not 1 <= max_length <= theirs.max_length:
         raise UserError(f"--max-length={max_length}: must be in 1 .. {theirs.max_length}, the source's")
     layers = theirs.num_layers // 2 if two_stream_layers is None else two_stream_layers
@@ -141,7 +148,7 @@ def _weights(source: Source, pretrained: Pretrained, model: ModelConfig) -> dict
     flat["start"] = flat["embedding"][pretrained.start]
     for name, shape in shapes.items():
         if name.startswith("aggregator."):
-            flat[name] = _aggregator_weight(name.removeprefix("aggregator."), shape.shape, flat["embedding"])
+            flat[name] = aggregator_weight(name.removeprefix("aggregator."), shape.shape, flat["embedding"])
     return flat
 
 
@@ -179,7 +186,7 @@ def _prefix(source: Source, pretrained: Pretrained) -> str:
             assert_never(pretrained.family)
 
 
-def _aggregator_weight(name: str, shape: tuple[int, ...], embedding_VD: np.ndarray) -> np.ndarray:
+def aggregator_weight(name: str, shape: tuple[int, ...], embedding_VD: np.ndarray) -> np.ndarray:
     """A weight of the aggregator `neighbours` that leaves the token before a target as the source has it."""
     match name.split("."):
         case ["left"]:

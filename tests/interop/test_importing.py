@@ -33,7 +33,7 @@ NAMES = (
     *(BIASES, "llama with wide heads", "llama with linear scaling", "llama 3", "qwen2", QWEN3, "mistral"),
 )
 # Layers of all three kinds, or of one or two. Two layers are enough to have them all, one value of M after another.
-CASES = [(name, 1) for name in NAMES] + [(name, m) for name in (GPT2, GROUPED, BIASES, QWEN3) for m in (0, 2)]
+CASES = [(name, 1) for name in NAMES] + [(name, m) for name in (GPT2, GROUPED, BIASES) for m in (0, 2)]
 
 
 def _read(folder: pathlib.Path, *args: Any) -> LanguageModel:

@@ -129,7 +129,7 @@ FOLDERS: dict[str, tuple[Change, str]] = {
     "quantised weights": (_config(quantization_config={"bits": 4}), r"quantization_config="),
     "another epsilon of qk norm": (_config(model_type="qwen3", head_dim=6, rms_norm_eps=1e-5), r"rms_norm_eps=1e-05"),
     "heads that do not divide": (_config(num_attention_heads=5), r"model.num_heads=5 is not divisible"),
-    "odd heads": (_config(head_dim=5), r"heads of width 5, which is odd"),
+    "odd heads": (_config(head_dim=5), r"heads of width 5: it is odd"),
     "NaN in the config": (_config(rms_norm_eps=float("nan")), r"rms_norm_eps=nan cannot be imported"),
     "infinity in the config": (_config(rope_theta=float("inf")), r"rope_theta=inf cannot be imported"),
     "a number beyond all": (_config(rope_theta=10**400), r"rope_theta=10+\.\.\.0+ cannot be imported"),

@@ -1,0 +1,72 @@
+"""`armd import` of an autoregressive model that was trained here: an ARMD with the same left-to-right likelihoods.
+
+Such a model has the aggregator `shift` and no two-stream layers (see "Baselines" in experiments/README.md). Its layers
+become two-stream and causal layers, and the aggregator `neighbours` begins as in every other import.
+"""
+
+import dataclasses
+import pathlib
+
+import numpy as np
+
+from armd_jax import config as configs
+from armd_jax import files
+from armd_jax.config import Config, ModelConfig
+from armd_jax.core.sizes import embedding_scale
+from armd_jax.errors import UserError
+from armd_jax.inference.language_model import LanguageModel
+from armd_jax.interop import importing, safetensors_format
+from armd_jax.interop.load import load
+from armd_jax.names import ImportAggregator
+from armd_jax.order_config import OrderConfig
+
+
+def is_run(folder: pathlib.Path) -> bool:
+    """Whether a folder is a training run or an export in the format of this package."""
+    file = folder / "config.json"
+    values = files.read_json(file) if file.is_file() else None
+    return isinstance(values, dict) and isinstance(values.get("model"), dict)  # other programs have no such section
+
+
+def read(
+    folder: pathlib.Path,
+    two_stream_layers: int | None = None,
+    max_length: int | None = None,
+    aggregator: ImportAggregator | None = None,
+) -> tuple[LanguageModel, Config]:
+    """The model of a run or an export as an ARMD, and the config that is stored with it.
+
+    The arguments are those of `importing.read`; max_length None: that of the run. Raises UserError if the model is no
+    autoregressive one, or if an argument is impossible.
+    """
+    theirs = configs.read(folder).model
+    if not theirs.has_orders or theirs.two_stream_layers or theirs.aggregator != "shift":
+        raise UserError(
+            f"{folder}: its model is not autoregressive (model.two_stream_layers=0, model.aggregator='shift'); to train"
+            f" it further, set training.init_from={folder}"
+        )
+    if theirs.learned_positions and theirs.prediction_position != "previous":
+        raise UserError(
+            f"{folder}: model.learned_positions with model.prediction_position={theirs.prediction_position!r} cannot be"
+            " imported: an ARMD has vectors of positions in both streams, and those of the first one are not learned"
+        )
+    model = _model(theirs, two_stream_layers, max_length, aggregator)
+    config = Config(model=model, order=OrderConfig(kind="left_to_right"))
+    configs.check(config)
+    lm = load(folder)
+    flat = {name: np.asarray(value) for name, value in safetensors_format.flatten(lm.params, lm.config).items()}
+    vectors_VD = flat["embedding"] * np.float32(embedding_scale(model))
+    for name, shape in safetensors_format.shapes(model).items():
+        if name.startswith("aggregator."):
+            flat[name] = importing.aggregator_weight(name.removeprefix("aggregator."), shape.shape, vectors_VD)
+    return LanguageModel(model, safetensors_format.unflatten(flat, model), lm.tokenizer), config
+
+
+def _model(
+    theirs: ModelConfig, two_stream_layers: int | None, max_length: int | None, aggregator: ImportAggregator | None
+) -> ModelConfig:
+    return dataclasses.replace(
+        importing.with_arguments(theirs, two_stream_layers, max_length or theirs.max_length, aggregator),
+        # RoPE sees differences of positions alone: in one stream it does not matter where all rows stand.
+        prediction_position="previous",
+    )
