@@ -48,8 +48,6 @@ def _model(aggregator: AggregatorKind = "neighbours", two_stream_layers: int = 2
         *(("neighbours", 2, way) for way in WAYS),
         ("neighbours", 0, "confident"),
         ("positional", 3, "confident"),
-        ("mean", 2, "confident"),
-        ("shift", 2, "confident"),
     ],
 )
 def test_the_likelihood_is_that_of_the_recorded_order(aggregator, two_stream_layers, way):
