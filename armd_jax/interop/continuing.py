@@ -6,6 +6,7 @@ become two-stream and causal layers, and the aggregator `neighbours` begins as i
 
 import dataclasses
 import pathlib
+from typing import assert_never
 
 import numpy as np
 
@@ -17,7 +18,7 @@ from armd_jax.errors import UserError
 from armd_jax.inference.language_model import LanguageModel
 from armd_jax.interop import importing, safetensors_format
 from armd_jax.interop.load import load
-from armd_jax.names import ImportAggregator
+from armd_jax.names import AggregatorKind, ImportAggregator, PredictionPosition
 from armd_jax.order_config import OrderConfig
 
 
@@ -40,12 +41,12 @@ def read(
     autoregressive one, or if an argument is impossible.
     """
     theirs = configs.read(folder).model
-    if not theirs.has_orders or theirs.two_stream_layers or theirs.aggregator != "shift":
+    if not theirs.has_orders or theirs.two_stream_layers or not _takes_preceding_token(theirs.aggregator):
         raise UserError(
             f"{folder}: its model is not autoregressive (model.two_stream_layers=0, model.aggregator='shift'); to train"
             f" it further, set training.init_from={folder}"
         )
-    if theirs.learned_positions and theirs.prediction_position != "previous":
+    if theirs.learned_positions and _stands_at_target(theirs.prediction_position):
         raise UserError(
             f"{folder}: model.learned_positions with model.prediction_position={theirs.prediction_position!r} cannot be"
             " imported: an ARMD has vectors of positions in both streams, and those of the first one are not learned"
@@ -60,6 +61,26 @@ def read(
         if name.startswith("aggregator."):
             flat[name] = importing.aggregator_weight(name.removeprefix("aggregator."), shape.shape, vectors_VD)
     return LanguageModel(model, safetensors_format.unflatten(flat, model), lm.tokenizer), config
+
+
+def _takes_preceding_token(aggregator: AggregatorKind) -> bool:
+    match aggregator:
+        case "shift":
+            return True
+        case "positional" | "mean" | "neighbours":
+            return False
+        case _:
+            assert_never(aggregator)
+
+
+def _stands_at_target(position: PredictionPosition) -> bool:
+    match position:
+        case "own":
+            return True
+        case "previous":
+            return False
+        case _:
+            assert_never(position)
 
 
 def _model(
