@@ -338,7 +338,8 @@ def check_model(model: ModelConfig, where: str = "model") -> None:
 def _check_positions(model: ModelConfig, where: str) -> None:
     if model.rope_low >= model.rope_high:
         raise UserError(f"{where}.rope_low={model.rope_low}: must be below {where}.rope_high={model.rope_high}")
-    match model.prediction_position:  # the start token stands at position 0, and the last token at max_length
+    # The start token stands at position 0. With `previous`, the last token of a full row shares the last vector.
+    match model.prediction_position:
         case "own":
             needed = model.max_length + 1 if model.has_orders else model.max_length
         case "previous":

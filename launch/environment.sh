@@ -31,8 +31,8 @@ newer_python() {
 use_environment() {
     local folder=$1 extras=$2 python stamp
     python=$(find_python) || exit 2
-    # It is installed again only if the requirements have changed.
-    stamp=$(cat requirements.txt setup.py | "$python" -c 'import hashlib, sys; print(hashlib.sha256(sys.stdin.buffer.read()).hexdigest())')
+    # It is installed again only if the extras or the requirements have changed.
+    stamp=$(echo "$extras" | cat - requirements.txt setup.py | "$python" -c 'import hashlib, sys; print(hashlib.sha256(sys.stdin.buffer.read()).hexdigest())')
     if [ ! -x "$folder/bin/python" ] || [ "$(cat "$folder/installed" 2>/dev/null)" != "$stamp" ]; then
         echo "installing into $folder (a few minutes the first time)"
         "$python" -m venv "$folder"

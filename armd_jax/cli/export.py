@@ -133,6 +133,7 @@ def _facts(run: pathlib.Path, config: Config, average: bool) -> dict[str, Any]:
         if rows := run_data.own_rows(run, config):
             counts = rows.manifest.splits["train"].counts
             facts["data"] += f": {counts.documents:,} documents, {counts.bytes:,} bytes, {counts.tokens:,} tokens"
+        facts["start"] = pathlib.PurePath(config.training.init_from).name
         facts["orders"] = curriculum.describe(config.order)
         facts["step"] = max((int(path.name) for path in checkpoints.iterdir() if path.name.isdecimal()), default=None)
         facts["average"] = average and config.optimizer.ema_decay > 0

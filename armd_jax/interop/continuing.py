@@ -86,8 +86,9 @@ def _stands_at_target(position: PredictionPosition) -> bool:
 def _model(
     theirs: ModelConfig, two_stream_layers: int | None, max_length: int | None, aggregator: ImportAggregator | None
 ) -> ModelConfig:
+    length = theirs.max_length if max_length is None else max_length
     return dataclasses.replace(
-        importing.with_arguments(theirs, two_stream_layers, max_length or theirs.max_length, aggregator),
+        importing.with_arguments(theirs, two_stream_layers, length, aggregator),
         # RoPE sees differences of positions alone: in one stream it does not matter where all rows stand.
         prediction_position="previous",
     )

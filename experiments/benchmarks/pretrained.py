@@ -18,7 +18,6 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import gguf
 import numpy as np
 from common import machine, print_json
 from trainings import commit, markdown
@@ -36,7 +35,11 @@ class Llama:
 
     def __init__(self, path: pathlib.Path) -> None:
         """Reads all weights. Queries and keys lie interleaved in the file: pairs that RoPE turns are neighbours."""
+        import gguf
+
         reader = gguf.GGUFReader(path)
+        if "llama.block_count" not in reader.fields:
+            raise UserError(f"--gguf={path}: its architecture is not llama")
         field = lambda name: reader.fields[f"llama.{name}"].contents()  # noqa: E731
         self.layers, self.heads = field("block_count"), field("attention.head_count")
         self.kv_heads, self.base = field("attention.head_count_kv"), field("rope.freq_base")
@@ -181,6 +184,9 @@ def main() -> int:
     add("--json", action="store_true", help="print results as one JSON object")
     args = parser.parse_args()
     try:
+        for flag, file in (("gguf", args.gguf), ("text", args.text)):
+            if not file.is_file():
+                raise UserError(f"--{flag}={file}: there is no such file")
         models = [load(run) for run in args.runs]
         other = Llama(args.gguf)
         tokenizer = models[0].tokenizer
@@ -193,8 +199,9 @@ def main() -> int:
             "imports": [compare(lm, other, ids, expected, texts) for lm in models],
             "speeds": speeds(models[0], args) if args.turns else [],
         }
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (UserError, ImportError) as error:
+        hint = "; pip install -e '.[import]'" if isinstance(error, ImportError) else ""
+        print(f"error: {error}{hint}", file=sys.stderr)
         return 2
     if args.json:
         print_json(result)

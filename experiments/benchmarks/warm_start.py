@@ -32,6 +32,11 @@ def run(*words: str) -> None:
         raise SystemExit(code)
 
 
+def strided_steps(steps: int) -> int:
+    """How many of the last steps are strided, as in the quickstart."""
+    return round(0.19 * steps)
+
+
 def orders(steps: int, sbp_steps: int, left_to_right: float) -> list[str]:
     """The quickstart's curriculum in other numbers of steps. left_to_right: the share before tokens are shuffled."""
     rest = steps - sbp_steps
@@ -56,7 +61,7 @@ def train(args: argparse.Namespace) -> None:
         f"--config.training.eval_every={every}",
         f"--config.training.seed={args.seed}",
     ]
-    left, sbp_steps = args.steps - args.ar_steps, round(0.19 * args.steps)
+    left, sbp_steps = args.steps - args.ar_steps, strided_steps(args.steps)
     warm_up = f"--config.optimizer.warmup_steps={max(args.steps * 60 // 800, 1)}"
     baseline = ["two_stream_layers=0", "aggregator=shift"]
     own: dict[str, tuple[int, list[str]]] = {
@@ -134,8 +139,9 @@ def main() -> int:
     add("--smoke", action="store_true", help="a tiny model, to see that everything runs")
     add("--json", action="store_true", help="print results as one JSON object")
     args = parser.parse_args()
-    if not 1 <= args.ar_steps < args.steps:
-        print(f"error: --ar-steps={args.ar_steps}: must be in 1 .. {args.steps - 1}, below --steps", file=sys.stderr)
+    most = args.steps - strided_steps(args.steps) - 1
+    if not 1 <= args.ar_steps <= most:
+        print(f"error: --ar-steps={args.ar_steps}: must be in 1 .. {most} of --steps={args.steps}", file=sys.stderr)
         return 2
     with contextlib.redirect_stdout(sys.stderr):  # what the commands print
         train(args)

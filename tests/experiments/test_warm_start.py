@@ -25,5 +25,5 @@ def test_an_ar_model_goes_on_as_an_armd(run_benchmark, tmp_path):
 def test_a_warm_start_needs_steps(run_benchmark, tmp_path):
     """One line, and no folder."""
     done = run_benchmark("warm_start.py", "--steps=4", "--ar-steps=4", f"--workdir={tmp_path / 'runs'}")
-    assert done.returncode == 2 and done.stderr.startswith("error: --ar-steps=4: must be in 1 .. 3")
+    assert done.returncode == 2 and done.stderr.startswith("error: --ar-steps=4: must be in 1 .. 2")
     assert done.stderr.count("\n") == 1 and not (tmp_path / "runs").exists()

@@ -29,12 +29,14 @@ CITATION = """```bibtex
 class Facts:
     """What the card says beside the model itself. Empty or None: it is not known.
 
-    data: the text that it was trained on, without folders of this machine. orders: what it was trained on, in words.
-    step: of the checkpoint. average: whether its weights are the moving average. split: of the figures.
-    figures: name, nats per token and bits per byte of each figure, for people.
+    data: the text that it was trained on, without folders of this machine. start: the name of the model whose weights
+    training started from. orders: what it was trained on, in words. step: of the checkpoint. average: whether its
+    weights are the moving average. split: of the figures. figures: name, nats per token and bits per byte of each
+    figure, for people.
     """
 
     data: str = ""
+    start: str = ""
     orders: str = ""
     step: int | None = None
     average: bool = False
@@ -83,6 +85,7 @@ def page(config: ModelConfig, made: Native | None, dtype: str, facts: Facts) -> 
         ("weights", dtype + (", moving average of training" if facts.average else "")),
     ]  # fmt: skip
     rows += [("trained on", facts.data)] if facts.data else []
+    rows += [("started from the weights of", facts.start)] if facts.start else []
     rows += [("orders", facts.orders)] if facts.orders else []
     rows += [("steps", f"{facts.step:,}")] if facts.step is not None else []
     about = "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)])

@@ -218,7 +218,7 @@ def _armd(fields: _Fields) -> Pretrained:
     same: dict[str, Any] = {}
     if model.num_kv_heads == model.num_heads:
         same["num_kv_heads"] = 0
-    if model.head_dim == open_sizes.head_width:
+    if model.head_dim * model.num_heads == model.width:
         same["head_dim"] = 0
     if model.mlp_width == mlp_width(open_sizes):
         same["mlp_width"] = 0

@@ -73,6 +73,7 @@ class ArmdForCausalLM(ArmdPreTrainedModel, GenerationMixin):
     def logits(self, tokens, positions=None, blocks=None):
         """Logits [B, N, V] at natural positions: row j is for the token at position j, given all earlier blocks."""
         batch, length = tokens.shape
+        self._check_length(length)
         default = torch.arange(length, device=tokens.device)
         positions = (default if positions is None else positions).expand(batch, length)
         blocks = (default + 1 if blocks is None else blocks).expand(batch, length)
@@ -92,6 +93,11 @@ class ArmdForCausalLM(ArmdPreTrainedModel, GenerationMixin):
             g_right=right,
         )
         return self._head(self.model(rows))
+
+    def _check_length(self, length):
+        """Raises ValueError if a text is longer than the model has positions for."""
+        if length > self.config.max_position_embeddings:
+            raise ValueError(f"{length} tokens exceed {self.config.max_position_embeddings}")
 
     def log_prob(self, tokens, positions=None, blocks=None):
         """log p of every token [B, N] float32, in nats, at natural positions; exact, in one pass.
