@@ -539,7 +539,7 @@ MUTATIONS = (
     Mutation(
         "learned positions begin where those of GPT-2 do",
         "interop/huggingface/native.py",
-        "first = 1 if config.learned_positions and _is_own(config) else 0",
+        "first = 1 if config.learned_positions and not prediction_offset(config) else 0",
         "first = 0",
         "interop/test_huggingface.py::test_a_model_of_our_own_is_native_if_nothing_tells_the_difference",
     ),

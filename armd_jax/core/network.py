@@ -17,7 +17,7 @@ One `Layer` definition serves every case, in training and in cached decoding. `d
 one stream and L of these layers, in which every position sees every other.
 """
 
-from typing import Any, assert_never
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +33,7 @@ from armd_jax.core.kernels.panels import Panels
 from armd_jax.core.layer import KeyValue, Layer, StackInputs, make_norm, rotary_table, run_stack
 from armd_jax.core.parameters import Params
 from armd_jax.core.rows import START, Rows
-from armd_jax.core.sizes import activation_dtype, embedding_scale
+from armd_jax.core.sizes import activation_dtype, embedding_scale, prediction_offset
 
 
 def forward(
@@ -64,7 +64,7 @@ def residual_stream(
     )
     aggregate = None if state is None else aggregator.state_after(rows, x_BXD, state)
     # The aggregator adds up vectors of tokens alone. Learned positions come in behind it.
-    g_positions_BG = prediction_positions(config, rows.g_positions_BG)
+    g_positions_BG = rows.g_positions_BG - prediction_offset(config)
     x_BXD, g_BGD = _with_positions(params, x_BXD, rows.x_positions_BX), _with_positions(params, g_BGD, g_positions_BG)
     g_BGD = context.constrain(embedding_context.dropout(config.dropout, g_BGD, 1), axes.ROWS)
     x_kv: tuple[KeyValue, ...] = ()
@@ -168,17 +168,6 @@ def _embed(params: Params, config: ModelConfig, ids: tuple[jax.Array, ...], cont
     return tuple(context.constrain(part_BRD, axes.ROWS) for part_BRD in jnp.split(rows_BRD, ends, axis=1))
 
 
-def prediction_positions(config: ModelConfig, positions_BG: jax.Array) -> jax.Array:
-    """Where the rows of G stand, for targets at the given positions."""
-    match config.prediction_position:
-        case "own":
-            return positions_BG
-        case "previous":
-            return positions_BG - 1
-        case _:
-            assert_never(config.prediction_position)
-
-
 def _with_positions(params: Params, h_BRD: jax.Array, positions_BR: jax.Array) -> jax.Array:
     """Rows with the vectors of their positions, if the model has learned ones."""
     if "positions" not in params:
@@ -199,7 +188,7 @@ def _two_stream_layers(
     num_x, num_two = x_BXD.shape[1], config.two_stream_layers
     caches = None if cache is None else cache.x_kv
     h_BRD = jnp.concatenate([x_BXD, g_BGD], axis=1)
-    g_positions_BG = prediction_positions(config, rows.g_positions_BG)
+    g_positions_BG = rows.g_positions_BG - prediction_offset(config)
     rotary = rotary_table(jnp.concatenate([rows.x_positions_BX, g_positions_BG], axis=1), config)
     lens_BR = jnp.concatenate([rows.x_len_BX, rows.g_strict_len_BG], axis=1)
     first_kv: tuple[KeyValue, ...] = ()

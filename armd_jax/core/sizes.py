@@ -50,6 +50,17 @@ def embedding_rms(config: ModelConfig) -> float:
             assert_never(config.embedding_scale)
 
 
+def prediction_offset(config: ModelConfig) -> int:
+    """How many positions before its target a row that predicts stands."""
+    match config.prediction_position:
+        case "own":
+            return 0
+        case "previous":
+            return 1
+        case _:
+            assert_never(config.prediction_position)
+
+
 def mlp_matrices(config: ModelConfig) -> int:
     """How many D x F matrices an MLP has."""
     match config.mlp:

@@ -13,12 +13,12 @@ import numpy as np
 from armd_jax import config as configs
 from armd_jax import files
 from armd_jax.config import Config, ModelConfig
-from armd_jax.core.sizes import embedding_scale
+from armd_jax.core.sizes import embedding_scale, prediction_offset
 from armd_jax.errors import UserError
 from armd_jax.inference.language_model import LanguageModel
 from armd_jax.interop import importing, safetensors_format
 from armd_jax.interop.load import load
-from armd_jax.names import AggregatorKind, ImportAggregator, PredictionPosition
+from armd_jax.names import AggregatorKind, ImportAggregator
 from armd_jax.order_config import OrderConfig
 
 
@@ -46,16 +46,13 @@ def read(
             f"{folder}: its model is not autoregressive (model.two_stream_layers=0, model.aggregator='shift'); to train"
             f" it further, set training.init_from={folder}"
         )
-    if theirs.learned_positions and _stands_at_target(theirs.prediction_position):
-        raise UserError(
-            f"{folder}: model.learned_positions with model.prediction_position={theirs.prediction_position!r} cannot be"
-            " imported: an ARMD has vectors of positions in both streams, and those of the first one are not learned"
-        )
     model = _model(theirs, two_stream_layers, max_length, aggregator)
     config = Config(model=model, order=OrderConfig(kind="left_to_right"))
     configs.check(config)
     lm = load(folder)
     flat = {name: np.asarray(value) for name, value in safetensors_format.flatten(lm.params, lm.config).items()}
+    if theirs.learned_positions:
+        flat["positions"] = flat["positions"][1 - prediction_offset(theirs) :]
     vectors_VD = flat["embedding"] * np.float32(embedding_scale(model))
     for name, shape in safetensors_format.shapes(model).items():
         if name.startswith("aggregator."):
@@ -73,22 +70,13 @@ def _takes_preceding_token(aggregator: AggregatorKind) -> bool:
             assert_never(aggregator)
 
 
-def _stands_at_target(position: PredictionPosition) -> bool:
-    match position:
-        case "own":
-            return True
-        case "previous":
-            return False
-        case _:
-            assert_never(position)
-
-
 def _model(
     theirs: ModelConfig, two_stream_layers: int | None, max_length: int | None, aggregator: ImportAggregator | None
 ) -> ModelConfig:
     length = theirs.max_length if max_length is None else max_length
-    return dataclasses.replace(
-        importing.with_arguments(theirs, two_stream_layers, length, aggregator),
-        # RoPE sees differences of positions alone: in one stream it does not matter where all rows stand.
-        prediction_position="previous",
-    )
+    model = importing.with_arguments(theirs, two_stream_layers, length, aggregator)
+    # All rows of the one stream move by a place. RoPE sees differences of positions alone; of a learned table, the
+    # vector of position 0, which no row had, is left out.
+    left_out = 1 - prediction_offset(theirs) if theirs.learned_positions else 0
+    positions = theirs.learned_positions - left_out
+    return dataclasses.replace(model, prediction_position="previous", learned_positions=positions)

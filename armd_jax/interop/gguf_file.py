@@ -108,7 +108,7 @@ class GgufFile:
             with np.errstate(all="ignore"):
                 found = self._library.quants.dequantize(rows, tensor.type)
             return found.astype(np.float32, copy=False).reshape(tensor.shape)
-        except NotImplementedError as error:
+        except NotImplementedError as error:  # how the library says that it cannot dequantise this type
             raise UserError(
                 f"{self.where}: tensor {shown(name)} has the unsupported type {tensor.type.name}"
             ) from error

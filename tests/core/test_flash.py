@@ -236,4 +236,4 @@ def test_equals_dense_on_a_gpu(head_width, dtype):
             _compare(found, expected, atol=5e-5, rtol=5e-5)
         else:
             _compare(found[:1], expected[:1], atol=0.03)
-            _compare(found[1:], expected[1:], atol=0.08, rtol=2**-8)  # gradients reach 37, and bfloat16 has 8 bits
+            _compare(found[1:], expected[1:], atol=0.08, rtol=2**-9)  # gradients reach 37; rounding to bfloat16

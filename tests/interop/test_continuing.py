@@ -35,8 +35,9 @@ def _export(folder, **fields):
         {},
         {"embedding_scale": "one", "tie_embeddings": False},
         {"learned_positions": 16, "prediction_position": "previous"},
+        {"learned_positions": 20},
     ],
-    ids=["RoPE", "untied", "learned positions"],
+    ids=["RoPE", "untied", "learned positions", "learned positions, at the target"],
 )
 def test_likelihoods_stay(tmp_path, fields, two_stream_layers):
     """From left to right, whatever M, and wherever the rows of the autoregressive model stood."""
@@ -50,13 +51,10 @@ def test_likelihoods_stay(tmp_path, fields, two_stream_layers):
 
 
 def test_other_models_are_refused(tmp_path):
-    """What is an ARMD already, or whose positions could not be those of both streams."""
+    """What is an ARMD already, and layers that are not there."""
     _export(tmp_path / "armd", two_stream_layers=1)
     with pytest.raises(UserError, match="its model is not autoregressive .* set training.init_from="):
         continuing.read(tmp_path / "armd")
-    _export(tmp_path / "own", **AUTOREGRESSIVE, learned_positions=17)
-    with pytest.raises(UserError, match="learned_positions with model.prediction_position='own' cannot be imported"):
-        continuing.read(tmp_path / "own")
     _export(tmp_path / "ar", **AUTOREGRESSIVE)
     with pytest.raises(UserError, match="--two-stream=4: must be in 0 .. 3"):
         continuing.read(tmp_path / "ar", 4)

@@ -12,7 +12,7 @@ import numpy as np
 
 from armd_jax.config import ModelConfig
 from armd_jax.core.parameters import Params
-from armd_jax.core.sizes import embedding_scale, mlp_width
+from armd_jax.core.sizes import embedding_scale, mlp_width, prediction_offset
 from armd_jax.interop import safetensors_format
 from armd_jax.names import HuggingFaceFamily
 
@@ -76,19 +76,9 @@ def fit(params: Params, config: ModelConfig) -> Native | str:
     # A scale cannot stay in a table that is the head too.
     tied = config.tie_embeddings and scale == 1.0
     fields |= {"tie_word_embeddings": tied, "bos_token_id": bos}
-    first = 1 if config.learned_positions and _is_own(config) else 0
+    first = 1 if config.learned_positions and not prediction_offset(config) else 0
     model = dataclasses.replace(config, tie_embeddings=tied)
     return Native(family, fields, model, bos, scale, first)
-
-
-def _is_own(config: ModelConfig) -> bool:
-    match config.prediction_position:
-        case "own":
-            return True
-        case "previous":
-            return False
-        case _:
-            assert_never(config.prediction_position)
 
 
 def _order_fault(config: ModelConfig) -> str:
@@ -99,7 +89,7 @@ def _order_fault(config: ModelConfig) -> str:
             return f"aggregator={config.aggregator} is no part of those networks"
         case _:
             assert_never(config.aggregator)
-    if config.two_stream_layers and _is_own(config):
+    if config.two_stream_layers and not prediction_offset(config):
         return "with two-stream layers, rows that predict have to stand one position before their targets"
     return "logits are capped" if config.logit_cap else ""
 
@@ -162,7 +152,7 @@ def _gpt2(config: ModelConfig) -> tuple[HuggingFaceFamily, dict[str, Any]] | str
         "architectures": ["GPT2LMHeadModel"],
         "model_type": "gpt2",
         "vocab_size": config.vocab_size,
-        "n_positions": config.learned_positions - (1 if _is_own(config) else 0),
+        "n_positions": config.learned_positions - 1 + prediction_offset(config),
         "n_embd": config.width,
         "n_layer": config.num_layers,
         "n_head": config.num_heads,
