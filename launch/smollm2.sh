@@ -47,7 +47,7 @@ python experiments/benchmarks/pretrained.py --gguf="$MODEL" --runs "$RUN/importe
 armd sample --run="$RUN/imported" --streams=1,2,4,8 --length=64 --prompt="$PROMPT"
 armd train --config=experiments/smollm2.py --config.training.init_from="$RUN/imported" \
     --config.data.tokenizer="$RUN/imported/tokenizer" --config.data.path="$TEXT" --workdir="$RUN/tuned" "$@"
-armd eval --run="$RUN/imported" ${TEXT:+"--data=$TEXT"} --split=test --streams=2,4,8 --draws=0 --no-baselines
-armd eval --run="$RUN/tuned" --split=test --streams=2,4,8 --draws=0 --no-baselines
+armd eval --run="$RUN/imported" ${TEXT:+"--data=$TEXT"} --streams=2,4,8 --draws=0 --no-baselines
+armd eval --run="$RUN/tuned" --streams=2,4,8 --draws=0 --no-baselines
 armd sample --run="$RUN/tuned" --streams=1,2,4,8 --length=64 --prompt="$PROMPT"
 armd report --run="$RUN/tuned"

@@ -516,10 +516,24 @@ MUTATIONS = (
         "core/test_network.py::test_grouped_queries_are_heads_that_share_keys",
     ),
     Mutation(
+        "an export takes no checkpoint whose arrays are not what was saved",
+        "training/stored_params.py",
+        "        if arrays.digest(path) != digests.get(name",
+        "        if False and arrays.digest(path) != digests.get(name",
+        "training/test_stored_params.py::test_a_damaged_step_is_passed_over",
+    ),
+    Mutation(
+        "files that are written weight by weight are those of the library",
+        "interop/readable.py",
+        "for name in sorted(shapes):",
+        "for name in shapes:",
+        "interop/test_readable.py::test_files_are_those_of_the_library",
+    ),
+    Mutation(
         "a model may have more ids than its tokenizer has tokens",
         "interop/load.py",
-        "if tokenizer.vocab_size > config.model.vocab_size:",
-        "if tokenizer.vocab_size != config.model.vocab_size:",
+        "if tokenizer.vocab_size > model.vocab_size:",
+        "if tokenizer.vocab_size != model.vocab_size:",
         "interop/test_importing.py::test_a_padded_vocabulary_is_kept",
     ),
     Mutation(

@@ -51,10 +51,12 @@ def mesh_axes(text: str) -> MeshConfig:
     return MeshConfig(**sizes)
 
 
-def add_run(parser: argparse.ArgumentParser) -> None:
-    """`--run` and which of its weights to take."""
+def add_run(parser: argparse.ArgumentParser, mesh: bool = True) -> None:
+    """`--run` and which of its weights to take. mesh: also over which devices to spread them."""
     parser.add_argument("--run", required=True, type=folder, help="a training run or an export")
     parser.add_argument("--no-ema", action="store_true", help="take the raw weights instead of their moving average")
+    if not mesh:
+        return
     parser.add_argument(
         "--mesh",
         default=None,

@@ -18,9 +18,9 @@ def add(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
     """Lists them. The exit code is 1 if there are none or one of them is damaged."""
     del overrides
-    from armd_jax.training import checkpoints
+    from armd_jax.training import checkpoint_listing
 
-    found = checkpoints.inspect(args.run)
+    found = checkpoint_listing.inspect(args.run)
     lines = [f"{'step':>10} {'bytes':>15} {'parameters':>15}  holds"]
     for one in found:
         holds = f"DAMAGED: {one.fault}" if one.fault else "whole: parameters, optimizer" + ", average" * one.average

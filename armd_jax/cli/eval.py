@@ -31,7 +31,9 @@ IF_MEMORY_RUNS_OUT = "lower --batch"
 def add(parser: argparse.ArgumentParser) -> None:
     """Declares the arguments."""
     add_run(parser)
-    parser.add_argument("--split", default="test", choices=typed.choices(Split))
+    parser.add_argument(
+        "--split", default=None, choices=typed.choices(Split), help="default: test, or valid if the text has no test"
+    )
     parser.add_argument(
         "--data", default=None, type=local, help="other text: file, folder, glob, tfds:NAME or prepared folder"
     )
@@ -117,7 +119,7 @@ def run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
         found = perplexity.evaluate(
             lm,
             data,
-            args.split,
+            held_out.chosen_split(args.split, data.splits),
             streams,
             draws,
             config.order,
@@ -135,6 +137,7 @@ def _tasks(args: argparse.Namespace) -> int:
     """Runs tasks of lm-evaluation-harness."""
     for flag, given in (
         ("--data", args.data is not None),
+        ("--split", args.split is not None),
         ("--draws", args.draws is not None),
         ("--no-baselines", args.no_baselines),
     ):

@@ -13,12 +13,12 @@ from armd_jax.errors import UserError
 from armd_jax.names import ExportCode, ExportDtype, ExportFormat
 
 HELP = "Write safetensors, config.json and tokenizer files, programs that run with JAX alone, or a transformers folder."
-IF_MEMORY_RUNS_OUT = "the weights have to fit; use a machine with more memory"
+IF_MEMORY_RUNS_OUT = "the largest array of the weights has to fit; use a machine with more memory"
 
 
 def add(parser: argparse.ArgumentParser) -> None:
     """Declares the arguments."""
-    add_run(parser)
+    add_run(parser, mesh=False)
     parser.add_argument("--out", required=True, type=folder, help="folder to write; must not exist")
     parser.add_argument(
         "--format",
@@ -75,31 +75,32 @@ def run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
     wanted: ExportFormat = args.format
     _check_flags(args, wanted)
 
-    from armd_jax.interop import safetensors_format
-    from armd_jax.interop.load import load
-    from armd_jax.training import sharding
+    from armd_jax.interop import readable, safetensors_format
+    from armd_jax.interop.load import open_model
 
     safetensors_format.check_new(args.out)
-    mesh = args.mesh and sharding.make_mesh(args.mesh)
     match wanted:
         case "armd":
-            safetensors_format.write(load(args.run, not args.no_ema, mesh), config, args.out)
+            with open_model(args.run, not args.no_ema) as (model, _):
+                readable.write(model, config, args.out)
             files = f"{safetensors_format.WEIGHTS}, config.json, tokenizer/"
         case "stablehlo":
             from armd_jax.interop import stablehlo
 
             streams = 1 if args.streams is None else args.streams
             length = stablehlo.check(config.model, streams, args.length)
-            stablehlo.write(load(args.run, not args.no_ema, mesh), streams, length, args.out)
+            with open_model(args.run, not args.no_ema) as (model, _):
+                stablehlo.write(model, streams, length, args.out)
             files = f"{stablehlo.WEIGHTS}, three programs, run.py, README.md"
         case "huggingface":
             from armd_jax.interop.huggingface import card, exporting
 
             shard_gb = exporting.SHARD_GB if args.shard_size is None else args.shard_size
             exporting.check(config.model, shard_gb)
-            facts = card.Facts(**_facts(args.run, config, average=not args.no_ema))
-            lm = load(args.run, not args.no_ema, mesh)
-            written = exporting.write(lm, args.out, facts, args.code or "auto", args.dtype or "float32", shard_gb)
+            with open_model(args.run, not args.no_ema) as (model, step):
+                facts = card.Facts(**_facts(args.run, config, step, average=not args.no_ema))
+                how: tuple[ExportCode, ExportDtype, float] = args.code or "auto", args.dtype or "float32", shard_gb
+                written = exporting.write(model, args.out, facts, *how)
             files = ", ".join(name for name in written.files if "/" not in name)
             if written.native:
                 files += "; loads without code from the folder"
@@ -110,8 +111,11 @@ def run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
     return show(args, {"out": str(args.out)}, f"{args.out}: {files}")
 
 
-def _facts(run: pathlib.Path, config: Config, average: bool) -> dict[str, Any]:
-    """What the model card says of a run (`card.Facts`); of an export, whose training left no files, less."""
+def _facts(run: pathlib.Path, config: Config, step: int | None, average: bool) -> dict[str, Any]:
+    """What the model card says of a run (`card.Facts`); of an export, whose training left no files, less.
+
+    step: of the checkpoint; None for an export.
+    """
     from armd_jax.core import curriculum
     from armd_jax.evaluation import results
     from armd_jax.training import run_data
@@ -127,15 +131,14 @@ def _facts(run: pathlib.Path, config: Config, average: bool) -> dict[str, Any]:
             )
             for row in results.rows(evaluation)
         )
-    checkpoints = run / "checkpoints"
-    if checkpoints.is_dir():
+    if step is not None:
         facts["data"] = _without_folders(config.data.path)
         if rows := run_data.own_rows(run, config):
             counts = rows.manifest.splits["train"].counts
             facts["data"] += f": {counts.documents:,} documents, {counts.bytes:,} bytes, {counts.tokens:,} tokens"
         facts["start"] = pathlib.PurePath(config.training.init_from).name
         facts["orders"] = curriculum.describe(config.order)
-        facts["step"] = max((int(path.name) for path in checkpoints.iterdir() if path.name.isdecimal()), default=None)
+        facts["step"] = step
         facts["average"] = average and config.optimizer.ema_decay > 0
     return facts
 

@@ -8,7 +8,7 @@ from armd_jax.cli.arguments import folder, show
 from armd_jax.names import ImportAggregator
 
 HELP = "Make an ARMD of a pretrained autoregressive model: a Hugging Face folder, a GGUF file, or a run."
-IF_MEMORY_RUNS_OUT = "the weights have to fit; use a machine with more memory"
+IF_MEMORY_RUNS_OUT = "twice the largest array of the weights has to fit; use a machine with more memory"
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -43,15 +43,16 @@ def run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
     """Reads the source and writes the export."""
     del overrides
 
-    from armd_jax.interop import continuing, importing, safetensors_format
+    from armd_jax.interop import continuing, importing, readable, safetensors_format
 
     safetensors_format.check_new(args.out)
     how = args.two_stream, args.max_length, args.aggregator
     if continuing.is_run(args.source):
-        lm, config = continuing.read(args.source, *how)
+        with continuing.open_model(args.source, *how) as (source, config):
+            readable.write(source, config, args.out)
     else:
-        lm, config = importing.read(importing.open_source(args.source), *how)
-    safetensors_format.write(lm, config, args.out)
+        source, config = importing.open_model(importing.open_source(args.source), *how)
+        readable.write(source, config, args.out)
     model = config.model
     text = (
         f"{args.out}: {model.num_layers} layers ({model.two_stream_layers} two-stream) of width {model.width},"

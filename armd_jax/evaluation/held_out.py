@@ -2,6 +2,7 @@
 
 import dataclasses
 import pathlib
+from collections.abc import Sequence
 from typing import assert_never
 
 from armd_jax.config import Config, is_named_tokenizer
@@ -15,8 +16,15 @@ from armd_jax.training import run_data
 from armd_jax.training import workdir as workdirs
 
 
+def chosen_split(split: Split | None, there: Sequence[Split]) -> Split:
+    """The split that is asked for; if none is, the test split if there is one, and else the validation split."""
+    if split is not None:
+        return split
+    return "test" if "test" in there else "valid"
+
+
 def find(
-    run: pathlib.Path, config: Config, split: Split, source: str | None = None, rows: pathlib.Path | None = None
+    run: pathlib.Path, config: Config, split: Split | None, source: str | None = None, rows: pathlib.Path | None = None
 ) -> PreparedData:
     """The rows of a run, or other text as rows of the run's tokens.
 
@@ -29,7 +37,7 @@ def find(
 
     run: the folder of a training run or an export, with the files of its tokenizer in `tokenizer/`.
     config: the run's config, as `config.read(run)` reads it.
-    split: "train", "valid" or "test"; the text must have it.
+    split: "train", "valid" or "test"; the text must have it, or what `chosen_split` makes of None.
     source: other text, which the run's tokenizer is used for: a file, a folder, a glob or "tfds:NAME"; or a prepared
         folder. None: the text that the run was trained on.
     rows: the folder in whose `data` rows are prepared if there are none yet. None: the run's folder.
@@ -47,12 +55,12 @@ def find(
                 f"{run}: its own rows are gone, and data.path={path!r} names other text than it was trained on;"
                 " give the text with --data"
             )
-    data.counts(split)  # an error if there is no such split
+    data.counts(chosen_split(split, data.splits))  # an error if there is no such split
     return data
 
 
 def _from_text(
-    run: pathlib.Path, config: Config, split: Split, source: str | None, rows: pathlib.Path | None
+    run: pathlib.Path, config: Config, split: Split | None, source: str | None, rows: pathlib.Path | None
 ) -> PreparedData:
     """The text that `source` names, or the config if it is None, as rows of the run's tokens."""
     length, cache = config.model.max_length, config.data.cache_dir
@@ -70,7 +78,7 @@ def _from_text(
             candidates.insert(0, config.data)
     known = {name: sha for root in roots for name, sha in manifests.known_files(root).items()}
     corpus = open_corpus(data, known)
-    corpus.check_split(split)
+    corpus.check_split(chosen_split(split, corpus.splits))
     for candidate in candidates:
         for root in roots:
             if packing.folder_for(candidate, corpus, length, root).is_dir():

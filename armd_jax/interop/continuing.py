@@ -4,8 +4,10 @@ Such a model has the aggregator `shift` and no two-stream layers (see "Baselines
 become two-stream and causal layers, and the aggregator `neighbours` begins as in every other import.
 """
 
+import contextlib
 import dataclasses
 import pathlib
+from collections.abc import Iterator
 from typing import assert_never
 
 import numpy as np
@@ -15,9 +17,8 @@ from armd_jax import files
 from armd_jax.config import Config, ModelConfig
 from armd_jax.core.sizes import embedding_scale, prediction_offset
 from armd_jax.errors import UserError
-from armd_jax.inference.language_model import LanguageModel
-from armd_jax.interop import importing, safetensors_format
-from armd_jax.interop.load import load
+from armd_jax.interop import importing, load, safetensors_format
+from armd_jax.interop.readable import Readable
 from armd_jax.names import AggregatorKind, ImportAggregator
 from armd_jax.order_config import OrderConfig
 
@@ -29,16 +30,17 @@ def is_run(folder: pathlib.Path) -> bool:
     return isinstance(values, dict) and isinstance(values.get("model"), dict)  # other programs have no such section
 
 
-def read(
+@contextlib.contextmanager
+def open_model(
     folder: pathlib.Path,
     two_stream_layers: int | None = None,
     max_length: int | None = None,
     aggregator: ImportAggregator | None = None,
-) -> tuple[LanguageModel, Config]:
-    """The model of a run or an export as an ARMD, and the config that is stored with it.
+) -> Iterator[tuple[Readable, Config]]:
+    """The model of a run or an export as an ARMD, which is read weight by weight, and the config stored with it.
 
-    The arguments are those of `importing.read`; max_length None: that of the run. Raises UserError if the model is no
-    autoregressive one, or if an argument is impossible.
+    The arguments are those of `importing.open_model`; max_length None: that of the run. Raises UserError if the model
+    is no autoregressive one, or if an argument is impossible.
     """
     theirs = configs.read(folder).model
     if not theirs.has_orders or theirs.two_stream_layers or not _takes_preceding_token(theirs.aggregator):
@@ -49,15 +51,22 @@ def read(
     model = _model(theirs, two_stream_layers, max_length, aggregator)
     config = Config(model=model, order=OrderConfig(kind="left_to_right"))
     configs.check(config)
-    lm = load(folder)
-    flat = {name: np.asarray(value) for name, value in safetensors_format.flatten(lm.params, lm.config).items()}
-    if theirs.learned_positions:
-        flat["positions"] = flat["positions"][1 - prediction_offset(theirs) :]
-    vectors_VD = flat["embedding"] * np.float32(embedding_scale(model))
-    for name, shape in safetensors_format.shapes(model).items():
-        if name.startswith("aggregator."):
-            flat[name] = importing.aggregator_weight(name.removeprefix("aggregator."), shape.shape, vectors_VD)
-    return LanguageModel(model, safetensors_format.unflatten(flat, model), lm.tokenizer), config
+    with load.open_model(folder) as (source, _):
+
+        def read(name: str) -> np.ndarray:
+            match name.split("."):
+                case ["aggregator", *_]:
+                    return importing.aggregator_weight(name, shapes[name].shape, vectors_VD)
+                case ["positions"]:
+                    return source.read(name)[1 - prediction_offset(theirs) :]
+                case _:
+                    return source.read(name)
+
+        def vectors_VD() -> np.ndarray:
+            return source.read("embedding") * np.float32(embedding_scale(model))
+
+        shapes = safetensors_format.shapes(model)
+        yield Readable(model, source.tokenizer, read), config
 
 
 def _takes_preceding_token(aggregator: AggregatorKind) -> bool:

@@ -11,6 +11,7 @@ import dataclasses
 import math
 import pathlib
 import tempfile
+from collections.abc import Callable
 from typing import Any, assert_never
 
 import numpy as np
@@ -21,7 +22,6 @@ from armd_jax.config import Config, ModelConfig
 from armd_jax.data import tokenizers
 from armd_jax.data.tokenizers import Tokenizer
 from armd_jax.errors import UserError, shown
-from armd_jax.inference.language_model import LanguageModel
 from armd_jax.interop import safetensors_format
 from armd_jax.interop.gguf import GgufSource
 from armd_jax.interop.huggingface import configs as huggingface_configs
@@ -29,6 +29,7 @@ from armd_jax.interop.huggingface import names
 from armd_jax.interop.huggingface.configs import Pretrained
 from armd_jax.interop.huggingface.names import Entry
 from armd_jax.interop.huggingface.source import Folder, Source
+from armd_jax.interop.readable import Readable
 from armd_jax.names import ImportAggregator
 from armd_jax.order_config import OrderConfig
 
@@ -47,19 +48,19 @@ def open_source(path: pathlib.Path) -> Source:
     return GgufSource(path)
 
 
-def read(
+def open_model(
     source: Source,
     two_stream_layers: int | None = None,
     max_length: int | None = None,
     aggregator: ImportAggregator | None = None,
-) -> tuple[LanguageModel, Config]:
-    """The model of a source, and the config that is stored with it.
+) -> tuple[Readable, Config]:
+    """The model of a source, whose weights are read when they are asked for, and the config that is stored with it.
 
     two_stream_layers: M; None: half of the layers, as in the paper. max_length: N; None: the source's, at most 1,024.
     aggregator: `neighbours` (None), with which any order can be trained, or `shift`, with which the model stays an
         autoregressive one.
     An exported ARMD has all three already.
-    Raises UserError if the source cannot be represented exactly, or if it is damaged.
+    Raises UserError if the source cannot be represented exactly, or if it is damaged as far as headers tell.
     """
     pretrained = huggingface_configs.read(source.config, source.where)
     model = _model(pretrained, two_stream_layers, max_length, aggregator)
@@ -74,8 +75,7 @@ def read(
             f"{source.where}: its tokenizer has {tokenizer.vocab_size} tokens, its config says"
             f" vocab_size={model.vocab_size}"
         )
-    params = safetensors_format.unflatten(_weights(source, pretrained, model), model)
-    return LanguageModel(model, params, tokenizer), config
+    return Readable(model, tokenizer, _weights(source, pretrained, model)), config
 
 
 def _model(
@@ -110,8 +110,8 @@ def with_arguments(
     return dataclasses.replace(theirs, **changed)
 
 
-def _weights(source: Source, pretrained: Pretrained, model: ModelConfig) -> dict[str, np.ndarray]:
-    """All weights under the names of an export. Raises UserError if one is missing, unknown or of another shape."""
+def _weights(source: Source, pretrained: Pretrained, model: ModelConfig) -> Callable[[str], np.ndarray]:
+    """What reads a weight by its export name. Raises UserError if one is missing, unknown or of another shape."""
     _check_size(source, model)
     shapes = safetensors_format.shapes(model)
     prefix = _prefix(source, pretrained)
@@ -120,7 +120,9 @@ def _weights(source: Source, pretrained: Pretrained, model: ModelConfig) -> dict
     unused = {name for name in source.names if not name.endswith(_DERIVED)}
     if model.tie_embeddings:
         unused.discard(_HEAD)
+    entry_of: dict[str, tuple[Entry, list[str]]] = {}
     for entry, theirs in entries:
+        entry_of |= dict.fromkeys(entry.ours, (entry, theirs))
         # What the layout changes do to empty arrays of our shapes are the shapes that theirs must have.
         expected = entry.to_theirs(tuple(np.broadcast_to(np.float32(0), shapes[name].shape) for name in entry.ours))
         for name, like in zip(theirs, expected, strict=True):
@@ -134,22 +136,21 @@ def _weights(source: Source, pretrained: Pretrained, model: ModelConfig) -> dict
             f"{source.where}: has a weight {shown(min(unused))} that a model of its config does not have"
             f" ({len(unused)} such weights)"
         )
-    flat: dict[str, np.ndarray] = {}
-    for entry, theirs in entries:
-        values = tuple(_finite(source, name) for name in theirs)
-        flat |= dict(zip(entry.ours, entry.to_ours(values), strict=True))
-    if model.tie_embeddings and _HEAD in source.names and not np.array_equal(source.read(_HEAD), flat["embedding"]):
+
+    def read(name: str) -> np.ndarray:
+        if name in entry_of:
+            entry, theirs = entry_of[name]
+            return entry.to_ours(tuple(_finite(source, one) for one in theirs))[entry.ours.index(name)]
+        if name == "start":
+            return read("embedding")[pretrained.start]
+        return aggregator_weight(name, shapes[name].shape, lambda: read("embedding"))
+
+    if model.tie_embeddings and _HEAD in source.names and not np.array_equal(source.read(_HEAD), read("embedding")):
         raise UserError(
             f"{source.where}: {_HEAD} is not the embedding, although its config says tie_word_embeddings; set it to"
             " false if the head is a table of its own"
         )
-    if pretrained.start is None:
-        return flat
-    flat["start"] = flat["embedding"][pretrained.start]
-    for name, shape in shapes.items():
-        if name.startswith("aggregator."):
-            flat[name] = aggregator_weight(name.removeprefix("aggregator."), shape.shape, flat["embedding"])
-    return flat
+    return read
 
 
 def _check_size(source: Source, model: ModelConfig) -> None:
@@ -186,13 +187,16 @@ def _prefix(source: Source, pretrained: Pretrained) -> str:
             assert_never(pretrained.family)
 
 
-def aggregator_weight(name: str, shape: tuple[int, ...], embedding_VD: np.ndarray) -> np.ndarray:
-    """A weight of the aggregator `neighbours` that leaves the token before a target as the source has it."""
+def aggregator_weight(name: str, shape: tuple[int, ...], embedding_VD: Callable[[], np.ndarray]) -> np.ndarray:
+    """A weight of the aggregator `neighbours` that leaves the token before a target as the source has it.
+
+    name: its export name. embedding_VD: gives the vectors that the source's layers get.
+    """
     match name.split("."):
-        case ["left"]:
+        case ["aggregator", "left"]:
             return np.eye(*shape, dtype=np.float32)
-        case ["unseen_left"]:
-            return embedding_VD.mean(axis=0)  # the source knows no unseen tokens; their mean is any of them
+        case ["aggregator", "unseen_left"]:
+            return embedding_VD().mean(axis=0)  # the source knows no unseen tokens; their mean is any of them
         case _:
             return np.zeros(shape, np.float32)
 

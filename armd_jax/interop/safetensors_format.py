@@ -14,16 +14,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import safetensors
-import safetensors.numpy
 
-from armd_jax import config as configs
 from armd_jax import files
-from armd_jax.config import Config, ModelConfig
+from armd_jax.config import ModelConfig
 from armd_jax.core import parameters
 from armd_jax.core.parameters import Params
 from armd_jax.core.sizes import padded_vocab
 from armd_jax.errors import UserError
-from armd_jax.inference.language_model import LanguageModel
 
 WEIGHTS = "model.safetensors"
 
@@ -58,7 +55,10 @@ def shapes(config: ModelConfig) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def weight(params: Params, config: ModelConfig, name: str) -> np.ndarray:
-    """One of the weights that `flatten` gives, by its export name. No other weight is copied for it."""
+    """One of the weights that `flatten` gives, by its export name. No other weight is copied for it.
+
+    The leaves may be anything that is indexed as arrays are.
+    """
     *parents, last = name.split(".")
     node, layer = params, None
     if parents[:1] == ["layers"]:
@@ -128,46 +128,43 @@ def check_new(out: pathlib.Path) -> None:
         raise UserError(f"--out={out}: {reason}")
 
 
-def write(lm: LanguageModel, config: Config, out: pathlib.Path) -> None:
-    """Writes the export folder, whole or not at all.
+class Export:
+    """The weights of an export, read one at a time."""
 
-    Raises UserError as `check_new` does, and OSError if the export does not fit on the disk.
-    """
-    check_new(out)
-    if lm.tokenizer is None:
-        raise UserError("this model has no tokenizer to export")
-    flat = {name: np.ascontiguousarray(value) for name, value in flatten(lm.params, lm.config).items()}
-    with files.new_folder(out) as folder:
+    def __init__(self, folder: pathlib.Path, config: ModelConfig) -> None:
+        """Reads the header. Raises UserError if names, shapes or types are not those of the config's model."""
+        self._file = folder / WEIGHTS
         try:
-            safetensors.numpy.save_file(flat, folder / WEIGHTS, metadata={"format": "armd-jax"})
-        except safetensors.SafetensorError as error:
-            raise files.os_error(error, out / WEIGHTS) from error
-        (folder / WEIGHTS).chmod(0o644)  # the library makes private files; these are for whoever may read the folder
-        files.write(folder / "config.json", configs.to_json(config))
-        lm.tokenizer.save(folder / "tokenizer")
+            with safetensors.safe_open(self._file, framework="numpy") as opened:
+                slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
+                found = {name: tuple(one.get_shape()) for name, one in slices.items()}
+                types = {name: one.get_dtype() for name, one in slices.items()}
+        except (OSError, ValueError, safetensors.SafetensorError) as error:
+            raise self._unreadable(error) from error
+        layers = {name.split(".")[1] for name in found if name.startswith("layers.")}
+        if len(layers) != config.num_layers:  # before shapes are worked out, whose cost grows with the layers
+            raise UserError(
+                f"{self._file}: has {len(layers)} layers, its config.json says model.num_layers={config.num_layers}"
+            )
+        other = sorted(name for name, kind in types.items() if kind != "F32")
+        if other:
+            raise UserError(f"{self._file}: {other[0]} is {types[other[0]]}, expected F32")
+        wanted = {name: value.shape for name, value in shapes(config).items()}
+        if wanted != found:
+            wrong = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
+            raise UserError(
+                f"{self._file}: does not fit its config.json: {wrong[0]} has shape {found.get(wrong[0])},"
+                f" expected {wanted.get(wrong[0])} ({len(wrong)} tensors differ)"
+            )
 
+    def read(self, name: str) -> np.ndarray:
+        """One weight. Raises UserError if it cannot be read."""
+        try:
+            with safetensors.safe_open(self._file, framework="numpy") as opened:
+                value: np.ndarray = opened.get_tensor(name)
+        except (OSError, ValueError, KeyError, safetensors.SafetensorError) as error:
+            raise self._unreadable(error) from error
+        return value
 
-def read(folder: pathlib.Path, config: ModelConfig) -> Params:
-    """The parameters of an export. Raises UserError if names or shapes are not those of the config's model."""
-    file = folder / WEIGHTS
-    try:
-        flat = safetensors.numpy.load_file(file)
-    except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
-        raise UserError(f"{file}: cannot be read ({error})") from error
-    layers = {name.split(".")[1] for name in flat if name.startswith("layers.")}
-    if (
-        len(layers) != config.num_layers
-    ):  # checked before shapes are worked out, whose cost grows with the number of layers
-        raise UserError(f"{file}: has {len(layers)} layers, its config.json says model.num_layers={config.num_layers}")
-    other = sorted(name for name, value in flat.items() if value.dtype != np.float32)
-    if other:
-        raise UserError(f"{file}: {other[0]} is {flat[other[0]].dtype}, expected float32")
-    wanted = {name: value.shape for name, value in shapes(config).items()}
-    found = {name: value.shape for name, value in flat.items()}
-    if wanted != found:
-        wrong = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
-        raise UserError(
-            f"{file}: does not fit its config.json: {wrong[0]} has shape {found.get(wrong[0])},"
-            f" expected {wanted.get(wrong[0])} ({len(wrong)} tensors differ)"
-        )
-    return unflatten(flat, config)
+    def _unreadable(self, error: Exception) -> UserError:
+        return UserError(f"{self._file}: cannot be read ({error})")

@@ -10,7 +10,8 @@ starts.
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Callable
+import zipfile
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -25,9 +26,9 @@ from armd_jax.core.order import Order
 from armd_jax.errors import UserError
 from armd_jax.inference import likelihood, sampler, schedule
 from armd_jax.inference.draw import GREEDY, Draw
-from armd_jax.inference.language_model import LanguageModel
 from armd_jax.inference.sampler import Ending
 from armd_jax.interop import safetensors_format
+from armd_jax.interop.readable import Readable, reading_place
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 WEIGHTS = "weights.npz"
@@ -115,21 +116,16 @@ def check(config: ModelConfig, streams: int, length: int | None) -> int:
     return length
 
 
-def write(lm: LanguageModel, streams: int, length: int, out: pathlib.Path) -> None:
+def write(model: Readable, streams: int, length: int, out: pathlib.Path) -> None:
     """Writes the folder, whole or not at all. The same model gives the same bytes.
 
     streams: S of the sampler. length: how many tokens it draws, as `check` gives it.
     Raises UserError if `out` exists or cannot be written, and OSError if the export does not fit on the disk.
     """
     safetensors_format.check_new(out)
-    if lm.tokenizer is None:
-        raise UserError("this model has no tokenizer to export")
-    config = _fixed(lm.config)
-    flat = {
-        name: np.ascontiguousarray(value) for name, value in safetensors_format.flatten(lm.params, lm.config).items()
-    }
-    shapes = {name: jax.ShapeDtypeStruct(value.shape, value.dtype) for name, value in flat.items()}
-    exported = _programs(config, shapes, streams, length, lm.tokenizer.end_of_text)
+    config, tokenizer = _fixed(model.config), model.tokenizer
+    shapes = safetensors_format.shapes(model.config)
+    exported = _programs(config, shapes, streams, length, tokenizer.end_of_text)
     facts = {
         "jax": jax.__version__,
         "calling_convention_version": max(each.calling_convention_version for each in exported.values()),
@@ -139,21 +135,29 @@ def write(lm: LanguageModel, streams: int, length: int, out: pathlib.Path) -> No
         "max_length": config.max_length,
         "streams": streams,
         "length": length,
-        "end_of_text": lm.tokenizer.end_of_text,
+        "end_of_text": tokenizer.end_of_text,
     }
     page = _README.format(**facts | {"platforms": ", ".join(PLATFORMS)}, prompt=_longest_prompt(config, length))
     with files.new_folder(out) as folder:
         try:
-            np.savez(folder / WEIGHTS, **flat)  # type: ignore[arg-type]  # its other argument is no name of a tensor
+            _save_npz(folder / WEIGHTS, model.read, sorted(shapes, key=reading_place))
         except OSError as error:
             raise files.os_error(error, out / WEIGHTS) from error
         for name, each in exported.items():
             files.write(folder / f"{name}.jax_export", bytes(each.serialize()))
-        lm.tokenizer.save(folder / "tokenizer")
+        tokenizer.save(folder / "tokenizer")
         files.write(folder / "export.json", typed.to_json(facts, indent=2) + "\n")
         files.write(folder / "run.py", _RUNNER)
         files.write(folder / "README.md", page)
         files.write_checksums(folder)
+
+
+def _save_npz(file: pathlib.Path, read: Callable[[str], np.ndarray], names: Sequence[str]) -> None:
+    """The file of `np.savez`, which has to have all arrays in memory at once."""
+    with zipfile.ZipFile(file, "w", allowZip64=True) as archive:
+        for name in names:
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+                np.lib.format.write_array(member, np.ascontiguousarray(read(name)))
 
 
 def _longest_prompt(config: ModelConfig, length: int) -> int:

@@ -7,7 +7,6 @@ only if it can be read, has the arrays that the config asks for, and every diges
 
 import dataclasses
 import logging
-import os
 import pathlib
 import shutil
 import sys
@@ -23,7 +22,6 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from orbax.checkpoint import checkpoint_managers
 
-from armd_jax import config as configs
 from armd_jax.config import Config
 from armd_jax.core.parameters import Params
 from armd_jax.errors import UserError, out_of_memory
@@ -34,6 +32,7 @@ from armd_jax.training.state import TrainState
 OnFault = Callable[[int, str], None]  # (step, reason)
 # What is restored of a checkpoint: the whole state, or some of its fields by their names.
 Wanted = TypeVar("Wanted", bound=TrainState | dict[str, Params])
+_Read = TypeVar("_Read")
 
 _UNFINISHED = ".orbax-checkpoint-tmp"  # what Orbax adds to the name of a checkpoint until it is whole
 
@@ -132,7 +131,7 @@ class Checkpointer:
         if self._on_failed_save is None or step is None or not alone:
             raise error
         self._remove_unfinished()
-        self._on_failed_save(step, _line(error))
+        self._on_failed_save(step, line(error))
         self._manager.reload()
 
     def _remove_unfinished(self) -> None:
@@ -166,11 +165,11 @@ class Checkpointer:
         except Exception as error:  # Orbax raises anything from KeyError to a bare Exception for damaged files
             if out_of_memory(error) is not None:
                 raise  # the checkpoint may be whole, and must not be moved aside
-            reason = _line(error)
+            reason = line(error)
         if jax.process_count() > 1 and multihost_utils.process_allgather(np.asarray(bool(reason))).any():
             reason = reason or "damaged for another process"  # all take the same checkpoint
         if reason:
-            raise UserError(f"{self._manager.directory / str(step)}: {reason}")
+            raise UserError(f"{self._folder(step)}: {reason}")
         return state
 
     def _read(self, step: int, target: Wanted) -> tuple[Wanted, dict[str, int]]:
@@ -186,9 +185,24 @@ class Checkpointer:
         part = ocp.args.PyTreeRestore(target, restore_args=arguments, partial_restore=True)
         handler = ocp.PyTreeCheckpointHandler()
         try:
-            return handler.restore(self._manager.directory / str(step) / "state", args=part), digests_of_all
+            return handler.restore(self._folder(step) / "state", args=part), digests_of_all
         finally:
             handler.close()
+
+    def described(self, step: int, target: dict[str, Params]) -> tuple[pathlib.Path, dict[str, int]]:
+        """The folder of a step's arrays, and the digest of each by its name, without reading one.
+
+        Raises UserError if the arrays of `target` are not there, or not in its shapes.
+        """
+        try:
+            self._as_stored(step, target)
+            meta = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
+            return self._folder(step) / "state", meta["digests"]
+        except Exception as error:  # Orbax raises anything for damaged files
+            raise UserError(f"{self._folder(step)}: {line(error)}") from error
+
+    def _folder(self, step: int) -> pathlib.Path:
+        return pathlib.Path(self._manager.directory) / str(step)
 
     def _as_stored(self, step: int, target: Wanted) -> Wanted:
         """`target` as it is stored: older runs have one average of all losses.
@@ -213,19 +227,25 @@ class Checkpointer:
     def restore_newest(
         self, target: Wanted, on_skip: OnFault, among: Callable[[int], bool] = lambda step: True
     ) -> Wanted | None:
-        """What `restore` gives of the newest whole checkpoint among those whose step qualifies; None if none qualifies.
+        """What `restore` gives of the newest whole checkpoint, as `newest` finds it."""
+        return self.newest(lambda step: self.restore(step, target), on_skip, among)
 
-        A damaged one is reported through on_skip(step, reason) and passed over. Unless this object only reads, it is
-        also moved to `damaged/<step>` beside the checkpoints, so that the step can be saved again and only good
-        checkpoints count towards how many are kept.
+    def newest(
+        self, read: Callable[[int], _Read], on_skip: OnFault, among: Callable[[int], bool] = lambda step: True
+    ) -> _Read | None:
+        """What `read` gives of the newest checkpoint that it can read, of those whose step qualifies; None without one.
+
+        read: raises UserError if a step is damaged. That step is reported through on_skip(step, reason) and passed
+            over. Unless this object only reads, it is also moved to `damaged/<step>` beside the checkpoints, so that
+            the step can be saved again and only good checkpoints count towards how many are kept.
         Raises UserError if there are checkpoints but none of them is whole.
         """
         found = [step for step in self.steps() if among(step)]
-        state: Wanted | None = None
+        state: _Read | None = None
         damaged: dict[int, str] = {}
         for step in reversed(found):
             try:
-                state = self.restore(step, target)
+                state = read(step)
                 break
             except UserError as error:
                 damaged[step] = str(error)
@@ -264,7 +284,8 @@ def _handlers() -> ocp.handlers.CheckpointHandlerRegistry:
     return registry
 
 
-def _line(error: Exception) -> str:
+def line(error: Exception) -> str:
+    """The error of a library in one line."""
     lines = str(error).splitlines()
     return f"{type(error).__name__}: {lines[0] if lines else ''}"
 
@@ -311,13 +332,14 @@ def _numbers(tree: TrainState | dict[str, Params]) -> dict[str, int]:
 # --- reading a run --------------------------------------------------------------------------------------------------
 
 
-def _one_device() -> Mesh:
+def one_device() -> Mesh:
+    """The mesh of one device of this process."""
     return Mesh([[[jax.local_devices()[0]]]], sharding.AXES, axis_types=(jax.sharding.AxisType.Auto,) * 3)
 
 
 def restore_for_inference(run: pathlib.Path, config: Config, mesh: Mesh | None = None) -> TrainState:
     """The newest whole state of a run, spread over the mesh, or on one device if there is none."""
-    return _restore_newest(run, config, states.abstract(config, mesh or _one_device()))
+    return _restore_newest(run, config, states.abstract(config, mesh or one_device()))
 
 
 def restore_params(run: pathlib.Path, config: Config, ema: bool = True, mesh: Mesh | None = None) -> Params:
@@ -327,52 +349,27 @@ def restore_params(run: pathlib.Path, config: Config, ema: bool = True, mesh: Me
 
     ema: the average, if the run keeps one.
     """
-    target = states.abstract(config, mesh or _one_device())
+    target = states.abstract(config, mesh or one_device())
     name = "params" if target.ema is None or not ema else "ema"
     return _restore_newest(run, config, {name: getattr(target, name)})[name]
 
 
 def _restore_newest(run: pathlib.Path, config: Config, target: Wanted) -> Wanted:
+    with reading(run, config) as checkpointer:
+        return newest_of_run(run, checkpointer, lambda step: checkpointer.restore(step, target))
+
+
+def reading(run: pathlib.Path, config: Config) -> Checkpointer:
+    """The checkpoints of a run, to read them. Raises UserError if there is no folder of them."""
     logging.getLogger("absl").setLevel(logging.ERROR)
     if not (run / "checkpoints").is_dir():
         raise UserError(f"{run}: has no checkpoints yet")
-    with Checkpointer(run, config, read_only=True) as checkpointer:
-        state = checkpointer.restore_newest(
-            target, lambda _, why: print(f"damaged checkpoint passed over: {why}", file=sys.stderr)
-        )
-    if state is None:
+    return Checkpointer(run, config, read_only=True)
+
+
+def newest_of_run(run: pathlib.Path, checkpointer: Checkpointer, read: Callable[[int], _Read]) -> _Read:
+    """`Checkpointer.newest` for those who only read: damage is told on stderr. Raises UserError if there is no step."""
+    found = checkpointer.newest(read, lambda _, why: print(f"damaged checkpoint passed over: {why}", file=sys.stderr))
+    if found is None:
         raise UserError(f"{run}: has no checkpoints yet")
-    return state
-
-
-@dataclasses.dataclass(frozen=True)
-class Found:
-    """One checkpoint as `armd checkpoints` lists it. `fault` is empty if it is whole."""
-
-    step: int
-    bytes: int
-    parameters: int
-    average: bool  # whether it holds averaged parameters
-    skipped: int  # how many updates in a row had been skipped when it was made
-    fault: str
-
-
-def inspect(run: pathlib.Path) -> list[Found]:
-    """Every checkpoint of a run, oldest first, each read whole and verified. Raises UserError if there is no run."""
-    logging.getLogger("absl").setLevel(logging.ERROR)
-    config = configs.read(run)
-    if not (run / "checkpoints").is_dir():
-        raise UserError(f"{run}: has no checkpoints yet")
-    found = []
-    with Checkpointer(run, config, read_only=True) as checkpointer:
-        target = states.abstract(config, _one_device())
-        parameters = sum(leaf.size for leaf in jax.tree.leaves(target.params))
-        for step in checkpointer.steps():
-            folder = run / "checkpoints" / str(step)
-            size = sum(os.path.getsize(file) for file in folder.rglob("*") if file.is_file())
-            try:
-                state = checkpointer.restore(step, target)
-                found.append(Found(step, size, parameters, state.ema is not None, int(state.skipped), ""))
-            except UserError as error:
-                found.append(Found(step, size, 0, False, 0, str(error)))
     return found

@@ -103,6 +103,23 @@ def test_a_stored_config_opens_no_dataset(run, config, monkeypatch):
     assert opened == [("mine", {"data_dir": None})]
 
 
+def test_a_text_without_a_test_split(run, config, tmp_path):
+    """The validation split stands for it, unless the test split is asked for by name; a text of neither is an error."""
+    for name in ("train", "valid"):
+        (tmp_path / f"{name}.txt").write_text("one two three " * 40)
+    source = str(tmp_path / "*.txt")
+    data = held_out.find(run, config, None, source)
+    assert held_out.chosen_split(None, data.splits) == "valid" and data.counts("valid").bytes > 0
+    with pytest.raises(UserError, match="no 'test' split; it has train, valid"):
+        held_out.find(run, config, "test", source)
+    assert held_out.chosen_split(None, held_out.find(run, config, None).splits) == "test"
+    assert held_out.chosen_split("train", data.splits) == "train"
+    (tmp_path / "valid.txt").unlink()
+    alone = dataclasses.replace(config, data=dataclasses.replace(config.data, valid_fraction=0.0, test_fraction=0.0))
+    with pytest.raises(UserError, match="no 'valid' split"):
+        held_out.find(run, alone, None, str(tmp_path / "train.txt"))
+
+
 def test_what_prepare_wrote_can_be_scored(run, config, tmp_path):
     """`--data` takes a prepared folder as it is, and so does a config that names one."""
     made = packing.prepare_into(config.data, LENGTH, tmp_path / "prep", progress=False)

@@ -386,6 +386,7 @@ def test_mistakes_are_one_line(monkeypatch, capsys, tasks, smoke_run):
     refuse("one number of streams", argv=["--tasks=own_rolling", "--streams=1,2"])
     refuse("--limit=0", argv=["--tasks=own_rolling", "--limit=0"])
     refuse("--draws", "--tasks", argv=["--tasks=own_rolling", "--draws=2"])
+    refuse("--split", "--tasks", argv=["--tasks=own_rolling", "--split=test"])
     refuse("--limit", "--tasks", argv=["--limit=2"])
     refuse("--include-path", "--tasks", argv=[include])
     monkeypatch.delattr(armd_jax.evaluation, "lm_eval")

@@ -21,7 +21,7 @@ from armd_jax.config import Config, ModelConfig
 from armd_jax.data.sentencepiece_training import train_model
 from armd_jax.data.tokenizers import BytesTokenizer, SentencePieceTokenizer, Tokenizer
 from armd_jax.inference.language_model import LanguageModel
-from armd_jax.interop import safetensors_format
+from armd_jax.interop import readable
 from armd_jax.names import DecodingMode
 from armd_jax.order_config import OrderConfig
 
@@ -50,7 +50,7 @@ def _params(seed: int) -> dict[str, Any]:
 def _export(folder: pathlib.Path, seed: int, tokenizer: Tokenizer) -> pathlib.Path:
     config = dataclasses.replace(MODEL, vocab_size=tokenizer.vocab_size)
     lm = LanguageModel(config, _params(seed), tokenizer)
-    safetensors_format.write(lm, Config(model=config, order=OrderConfig(max_permuted=4)), folder)
+    readable.write(readable.of(lm), Config(model=config, order=OrderConfig(max_permuted=4)), folder)
     return folder
 
 

@@ -7,7 +7,7 @@ import gguf
 import numpy as np
 import pytest
 
-from armd_jax.interop import importing, safetensors_format
+from armd_jax.interop import importing, readable
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_compilation")]
 WIDTH, HEADS, KV_HEADS, HIDDEN, LAYERS = 32, 4, 2, 48, 2
@@ -64,8 +64,8 @@ def test_an_import_is_the_model_of_the_file(run_benchmark, tmp_path):
     _write(file)
     text.write_text("The sequence of bytes is read.")
     for layers in (0, 2):
-        lm, config = importing.read(importing.open_source(file), layers)
-        safetensors_format.write(lm, config, tmp_path / f"m{layers}")
+        lm, config = importing.open_model(importing.open_source(file), layers)
+        readable.write(lm, config, tmp_path / f"m{layers}")
     flags = [f"--gguf={file}", "--runs", str(tmp_path / "m0"), str(tmp_path / "m2"), f"--text={text}"]
     flags += ["--tokens=20", "--greedy-tokens=5", "--streams", "2", "--speed-tokens=8", "--turns=1", "--json"]
     done = run_benchmark("pretrained.py", *flags)

@@ -9,7 +9,7 @@ from armd_jax.core import order
 from armd_jax.data.tokenizers import BytesTokenizer
 from armd_jax.errors import UserError
 from armd_jax.inference.language_model import LanguageModel
-from armd_jax.interop import continuing, safetensors_format
+from armd_jax.interop import continuing, readable
 from armd_jax.order_config import OrderConfig
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -23,7 +23,7 @@ def _export(folder, **fields):
     lm = LanguageModel.create(config)
     noise = jax.tree.map(lambda a: a + 0.3 * jax.random.normal(jax.random.key(a.size), a.shape), lm.params)
     lm = LanguageModel(config, noise, BytesTokenizer())
-    safetensors_format.write(lm, Config(model=config, order=OrderConfig(kind="left_to_right")), folder)
+    readable.write(readable.of(lm), Config(model=config, order=OrderConfig(kind="left_to_right")), folder)
     return lm
 
 
@@ -42,7 +42,8 @@ def _export(folder, **fields):
 def test_likelihoods_stay(tmp_path, fields, two_stream_layers):
     """From left to right, whatever M, and wherever the rows of the autoregressive model stood."""
     before = _export(tmp_path / "ar", **AUTOREGRESSIVE, **fields)
-    after, config = continuing.read(tmp_path / "ar", two_stream_layers)
+    with continuing.open_model(tmp_path / "ar", two_stream_layers) as (opened, config):
+        after = opened.load()
     assert config.model == after.config
     assert (after.config.two_stream_layers, after.config.aggregator) == (two_stream_layers, "neighbours")
     tokens_BN = np.random.default_rng(0).integers(0, 256, (2, 16))
@@ -53,11 +54,13 @@ def test_likelihoods_stay(tmp_path, fields, two_stream_layers):
 def test_other_models_are_refused(tmp_path):
     """What is an ARMD already, and layers that are not there."""
     _export(tmp_path / "armd", two_stream_layers=1)
-    with pytest.raises(UserError, match="its model is not autoregressive .* set training.init_from="):
-        continuing.read(tmp_path / "armd")
+    refused = pytest.raises(UserError, match="its model is not autoregressive .* set training.init_from=")
+    with refused, continuing.open_model(tmp_path / "armd"):
+        pass
     _export(tmp_path / "ar", **AUTOREGRESSIVE)
-    with pytest.raises(UserError, match="--two-stream=4: must be in 0 .. 3"):
-        continuing.read(tmp_path / "ar", 4)
+    refused = pytest.raises(UserError, match="--two-stream=4: must be in 0 .. 3")
+    with refused, continuing.open_model(tmp_path / "ar", 4):
+        pass
 
 
 def test_what_is_a_run(tmp_path):

@@ -366,7 +366,8 @@ def test_an_import_is_that_of_the_folder(tmp_path, name):
     _trained("gpt-2").save(str(folder / "tokenizer.json"))
     for source in (one := importing.open_source(folder)), file:
         assert {each: source.shape(each) for each in source.names} == {each: a.shape for each, a in ours.items()}
-    (lm, config), (other, other_config) = importing.read(one), importing.read(file)
+    (first, config), (second, other_config) = importing.open_model(one), importing.open_model(file)
+    lm, other = first.load(), second.load()
     assert config == other_config and lm.tokenizer.vocab_size == other.tokenizer.vocab_size == lm.config.vocab_size
     assert [lm.tokenizer.encode(text) for text in TEXTS] == [other.tokenizer.encode(text) for text in TEXTS]
     assert jax.tree.structure(lm.params) == jax.tree.structure(other.params)

@@ -4,6 +4,7 @@ What transformers make of these folders is in `test_transformers.py`.
 """
 
 import dataclasses
+import functools
 import hashlib
 import itertools
 import json
@@ -32,7 +33,7 @@ from armd_jax.data import tokenizer_export, tokenizers
 from armd_jax.data.sentencepiece_training import train_model
 from armd_jax.errors import UserError
 from armd_jax.inference.language_model import LanguageModel
-from armd_jax.interop import importing, safetensors_format
+from armd_jax.interop import importing, readable, safetensors_format
 from armd_jax.interop.huggingface import card, exporting, names, native
 from armd_jax.interop.huggingface.card import Facts
 from armd_jax.interop.huggingface.configs import ARMD_FIELDS
@@ -65,7 +66,7 @@ def _same_params(one: parameters.Params, other: parameters.Params) -> None:
 def folder(tmp_path_factory, small_armd) -> pathlib.Path:
     """The export of the default model; tests only read it."""
     out = tmp_path_factory.mktemp("export") / "model"
-    exporting.write(small_armd.model("default"), out, Facts())
+    exporting.write(readable.of(small_armd.model("default")), out, Facts())
     return out
 
 
@@ -77,7 +78,7 @@ def test_every_model_comes_back_to_the_last_bit(tmp_path, small_armd):
     """Parameters, config and tokenizer of a folder with its own code, by `armd.load`, for every kind of network."""
     for number, name in enumerate(small_armd.configs):
         lm, out = small_armd.model(name), tmp_path / str(number)
-        written = exporting.write(lm, out, Facts(), code="remote", shard_gb=1e-5 if number % 2 else 5)
+        written = exporting.write(readable.of(lm), out, Facts(), code="remote", shard_gb=1e-5 if number % 2 else 5)
         assert not written.native and len(list(out.glob("*.safetensors"))) > 1 or not number % 2
         back = armd.load(out)
         _same_params(lm.params, back.params)
@@ -119,7 +120,7 @@ def test_the_table_names_every_weight(small_armd):
 def test_the_command_line_goes_there_and_back(tmp_path, small_armd, capsys):
     """`armd export`, `armd import` and `armd export` again give the same weights; the import has nothing to choose."""
     lm = small_armd.model("default")
-    safetensors_format.write(lm, configs.Config(model=lm.config), tmp_path / "first")
+    readable.write(readable.of(lm), configs.Config(model=lm.config), tmp_path / "first")
     command = ["export", "--format=huggingface", f"--run={tmp_path / 'first'}", f"--out={tmp_path / 'hub'}"]
     assert cli.main([*command, "--shard-size=0.00001"]) == 0
     assert "needs trust_remote_code, because aggregator=neighbours" in capsys.readouterr().out
@@ -144,7 +145,7 @@ def test_an_imported_model_goes_back_as_what_it_was(tmp_path, pretrained):
         config = pretrained.configs[name]
         weights = pretrained.weights(config)
         source = Folder(pretrained.write(tmp_path / f"{number}", config, weights))
-        lm, _ = importing.read(source, two_stream_layers=number % 3, aggregator="shift")
+        lm, _ = importing.open_model(source, two_stream_layers=number % 3, aggregator="shift")
         written = exporting.write(lm, tmp_path / f"{number}.out", Facts())
         assert written.native and not list((tmp_path / f"{number}.out").glob("*.py"))
         found = _tensors(tmp_path / f"{number}.out")
@@ -154,9 +155,9 @@ def test_an_imported_model_goes_back_as_what_it_was(tmp_path, pretrained):
         kind = "llama" if config["model_type"] == "mistral" else config["model_type"]
         assert fields["model_type"] == kind and "auto_map" not in fields
         assert (fields["bos_token_id"], fields["eos_token_id"]) == (268, 268)
-        again, _ = importing.read(Folder(tmp_path / f"{number}.out"), number % 3, aggregator="shift")
+        again, _ = importing.open_model(Folder(tmp_path / f"{number}.out"), number % 3, aggregator="shift")
         assert again.config == lm.config
-        _same_params(again.params, lm.params)
+        _same_params(again.load().params, lm.load().params)
 
 
 @pytest.mark.slow
@@ -169,7 +170,7 @@ def test_a_model_of_our_own_is_native_if_nothing_tells_the_difference(
     lm = _autoregressive(
         small_armd, learned, two_stream_layers=two_stream, prediction_position="previous" if two_stream else "own"
     )
-    assert exporting.write(lm, tmp_path / "out", Facts()).native
+    assert exporting.write(readable.of(lm), tmp_path / "out", Facts()).native
     fields, weights = _json(tmp_path / "out" / "config.json"), _tensors(tmp_path / "out")
     assert not fields["tie_word_embeddings"]  # the scale of its embeddings is in one of the two tables now
     fields |= {"rope_theta": fields.get("rope_parameters", {}).get("rope_theta")}
@@ -212,9 +213,9 @@ def test_what_is_not_exactly_native_says_why(tmp_path, small_armd, changes, reas
     if own_start:
         lm = lm.replace(lm.params | {"start": lm.params["start"].at[-1].multiply(1.0001)})  # one number of it
     with pytest.raises(UserError, match=reason) as error:
-        exporting.write(lm, tmp_path / "out", Facts(), code="native")
+        exporting.write(readable.of(lm), tmp_path / "out", Facts(), code="native")
     assert "--code=native" in str(error.value) and not list(tmp_path.iterdir())
-    written = exporting.write(lm, tmp_path / "out", Facts())
+    written = exporting.write(readable.of(lm), tmp_path / "out", Facts())
     assert not written.native and reason in written.why
 
 
@@ -223,7 +224,7 @@ def test_what_is_not_exactly_native_says_why(tmp_path, small_armd, changes, reas
 
 def test_shards_and_their_index(tmp_path, small_armd, folder):
     """No shard is larger than asked for, unless one weight alone is; the index names every weight."""
-    exporting.write(small_armd.model("default"), tmp_path / "out", Facts(), shard_gb=2e-5)
+    exporting.write(readable.of(small_armd.model("default")), tmp_path / "out", Facts(), shard_gb=2e-5)
     index, whole = _json(tmp_path / "out" / "model.safetensors.index.json"), _tensors(folder)
     files = sorted((tmp_path / "out").glob("*.safetensors"))
     assert len(files) > 3 and files[0].name == f"model-00001-of-{len(files):05d}.safetensors"
@@ -240,16 +241,17 @@ def test_shards_and_their_index(tmp_path, small_armd, folder):
 
 
 @pytest.mark.slow
-def test_one_shard_is_in_memory_at_a_time(tmp_path):
-    """What is allocated while weights are written is one shard and what one weight needs, not the model."""
+def test_one_weight_is_in_memory_at_a_time(tmp_path, small_armd):
+    """What is allocated while weights are written is what one weight needs, neither the model nor a file of it."""
     config = ModelConfig(vocab_size=257, max_length=8, num_layers=12, two_stream_layers=6, width=128, num_heads=2)
     shapes = jax.eval_shape(lambda: parameters.init(jax.random.key(0), config))
     params = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
     total = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
-    weights = exporting._Weights(params, config, None)
-    exporting._write_weights(weights, tmp_path, "float32", 1 << 20)  # what is compiled once is compiled now
+    read = functools.partial(safetensors_format.weight, params, config)
+    weights = exporting._Weights(readable.Readable(config, small_armd.model("default").tokenizer, read), None)
+    exporting._write_weights(weights, tmp_path, "float32", 4 << 20)  # what is compiled once is compiled now
     tracemalloc.start()
-    exporting._write_weights(weights, tmp_path, "float32", 1 << 20)
+    exporting._write_weights(weights, tmp_path, "float32", 4 << 20)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert total > 8 << 20 and peak < 2 << 20
@@ -259,7 +261,7 @@ def test_dtypes(tmp_path, small_armd, folder):
     """Weights are rounded once, and what a dtype cannot hold is refused."""
     lm, whole = small_armd.model("default"), _tensors(folder)
     for name, kind in (("bfloat16", ml_dtypes.bfloat16), ("float16", np.float16)):
-        exporting.write(lm, tmp_path / name, Facts(), dtype=name)
+        exporting.write(readable.of(lm), tmp_path / name, Facts(), dtype=name)
         assert _json(tmp_path / name / "config.json")["dtype"] == name
         with safetensors.safe_open(tmp_path / name / "model.safetensors", framework="flax") as opened:
             assert set(opened.keys()) == whole.keys()
@@ -268,7 +270,7 @@ def test_dtypes(tmp_path, small_armd, folder):
                 assert found.dtype == kind and np.array_equal(found, value.astype(kind))
     large = lm.replace(lm.params | {"start": lm.params["start"] * 1e6})
     with pytest.raises(UserError, match="--dtype=float16: model.start has values beyond"):
-        exporting.write(large, tmp_path / "large", Facts(), dtype="float16")
+        exporting.write(readable.of(large), tmp_path / "large", Facts(), dtype="float16")
     assert not (tmp_path / "large").exists()
 
 

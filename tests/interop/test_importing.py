@@ -21,7 +21,7 @@ from armd_jax.config import ModelConfig
 from armd_jax.core import objective, parameters
 from armd_jax.errors import UserError
 from armd_jax.inference.language_model import LanguageModel
-from armd_jax.interop import importing, safetensors_format
+from armd_jax.interop import importing, readable
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -37,7 +37,7 @@ CASES = [(name, 1) for name in NAMES] + [(name, m) for name in (GPT2, GROUPED, B
 
 
 def _read(folder: pathlib.Path, *args: Any) -> LanguageModel:
-    return importing.read(importing.open_source(folder), *args)[0]
+    return importing.open_model(importing.open_source(folder), *args)[0].load()
 
 
 def _left_to_right(lm: LanguageModel, tokens: np.ndarray = TOKENS) -> np.ndarray:
@@ -110,11 +110,11 @@ def test_a_model_that_stays_autoregressive(folders, pretrained):
 
 def test_sizes_that_are_chosen(tmp_path, folders):
     """M is half of the layers and N the source's length, unless they are given. What is written can be read."""
-    lm, config = importing.read(importing.open_source(folders[GPT2]))
+    lm, config = importing.open_model(importing.open_source(folders[GPT2]))
     assert (lm.config.two_stream_layers, lm.config.max_length) == (1, 40) and config.model == lm.config
     assert _read(folders[GPT2], 2, 40).config.two_stream_layers == 2
-    lm, config = importing.read(importing.open_source(folders[GPT2]), 0, 1)
-    safetensors_format.write(lm, config, tmp_path / "short")
+    lm, config = importing.open_model(importing.open_source(folders[GPT2]), 0, 1)
+    readable.write(lm, config, tmp_path / "short")
     assert armd.load(tmp_path / "short").config.max_length == 1
 
 
@@ -347,8 +347,9 @@ def test_the_command_makes_what_the_others_take(tmp_path, capsys, corpus, folder
 def test_an_import_survives_being_written(tmp_path, folders):
     """Every parameter of every kind of source comes back from its export, to the last bit."""
     for name in (GPT2, BIASES, QWEN3):
-        lm, config = importing.read(importing.open_source(folders[name]), 2)
-        safetensors_format.write(lm, config, tmp_path / name)
+        source, config = importing.open_model(importing.open_source(folders[name]), 2)
+        lm = source.load()
+        readable.write(source, config, tmp_path / name)
         again = armd.load(tmp_path / name)
         assert dataclasses.replace(again.config) == lm.config and again.tokenizer.hash == lm.tokenizer.hash
         _assert_same_params(again.params, lm.params)

@@ -20,7 +20,7 @@ from armd_jax.core import parameters
 from armd_jax.data import tokenizers
 from armd_jax.errors import UserError
 from armd_jax.inference.language_model import LanguageModel
-from armd_jax.interop import load, safetensors_format
+from armd_jax.interop import load, readable
 from armd_jax.training import checkpoints
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -30,7 +30,7 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 def export(tmp_path_factory: pytest.TempPathFactory, smoke_run: pathlib.Path) -> pathlib.Path:
     """The export of the smoke run; tests only read it."""
     out = tmp_path_factory.mktemp("export") / "model"
-    safetensors_format.write(armd.load(smoke_run), configs.read(smoke_run), out)
+    readable.write(readable.of(armd.load(smoke_run)), configs.read(smoke_run), out)
     return out
 
 
@@ -85,7 +85,7 @@ def test_export_of_every_shape_of_model(tmp_path, two_stream_layers, tied):
     )
     config = Config(model=model)
     lm = LanguageModel(model, load.without_padding(params, config), tokenizer)
-    safetensors_format.write(lm, config, tmp_path / "out")
+    readable.write(readable.of(lm), config, tmp_path / "out")
     again = armd.load(tmp_path / "out")
     assert again.config == model
     _assert_same_params(again.params, lm.params)
@@ -100,7 +100,7 @@ def test_old_exports_keep_their_meaning(tmp_path):
     model = ModelConfig(vocab_size=tokenizer.vocab_size, max_length=32, num_layers=2, two_stream_layers=1, width=8)
     model = dataclasses.replace(model, num_heads=2, aggregator="positional", positional_width=4)
     new = dataclasses.replace(LanguageModel.create(model), tokenizer=tokenizer)
-    safetensors_format.write(new, Config(model=model), tmp_path / "old")
+    readable.write(readable.of(new), Config(model=model), tmp_path / "old")
     file = tmp_path / "old" / "config.json"
     values = json.loads(file.read_text())
     for newer in ("embedding_scale", "neighbours", "positional_gain", "qk_norm", "logit_cap", "residual_init", "kind"):
@@ -168,17 +168,17 @@ def test_export_is_whole_or_absent(tmp_path, monkeypatch, export, full_disk):
     lm, config = armd.load(export), configs.read(export)
     (tmp_path / "taken").mkdir()
     with pytest.raises(UserError, match="exists already"):
-        safetensors_format.write(lm, config, tmp_path / "taken")
+        readable.write(readable.of(lm), config, tmp_path / "taken")
 
     def fails(*_):
         raise OSError("disk full")
 
     with full_disk(1000), pytest.raises(OSError) as error:
-        safetensors_format.write(lm, config, tmp_path / "out")
+        readable.write(readable.of(lm), config, tmp_path / "out")
     assert (error.value.errno, error.value.filename) == (errno.EFBIG, str(tmp_path / "out" / "model.safetensors"))
     monkeypatch.setattr(type(lm.tokenizer), "save", fails)
     with pytest.raises(OSError, match="disk full"):
-        safetensors_format.write(lm, config, tmp_path / "out")
+        readable.write(readable.of(lm), config, tmp_path / "out")
     assert [path.name for path in tmp_path.rglob("*")] == ["taken"]
     with pytest.raises(UserError, match="no tokenizer"):
-        safetensors_format.write(dataclasses.replace(lm, tokenizer=None), config, tmp_path / "out")
+        readable.write(readable.of(dataclasses.replace(lm, tokenizer=None)), config, tmp_path / "out")

@@ -1,4 +1,4 @@
-"""`--mesh`: a run is scored, sampled and exported with its weights spread over several devices."""
+"""`--mesh`: a run is scored and sampled, and an export is loaded, with its weights spread over several devices."""
 
 import os
 import pathlib
@@ -14,7 +14,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 # Compares a run on one device with the same on meshes of four.
 _CASES = """
 import json, pathlib, sys
-import jax, numpy as np, safetensors.numpy
+import jax, numpy as np
 import armd_jax as armd
 from armd_jax.cli import main as cli
 from armd_jax.config import MeshConfig
@@ -39,13 +39,11 @@ for score in ("left_to_right", "random_orders"):
     nats = [result[score]["nats_per_token"] for result in found.values()]
     np.testing.assert_allclose(nats[1], nats[0], rtol=1e-5)
 assert cli.main(["sample", f"--run={run}", "--length=8", "--mesh=tensor=2,data=-1", f"--out={out}"]) == 0
-exported = []
-for name, words in (("export-one", []), ("export-four", ["--mesh=fsdp=4"])):
-    assert cli.main(["export", f"--run={run}", f"--out={out / name}", *words]) == 0
-    exported.append(safetensors.numpy.load_file(out / name / "model.safetensors"))
-assert all(np.array_equal(value, exported[1][name]) for name, value in exported[0].items())
-copy = armd.load(out / "export-four", mesh=sharding.make_mesh(MeshConfig(fsdp=4)))
+assert cli.main(["export", f"--run={run}", f"--out={out / 'export'}"]) == 0
+copy = armd.load(out / "export", mesh=sharding.make_mesh(MeshConfig(fsdp=4)))
 assert len(copy.params["causal"]["mlp_in"].sharding.device_set) == 4
+for found, expected in zip(jax.tree.leaves(copy.params), jax.tree.leaves(one.params), strict=True):
+    np.testing.assert_array_equal(found, expected)
 for words in (["--mesh=fsdp=3"], ["--mesh=data=3,fsdp=-1"], ["--mesh=tensor=4"], ["--mesh=data=4", "--batch=6"]):
     assert cli.main(["eval", f"--run={run}", f"--out={out}", *words]) == 2, words
 """
@@ -53,7 +51,7 @@ for words in (["--mesh=fsdp=3"], ["--mesh=data=3,fsdp=-1"], ["--mesh=tensor=4"],
 
 @pytest.mark.slow
 def test_verbs_on_a_mesh_find_what_one_device_finds(tmp_path, smoke_run):
-    """Scores agree to 1e-5, greedy texts and exported weights are equal, and no device has more than its part."""
+    """Scores agree to 1e-5, greedy texts are equal, and no device has more than its part."""
     environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "4"}
     environment |= {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
     command = [sys.executable, "-c", _CASES, str(smoke_run), str(tmp_path)]

@@ -16,7 +16,7 @@ from armd_jax import config as configs
 from armd_jax.cli import main as cli
 from armd_jax.errors import UserError
 from armd_jax.inference.language_model import LanguageModel
-from armd_jax.interop import safetensors_format
+from armd_jax.interop import readable
 from armd_jax.interop.huggingface import exporting
 from armd_jax.interop.huggingface.card import Facts
 
@@ -31,7 +31,7 @@ def _json(file: pathlib.Path) -> Any:
 def folder(tmp_path_factory, small_armd) -> pathlib.Path:
     """The export of the default model; tests only read it."""
     out = tmp_path_factory.mktemp("export") / "model"
-    exporting.write(small_armd.model("default"), out, Facts())
+    exporting.write(readable.of(small_armd.model("default")), out, Facts())
     return out
 
 
@@ -41,11 +41,11 @@ def folder(tmp_path_factory, small_armd) -> pathlib.Path:
 def test_what_cannot_be_exported_is_one_line(tmp_path, small_armd, capsys):
     """A denoiser, a shard of no size, and flags of another format, before anything is loaded or written."""
     lm = small_armd.model("default")
-    safetensors_format.write(lm, configs.Config(model=lm.config), tmp_path / "run")
+    readable.write(readable.of(lm), configs.Config(model=lm.config), tmp_path / "run")
     denoiser = LanguageModel.create(dataclasses.replace(lm.config, kind="denoiser"))
     denoiser = dataclasses.replace(denoiser, tokenizer=lm.tokenizer)
     order_section = configs.OrderConfig(kind="left_to_right")
-    safetensors_format.write(denoiser, configs.Config(model=denoiser.config, order=order_section), tmp_path / "mask")
+    readable.write(readable.of(denoiser), configs.Config(model=denoiser.config, order=order_section), tmp_path / "mask")
     before = sorted(tmp_path.iterdir())
     for run, flags, message in [
         ("mask", ["--format=huggingface"], "a denoiser"),
@@ -67,13 +67,13 @@ def test_an_export_is_whole_or_absent(tmp_path, small_armd, full_disk):
     lm = small_armd.model("default")
     for shard_gb in (5, 2e-5):
         with full_disk(10_000), pytest.raises(OSError) as error:
-            exporting.write(lm, tmp_path / "out", Facts(), shard_gb=shard_gb)
+            exporting.write(readable.of(lm), tmp_path / "out", Facts(), shard_gb=shard_gb)
         assert error.value.errno == errno.EFBIG and not list(tmp_path.iterdir())
     (tmp_path / "out").mkdir()
     with pytest.raises(UserError, match="exists already"):
-        exporting.write(lm, tmp_path / "out", Facts())
+        exporting.write(readable.of(lm), tmp_path / "out", Facts())
     with pytest.raises(UserError, match="no tokenizer"):
-        exporting.write(dataclasses.replace(lm, tokenizer=None), tmp_path / "other", Facts())
+        exporting.write(readable.of(dataclasses.replace(lm, tokenizer=None)), tmp_path / "other", Facts())
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 

@@ -22,7 +22,7 @@ from armd_jax.cli import main as cli
 from armd_jax.config import DataConfig, ModelConfig
 from armd_jax.data import tokenizers
 from armd_jax.inference.language_model import LanguageModel
-from armd_jax.interop import stablehlo
+from armd_jax.interop import readable, stablehlo
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -70,7 +70,7 @@ def _drawn(lm: LanguageModel, new: int, **how: Any) -> tuple[np.ndarray, np.ndar
 def test_programs_are_the_model(tmp_path, config, streams, temperatures):
     """Log-probabilities of texts of any length, under any order, to 1e-5; samples of any prompts, token by token."""
     lm = _model(config)
-    stablehlo.write(lm, streams, 24, tmp_path / "out")
+    stablehlo.write(readable.of(lm), streams, 24, tmp_path / "out")
     run = runpy.run_path(str(tmp_path / "out" / "run.py"))
     tokens = np.random.default_rng(0).integers(0, 257, (3, 17)).astype(np.int32)
     expected = lm.log_prob(tokens, order.left_to_right(3, 17))
@@ -141,7 +141,7 @@ def test_a_process_without_the_package(tmp_path, capsys, smoke_run):
 @pytest.mark.slow
 def test_what_the_programs_promise(tmp_path):
     """All platforms, no custom call but the check of sizes, open sizes with their limits, no folder of this machine."""
-    stablehlo.write(_model(SMALL), 2, 24, tmp_path / "out")
+    stablehlo.write(readable.of(_model(SMALL)), 2, 24, tmp_path / "out")
     facts = json.loads((tmp_path / "out" / "export.json").read_text())
     assert facts["jax"] == jax.__version__ and (facts["streams"], facts["length"]) == (2, 24)
     page = (tmp_path / "out" / "README.md").read_text()
@@ -201,8 +201,8 @@ def test_the_folder_is_whole_or_absent(tmp_path, full_disk, size):
     """On a full disk, whichever file no longer fits, nothing is left behind. An existing folder is not written into."""
     lm = _model(SMALL)
     with full_disk(size), pytest.raises(OSError):
-        stablehlo.write(lm, 1, 40, tmp_path / "out")
+        stablehlo.write(readable.of(lm), 1, 40, tmp_path / "out")
     assert not list(tmp_path.iterdir())
     (tmp_path / "out").mkdir()
     with pytest.raises(armd.UserError, match="exists already"):
-        stablehlo.write(lm, 1, 40, tmp_path / "out")
+        stablehlo.write(readable.of(lm), 1, 40, tmp_path / "out")

@@ -12,7 +12,7 @@ import pytest
 from armd_jax import order
 from armd_jax.data import tokenizers
 from armd_jax.inference.language_model import LanguageModel
-from armd_jax.interop import importing
+from armd_jax.interop import importing, readable
 from armd_jax.interop.huggingface import exporting
 from armd_jax.interop.huggingface.card import Facts
 from armd_jax.interop.huggingface.source import Folder
@@ -46,7 +46,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory, small_armd: types.SimpleN
     def get(name: str) -> tuple[LanguageModel, pathlib.Path, Any]:
         if name not in made:
             lm, folder = small_armd.model(name), tmp_path_factory.mktemp("export") / f"model_{len(made)}"
-            exporting.write(lm, folder, Facts(), code="remote")
+            exporting.write(readable.of(lm), folder, Facts(), code="remote")
             made[name] = lm, folder, _load(folder)
         return made[name]
 
@@ -194,7 +194,7 @@ def test_mistakes_are_errors(exported):
 def test_shards_dtypes_and_tokenizer(tmp_path, exported):
     """A folder in shards and in bfloat16 loads, is close, and comes with its tokenizer."""
     lm, _, model = exported("default")
-    exporting.write(lm, tmp_path / "half", Facts(), dtype="bfloat16", shard_gb=1e-5)
+    exporting.write(readable.of(lm), tmp_path / "half", Facts(), dtype="bfloat16", shard_gb=1e-5)
     half = _load(tmp_path / "half", dtype="auto")
     assert half.dtype == torch.bfloat16 and len(list((tmp_path / "half").glob("*.safetensors"))) > 3
     gap = (half.log_prob(IDS) - model.log_prob(IDS)).abs()
@@ -217,8 +217,9 @@ def test_native_models_load_without_code(tmp_path, pretrained):
     for number, name in enumerate(("gpt2", "llama with all biases", "llama 3", "qwen2", "qwen3", "mistral")):
         config = pretrained.configs[name]
         source = Folder(pretrained.write(tmp_path / f"{number}", config))
-        lm, _ = importing.read(source, two_stream_layers=1, aggregator="shift")
-        assert exporting.write(lm, tmp_path / f"{number}.out", Facts()).native
+        opened, _ = importing.open_model(source, two_stream_layers=1, aggregator="shift")
+        lm = opened.load()
+        assert exporting.write(opened, tmp_path / f"{number}.out", Facts()).native
         model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / f"{number}.out").eval()
         assert type(model).__name__ == classes[config["model_type"]]
         bos = json.loads((tmp_path / f"{number}.out" / "config.json").read_text())["bos_token_id"]

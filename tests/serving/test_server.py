@@ -20,7 +20,7 @@ from armd_jax.config import Config, ModelConfig
 from armd_jax.core import parameters
 from armd_jax.errors import UserError
 from armd_jax.inference.language_model import LanguageModel
-from armd_jax.interop import load, safetensors_format
+from armd_jax.interop import load, readable
 from armd_jax.serving import server
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -30,7 +30,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 def run(tmp_path_factory, lm) -> pathlib.Path:
     """An export of the tiny model."""
     folder = tmp_path_factory.mktemp("serve") / "tiny"
-    safetensors_format.write(lm, Config(model=lm.config), folder)
+    readable.write(readable.of(lm), Config(model=lm.config), folder)
     return folder
 
 
@@ -115,7 +115,7 @@ def test_a_denoiser_is_refused(tmp_path, lm, capsys):
     shapes = jax.eval_shape(lambda: parameters.init(jax.random.key(0), config))
     params = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
     denoiser = LanguageModel(config, params, lm.tokenizer)
-    safetensors_format.write(denoiser, Config(model=config), tmp_path / "run")
+    readable.write(readable.of(denoiser), Config(model=config), tmp_path / "run")
     assert cli.main(["serve", f"--run={tmp_path / 'run'}", "--port=0"]) == 2
     assert "denoiser" in capsys.readouterr().err
 

@@ -18,7 +18,7 @@ from armd_jax.cli import main as cli
 from armd_jax.config import Config
 from armd_jax.data import loader
 from armd_jax.errors import UserError
-from armd_jax.training import checkpoints, sharding, state
+from armd_jax.training import checkpoint_listing, checkpoints, sharding, state
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -176,7 +176,7 @@ def test_a_full_disk_costs_no_checkpoint(run, config, full_disk):
             assert _steps(run) == [30, 40]
         assert [at for at, _ in told] == [50] and checkpointer.steps() == [30, 40] and not saved
         assert checkpointer.save(now, 60) and checkpointer.wait()
-    assert [found.step for found in checkpoints.inspect(run) if not found.fault][-2:] == [40, 60]
+    assert [found.step for found in checkpoint_listing.inspect(run) if not found.fault][-2:] == [40, 60]
     assert saved == [60] and len(told) == 1
 
 

@@ -13,7 +13,7 @@ import pytest
 
 from armd_jax.cli import main as cli
 from armd_jax.errors import UserError
-from armd_jax.training import checkpoints, distributed
+from armd_jax.training import checkpoint_listing, distributed
 
 pytestmark = pytest.mark.slow
 
@@ -157,7 +157,8 @@ def test_sigterm_to_one_stops_both(tmp_path, smoke_config, corpus):
     assert [code for code, _ in ended] == [75, 75], ended
     last = _rows(workdir, "events.jsonl")[-1]
     assert last["event"] == "stop"
-    assert (checkpoints.inspect(workdir)[-1].step, checkpoints.inspect(workdir)[-1].fault) == (last["step"], "")
+    newest = checkpoint_listing.inspect(workdir)[-1]
+    assert (newest.step, newest.fault) == (last["step"], "")
 
     # SIGKILL to one: the other ends within half a minute, with a message, and the run can be continued.
     processes = _start(_command(workdir, smoke_config, corpus, 100_000), 2, tmp_path)
@@ -168,7 +169,7 @@ def test_sigterm_to_one_stops_both(tmp_path, smoke_config, corpus):
     (code, err), (killed, _) = _end(processes, timeout=60)
     assert time.monotonic() - began < 30 and killed == -signal.SIGKILL
     assert code not in (0, 2, 75) and err.strip()
-    assert not checkpoints.inspect(workdir)[-1].fault
+    assert not checkpoint_listing.inspect(workdir)[-1].fault
 
 
 @pytest.mark.parametrize(

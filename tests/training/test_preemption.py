@@ -11,7 +11,7 @@ import time
 import jax
 import pytest
 
-from armd_jax.training import checkpoints
+from armd_jax.training import checkpoint_listing
 from armd_jax.training.preemption import Preemption
 
 
@@ -47,7 +47,7 @@ def test_a_signal_saves_and_leaves(tmp_path, smoke_config, corpus, number):
     last = _rows(tmp_path / "run", "events.jsonl")[-1]
     assert last["event"] == "stop" and f"stopped by a signal after step {last['step']}" in out
     assert number.name in err
-    found = checkpoints.inspect(tmp_path / "run")
+    found = checkpoint_listing.inspect(tmp_path / "run")
     assert [(one.step, one.fault) for one in found] == [(last["step"], "")]
     assert _rows(tmp_path / "run", "metrics.jsonl")[-1]["step"] == last["step"]
 

@@ -6,29 +6,28 @@ host memory beside the model itself is one shard.
 """
 
 import dataclasses
+import functools
+import itertools
 import pathlib
 from collections.abc import Iterator
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-import safetensors
-import safetensors.numpy
 
 from armd_jax import files, typed
 from armd_jax.config import ModelConfig
-from armd_jax.core.parameters import Params
 from armd_jax.core.sizes import mlp_width
 from armd_jax.data import tokenizer_export
 from armd_jax.data.tokenizers import Tokenizer
 from armd_jax.errors import UserError
-from armd_jax.inference.language_model import LanguageModel
 from armd_jax.interop import safetensors_format
 from armd_jax.interop.huggingface import card, names, native
 from armd_jax.interop.huggingface.card import Facts
 from armd_jax.interop.huggingface.configs import ARMD_FIELDS, ARMD_TYPE
 from armd_jax.interop.huggingface.native import Native
 from armd_jax.interop.huggingface.source import INDEX, SINGLE
+from armd_jax.interop.readable import Job, Readable, SafetensorsFile, put_all, reading_place
 from armd_jax.names import ExportCode, ExportDtype
 
 _TEMPLATE = pathlib.Path(__file__).parent / "template"
@@ -64,7 +63,7 @@ def check(config: ModelConfig, shard_gb: float) -> None:
 
 
 def write(
-    lm: LanguageModel,
+    model: Readable,
     out: pathlib.Path,
     facts: Facts,
     code: ExportCode = "auto",
@@ -77,27 +76,26 @@ def write(
     it is possible. shard_gb: most 10^9 bytes of weights in a file, unless one weight alone is larger.
     Raises UserError if the model cannot be written as it is asked for, and OSError if it does not fit on the disk.
     """
-    check(lm.config, shard_gb)
+    config, tokenizer = model.config, model.tokenizer
+    check(config, shard_gb)
     safetensors_format.check_new(out)
-    if lm.tokenizer is None:
-        raise UserError("this model has no tokenizer to export")
-    found = "" if code == "remote" else native.fit(lm.params, lm.config)
+    found = "" if code == "remote" else native.fit(model)
     if code == "native" and isinstance(found, str):
         raise UserError(f"--code=native: not a network of transformers' own: {found}; --code=remote brings its code")
     made = found if isinstance(found, Native) else None
-    tokenizer_json = tokenizer_export.tokenizer_json(lm.tokenizer)
+    tokenizer_json = tokenizer_export.tokenizer_json(tokenizer)
     with files.new_folder(out) as folder:
         try:
-            _write_weights(_Weights(lm.params, lm.config, made), folder, dtype, int(shard_gb * 1e9))
-        except safetensors.SafetensorError as error:
+            _write_weights(_Weights(model, made), folder, dtype, int(shard_gb * 1e9))
+        except OSError as error:
             raise files.os_error(error, out / SINGLE) from error
-        _write_config(lm.config, lm.tokenizer, made, dtype, folder)
-        _write_tokenizer(lm.tokenizer, tokenizer_json, lm.config.max_length, folder)
+        _write_config(config, tokenizer, made, dtype, folder)
+        _write_tokenizer(tokenizer, tokenizer_json, config.max_length, folder)
         if made is None:
             for name in _CODE:
                 (folder / name).parent.mkdir(exist_ok=True)
                 files.write(folder / name, (_TEMPLATE / name).read_bytes())
-        files.write(folder / "README.md", card.page(lm.config, made, dtype, facts))
+        files.write(folder / "README.md", card.page(config, made, dtype, facts))
         files.write_checksums(folder)
         written = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
     return Written(tuple(written), made is not None, found if isinstance(found, str) else "")
@@ -110,16 +108,16 @@ def write(
 class _Weights:
     """The weights of a model under the names of theirs, each made when it is asked for."""
 
-    params: Params
-    config: ModelConfig
+    source: Readable
     made: Native | None
 
     def tensors(self) -> Iterator[_Tensor]:
         """All of them, in the sequence of the table. No weight is read for it."""
-        shapes = {name: value.shape for name, value in safetensors_format.shapes(self.config).items()}
+        config = self.source.config
+        shapes = {name: value.shape for name, value in safetensors_format.shapes(config).items()}
         shapes.setdefault("head", shapes["embedding"][::-1])
         made = self.made
-        table = names.table("armd", self.config) if made is None else names.table(made.family, made.model)
+        table = names.table("armd", config) if made is None else names.table(made.family, made.model)
         for entry in table:
             # What the layout changes do to empty arrays of our shapes are the shapes of theirs.
             empty = self._moved(entry, tuple(np.broadcast_to(np.float32(0), shapes[name]) for name in entry.ours))
@@ -132,9 +130,9 @@ class _Weights:
         return tensor.entry.to_theirs(ours)[tensor.place]
 
     def _ours(self, name: str) -> np.ndarray:
-        if name == "head" and "head" not in self.params:  # it was tied, to a table that is written with a scale now
-            return safetensors_format.weight(self.params, self.config, "embedding").T
-        value = safetensors_format.weight(self.params, self.config, name)
+        if name == "head" and self.source.config.tie_embeddings:  # to a table that is written with a scale now
+            return self.source.read("embedding").T
+        value = self.source.read(name)
         return value * np.float32(self.made.scale) if name == "embedding" and self.made is not None else value
 
     def _moved(self, entry: names.Entry, ours: names.Arrays) -> names.Arrays:
@@ -156,23 +154,25 @@ def _write_weights(weights: _Weights, folder: pathlib.Path, dtype: ExportDtype, 
         shards[-1].append(tensor)
         size, total = size + needed, total + needed
     file_of: dict[str, str] = {}
+    writers: dict[str, SafetensorsFile] = {}
     for number, shard in enumerate(shards, start=1):
         name = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        _write_shard(weights, shard, folder / name, kind)
-        file_of |= {tensor.name: name for tensor in shard}
+        shapes = {tensor.name: tensor.shape for tensor in shard}
+        writers[name] = SafetensorsFile(folder / name, shapes, kind, {"format": "pt"})
+        file_of |= dict.fromkeys(shapes, name)
+    jobs = [
+        Job(writers[file_of[tensor.name]], tensor.name, functools.partial(_read_as, weights, tensor, kind))
+        # In the sequence in which they are read fastest, whatever file a weight is in.
+        for tensor in sorted(itertools.chain(*shards), key=lambda tensor: reading_place(tensor.entry.ours[0]))
+    ]
+    put_all(jobs)
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": file_of}
         files.write(folder / INDEX, typed.to_json(index, indent=2) + "\n")
 
 
-def _write_shard(weights: _Weights, shard: list[_Tensor], file: pathlib.Path, kind: np.dtype) -> None:
-    # A function of its own, so that nothing of this shard is left when the next one is made.
-    values = {tensor.name: _cast(weights.read(tensor), tensor.name, kind) for tensor in shard}
-    safetensors.numpy.save_file(values, file, metadata={"format": "pt"})
-    file.chmod(0o644)
-
-
-def _cast(value: np.ndarray, name: str, kind: np.dtype) -> np.ndarray:
+def _read_as(weights: _Weights, tensor: _Tensor, kind: np.dtype) -> np.ndarray:
+    value, name = weights.read(tensor), tensor.name
     with np.errstate(over="ignore"):
         cast = np.array(value, kind, order="C")
     if not np.isfinite(cast).all() and np.isfinite(value).all():

@@ -11,9 +11,8 @@ from typing import Any, assert_never
 import numpy as np
 
 from armd_jax.config import ModelConfig
-from armd_jax.core.parameters import Params
 from armd_jax.core.sizes import embedding_scale, mlp_width, prediction_offset
-from armd_jax.interop import safetensors_format
+from armd_jax.interop.readable import Readable
 from armd_jax.names import HuggingFaceFamily
 
 
@@ -54,8 +53,9 @@ def rope_parameters(config: ModelConfig) -> dict[str, Any]:
             assert_never(config.rope_scaling)
 
 
-def fit(params: Params, config: ModelConfig) -> Native | str:
+def fit(source: Readable) -> Native | str:
     """How to write the model for transformers' own code, or why that is not possible."""
+    config = source.config
     fault = _order_fault(config)
     if fault:
         return fault
@@ -70,7 +70,7 @@ def fit(params: Params, config: ModelConfig) -> Native | str:
         return found
     family, fields = found
     scale = embedding_scale(config)
-    bos = _row_of_start(params, config, scale)
+    bos = _row_of_start(source, scale)
     if bos is None:
         return "its start token is the vector of no token, so that no first token of a text could stand for it"
     # A scale cannot stay in a table that is the head too.
@@ -129,7 +129,9 @@ def _llama(config: ModelConfig) -> tuple[HuggingFaceFamily, dict[str, Any]] | st
         "intermediate_size": mlp_width(config),
         "hidden_act": "silu",
         "rms_norm_eps": config.norm_epsilon,
-        "rope_parameters": rope_parameters(config),
+        "rope_parameters": (rope := rope_parameters(config)),
+        "rope_theta": rope["rope_theta"],  # before version 5 of transformers, and for most other programs
+        "rope_scaling": None if rope["rope_type"] == "default" else rope,
         "attention_dropout": 0.0,
     }
 
@@ -165,10 +167,10 @@ def _gpt2(config: ModelConfig) -> tuple[HuggingFaceFamily, dict[str, Any]] | str
     }
 
 
-def _row_of_start(params: Params, config: ModelConfig, scale: float) -> int | None:
+def _row_of_start(source: Readable, scale: float) -> int | None:
     """The token whose vector is the start token, to the last bit; None if there is none."""
-    table_VD = safetensors_format.weight(params, config, "embedding")
-    start_D = safetensors_format.weight(params, config, "start")
+    table_VD = source.read("embedding")
+    start_D = source.read("start")
     for token in np.flatnonzero(table_VD[:, 0] * np.float32(scale) == start_D[0]):
         if (table_VD[token] * np.float32(scale) == start_D).all():
             return int(token)
