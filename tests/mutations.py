@@ -562,7 +562,7 @@ MUTATIONS = (
         "interop/huggingface/exporting.py",
         "if shards[-1] and size + needed > most:",
         "if shards[-1] and size + needed > 8 * most:",
-        "interop/test_huggingface.py::test_one_shard_is_in_memory_at_a_time"
+        "interop/test_huggingface.py::test_one_weight_is_in_memory_at_a_time"
         " interop/test_huggingface.py::test_shards_and_their_index",
     ),
 )
