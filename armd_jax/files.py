@@ -68,6 +68,8 @@ def os_error(error: Exception, path: pathlib.Path) -> OSError:
 
     Such libraries tell a full disk in their text alone, or not even there: then some bytes more are written to see.
     """
+    if isinstance(error, OSError) and error.errno is not None:
+        return OSError(error.errno, error.strerror, str(path))
     number = next((one for one in (*FULL, errno.EROFS, errno.EACCES) if os.strerror(one) in str(error)), None)
     if number is not None:
         return OSError(number, os.strerror(number), str(path))

@@ -67,6 +67,13 @@ def add_run(parser: argparse.ArgumentParser, mesh: bool = True) -> None:
     )
 
 
+def on_cpu() -> None:
+    """Lets a verb that copies weights start no accelerator, whose memory another program may be using."""
+    import jax
+
+    jax.config.update("jax_platforms", "cpu")
+
+
 def add_config(parser: argparse.ArgumentParser) -> None:
     """`--config`, and `--config.section.field=value` for its fields."""
     parser.add_argument("--config", required=True, type=local, help="experiment file, file.py or file.py:arg")

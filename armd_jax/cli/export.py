@@ -7,13 +7,13 @@ from typing import Any, assert_never
 
 from armd_jax import config as configs
 from armd_jax import typed
-from armd_jax.cli.arguments import add_run, folder, show
+from armd_jax.cli.arguments import add_run, folder, on_cpu, show
 from armd_jax.config import Config
 from armd_jax.errors import UserError
 from armd_jax.names import ExportCode, ExportDtype, ExportFormat
 
 HELP = "Write safetensors, config.json and tokenizer files, programs that run with JAX alone, or a transformers folder."
-IF_MEMORY_RUNS_OUT = "the largest array of the weights has to fit; use a machine with more memory"
+IF_MEMORY_RUNS_OUT = "the largest array of the weights has to fit twice; use a machine with more memory"
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -74,6 +74,8 @@ def run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
     config = configs.read(args.run)
     wanted: ExportFormat = args.format
     _check_flags(args, wanted)
+
+    on_cpu()
 
     from armd_jax.interop import readable, safetensors_format
     from armd_jax.interop.load import open_model

@@ -4,11 +4,11 @@ import argparse
 from collections.abc import Sequence
 from typing import get_args
 
-from armd_jax.cli.arguments import folder, show
+from armd_jax.cli.arguments import folder, on_cpu, show
 from armd_jax.names import ImportAggregator
 
 HELP = "Make an ARMD of a pretrained autoregressive model: a Hugging Face folder, a GGUF file, or a run."
-IF_MEMORY_RUNS_OUT = "twice the largest array of the weights has to fit; use a machine with more memory"
+IF_MEMORY_RUNS_OUT = "the largest array of the weights has to fit twice; use a machine with more memory"
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -42,6 +42,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
     """Reads the source and writes the export."""
     del overrides
+    on_cpu()
 
     from armd_jax.interop import continuing, importing, readable, safetensors_format
 

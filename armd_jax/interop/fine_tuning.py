@@ -7,16 +7,17 @@ from jax.sharding import Mesh
 from armd_jax import config as configs
 from armd_jax.config import Config
 from armd_jax.core.parameters import Params
-from armd_jax.data import tokenizers
+from armd_jax.data import prepared, tokenizers
 from armd_jax.data.packing import PreparedData
 from armd_jax.errors import UserError
 from armd_jax.interop.load import load
 
 
 def check_source(config: Config) -> None:
-    """Raises UserError if the weights of `training.init_from` are not those of the new run's model.
+    """Raises UserError if the weights of `training.init_from` are not those of the new run's model or vocabulary.
 
-    It reads only configs, so that a mistake is found before any text is prepared.
+    It reads only configs and tokenizers, so that a mistake is found before any text is prepared. Whether a tokenizer
+    that is yet to be trained becomes the same one, `initial_params` finds out: on little text it is smaller than asked.
     """
     source = pathlib.Path(config.training.init_from)
     model = configs.read(source).model
@@ -24,6 +25,14 @@ def check_source(config: Config) -> None:
         theirs, ours = getattr(model, name), getattr(config.model, name)
         if theirs != ours:
             raise UserError(f"training.init_from={source}: model.{name} is {theirs!r} there, {ours!r} here")
+    if prepared.folder_of(config.data.path) is None:
+        there, here = tokenizers.load(source / "tokenizer"), tokenizers.ready_made(config.data)
+        if here is None:
+            fits = config.data.tokenizer == there.kind and config.data.vocab_size >= there.vocab_size
+        else:
+            fits = here.hash == there.hash
+        if not fits:
+            raise _other_vocabulary(source)
 
 
 def initial_params(config: Config, data: PreparedData, mesh: Mesh) -> Params:
@@ -33,8 +42,11 @@ def initial_params(config: Config, data: PreparedData, mesh: Mesh) -> Params:
     """
     source = pathlib.Path(config.training.init_from)
     if tokenizers.load(source / "tokenizer").hash != data.tokenizer.hash:
-        raise UserError(
-            f"training.init_from={source}: another vocabulary than the data's; set"
-            f" data.tokenizer={source / 'tokenizer'}"
-        )
+        raise _other_vocabulary(source)
     return load(source, mesh=mesh).params
+
+
+def _other_vocabulary(source: pathlib.Path) -> UserError:
+    return UserError(
+        f"training.init_from={source}: another vocabulary than the data's; set data.tokenizer={source / 'tokenizer'}"
+    )

@@ -29,7 +29,7 @@ from armd_jax.interop.huggingface import names
 from armd_jax.interop.huggingface.configs import Pretrained
 from armd_jax.interop.huggingface.names import Entry
 from armd_jax.interop.huggingface.source import Folder, Source
-from armd_jax.interop.readable import Readable
+from armd_jax.interop.readable import Readable, all_finite
 from armd_jax.names import ImportAggregator
 from armd_jax.order_config import OrderConfig
 
@@ -96,7 +96,7 @@ def _model(
 def with_arguments(
     theirs: ModelConfig, two_stream_layers: int | None, max_length: int | None, aggregator: ImportAggregator | None
 ) -> ModelConfig:
-    """The config of an autoregressive model with what `read` was given. Raises UserError if that is impossible."""
+    """The config of an autoregressive model with what `open_model` was given. Raises UserError if it is impossible."""
     if max_length is not None and not 1 <= max_length <= theirs.max_length:
         raise UserError(f"--max-length={max_length}: must be in 1 .. {theirs.max_length}, the source's")
     layers = theirs.num_layers // 2 if two_stream_layers is None else two_stream_layers
@@ -143,6 +143,8 @@ def _weights(source: Source, pretrained: Pretrained, model: ModelConfig) -> Call
             return entry.to_ours(tuple(_finite(source, one) for one in theirs))[entry.ours.index(name)]
         if name == "start":
             return read("embedding")[pretrained.start]
+        if not name.startswith("aggregator."):
+            raise ValueError(f"{name} is no weight of the model")
         return aggregator_weight(name, shapes[name].shape, lambda: read("embedding"))
 
     if model.tie_embeddings and _HEAD in source.names and not np.array_equal(source.read(_HEAD), read("embedding")):
@@ -171,7 +173,7 @@ def _names_there(entry: Entry, prefix: str) -> list[str]:
 
 def _finite(source: Source, name: str) -> np.ndarray:
     value = source.read(name)
-    if not np.isfinite(value).all():
+    if not all_finite(value):
         raise UserError(f"{source.where}: {name} has numbers that are not finite")
     return value
 

@@ -1,7 +1,7 @@
 """A model whose weights are read one at a time, and safetensors files that are written one weight at a time.
 
-So an import, or an export of a run, needs the memory of its largest array and not that of the model. The library
-safetensors has all tensors of a file in memory when it writes one.
+So an import, or an export of a run, needs about twice the memory of its largest array, and not that of the model. The
+library safetensors has all tensors of a file in memory when it writes one.
 """
 
 import dataclasses
@@ -10,7 +10,7 @@ import json
 import os
 import pathlib
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 from tqdm import tqdm
@@ -24,7 +24,7 @@ from armd_jax.inference.language_model import LanguageModel
 from armd_jax.interop import safetensors_format
 from armd_jax.interop.safetensors_format import WEIGHTS
 
-_BLOCK = 1 << 24  # bytes of a weight that are made contiguous at a time
+_BLOCK = 1 << 24  # bytes of a weight that are copied at a time, if its rows are not longer
 _KINDS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}  # NumPy's names of types, and those of safetensors
 _LAYER = re.compile(r"\blayers\.(\d+)\.")
 
@@ -79,6 +79,7 @@ def write(model: Readable, config: Config, out: pathlib.Path) -> None:
         try:
             file = SafetensorsFile(folder / WEIGHTS, shapes, np.dtype(np.float32), {"format": "armd-jax"})
             put_all([Job(file, name, functools.partial(model.read, name)) for name in sequence])
+            file.finish()
         except OSError as error:
             raise files.os_error(error, out / WEIGHTS) from error
         files.write(folder / "config.json", configs.to_json(config))
@@ -92,7 +93,8 @@ class SafetensorsFile:
         self, path: pathlib.Path, shapes: Mapping[str, Sequence[int]], dtype: np.dtype, metadata: Mapping[str, str]
     ) -> None:
         """Writes the header. dtype: of all tensors. Raises OSError."""
-        self._path, self._shapes, self._dtype, self._at = path, shapes, dtype, {}
+        self._path, self._shapes, self._dtype, self._missing = path, shapes, dtype, set(shapes)
+        self._at: dict[str, int] = {}
         kind = _KINDS[dtype.name]
         header: dict[str, object] = {"__metadata__": dict(metadata)}
         end = 0
@@ -108,15 +110,44 @@ class SafetensorsFile:
         path.chmod(0o644)
 
     def put(self, name: str, value: np.ndarray) -> None:
-        """Writes one tensor, which must have its shape. Raises OSError."""
-        assert value.shape == tuple(self._shapes[name]), (name, value.shape)
-        rows = max(1, _BLOCK * len(value) // max(1, value.size * self._dtype.itemsize))
+        """Writes one tensor, rounded to the type of the file.
+
+        Raises ValueError if it has another shape, UserError if the type cannot hold its numbers, and OSError.
+        """
+        if value.shape != tuple(self._shapes[name]):
+            raise ValueError(f"{name} has the shape {value.shape}, expected {self._shapes[name]}")
         with open(self._path, "r+b", buffering=0) as file:
             file.seek(self._begin + self._at[name])
-            for start in range(0, len(value), rows):
-                block = np.ascontiguousarray(value[start : start + rows], self._dtype).reshape(-1).view(np.uint8)
-                while len(block):
-                    block = block[file.write(block.data) :]
+            for block in _blocks(value):
+                with np.errstate(over="ignore"):
+                    cast = np.ascontiguousarray(block, self._dtype)
+                if not np.isfinite(cast).all() and np.isfinite(block).all():
+                    raise UserError(
+                        f"--dtype={self._dtype.name}: {name} has values beyond its range; use bfloat16 or float32"
+                    )
+                content = cast.reshape(-1).view(np.uint8)
+                while len(content):
+                    content = content[file.write(content.data) :]
+        self._missing.discard(name)
+
+    def finish(self) -> None:
+        """Makes the file whole. Raises ValueError if a tensor is missing, and OSError if it did not reach the disk."""
+        if self._missing:
+            raise ValueError(f"{self._path.name}: {min(self._missing)} was not written")
+        with open(self._path, "r+b") as file:
+            os.fsync(file.fileno())
+
+
+def all_finite(value: np.ndarray) -> bool:
+    """Whether no number is infinite or NaN, without an array of answers as long as `value`."""
+    return all(np.isfinite(block).all() for block in _blocks(value))
+
+
+def _blocks(value: np.ndarray) -> Iterator[np.ndarray]:
+    """An array in parts of some 16 MB along its first axis, of at least one row each."""
+    rows = max(1, _BLOCK * len(value) // max(1, value.nbytes))
+    for start in range(0, len(value), rows):
+        yield value[start : start + rows]
 
 
 @dataclasses.dataclass(frozen=True)

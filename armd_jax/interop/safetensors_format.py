@@ -135,10 +135,11 @@ class Export:
         """Reads the header. Raises UserError if names, shapes or types are not those of the config's model."""
         self._file = folder / WEIGHTS
         try:
-            with safetensors.safe_open(self._file, framework="numpy") as opened:
-                slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
-                found = {name: tuple(one.get_shape()) for name, one in slices.items()}
-                types = {name: one.get_dtype() for name, one in slices.items()}
+            # One file for all weights, also if another takes its name meanwhile.
+            self._opened = safetensors.safe_open(self._file, framework="numpy")
+            slices = {name: self._opened.get_slice(name) for name in self._opened.keys()}  # noqa: SIM118
+            found = {name: tuple(one.get_shape()) for name, one in slices.items()}
+            types = {name: one.get_dtype() for name, one in slices.items()}
         except (OSError, ValueError, safetensors.SafetensorError) as error:
             raise self._unreadable(error) from error
         layers = {name.split(".")[1] for name in found if name.startswith("layers.")}
@@ -160,8 +161,7 @@ class Export:
     def read(self, name: str) -> np.ndarray:
         """One weight. Raises UserError if it cannot be read."""
         try:
-            with safetensors.safe_open(self._file, framework="numpy") as opened:
-                value: np.ndarray = opened.get_tensor(name)
+            value: np.ndarray = self._opened.get_tensor(name)
         except (OSError, ValueError, KeyError, safetensors.SafetensorError) as error:
             raise self._unreadable(error) from error
         return value

@@ -197,8 +197,10 @@ class Checkpointer:
         try:
             self._as_stored(step, target)
             meta = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
-            return self._folder(step) / "state", meta["digests"]
+            return self._folder(step) / "state", dict(meta["digests"])
         except Exception as error:  # Orbax raises anything for damaged files
+            if out_of_memory(error) is not None:
+                raise
             raise UserError(f"{self._folder(step)}: {line(error)}") from error
 
     def _folder(self, step: int) -> pathlib.Path:

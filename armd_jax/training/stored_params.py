@@ -1,7 +1,7 @@
 """The parameters of a run's newest whole checkpoint, read in parts.
 
-For what copies them: it needs the memory of the largest array, and no device that all of them fit on. Orbax reads whole
-arrays, and has them twice while it does, so the parts are read with TensorStore, which Orbax writes with.
+For what copies them: it needs about twice the memory of the largest array, and no device that all of them fit on. Orbax
+only reads whole arrays, so the parts are read with TensorStore, which Orbax writes with.
 """
 
 import contextlib
@@ -15,6 +15,7 @@ import jax
 import numpy as np
 import tensorstore
 
+from armd_jax import files
 from armd_jax.config import Config
 from armd_jax.core.parameters import Params
 from armd_jax.errors import UserError, out_of_memory
@@ -22,7 +23,7 @@ from armd_jax.training import checkpoints
 from armd_jax.training import state as states
 from armd_jax.training.checkpoints import Checkpointer
 
-_BLOCK = 1 << 22  # bytes that are verified at a time
+_BLOCK = 1 << 22  # bytes that are verified at a time, if rows are not longer
 _SPARE = 1 << 20  # bytes of a cache for what it keeps beside the array
 
 
@@ -74,7 +75,10 @@ def open_newest(run: pathlib.Path, config: Config, ema: bool = True) -> Iterator
 def _verified(checkpointer: Checkpointer, part: str, target: Params, step: int) -> "_Arrays":
     """The arrays of a step. Raises UserError if one of them is not what was saved."""
     folder, digests = checkpointer.described(step, {part: target})
-    arrays = _Arrays(folder, part, target, step)
+    layout = files.read_json(folder / "_METADATA")
+    if not isinstance(layout, dict):
+        raise UserError(f"{folder / '_METADATA'}: expected an object of fields")
+    arrays = _Arrays(folder, layout, part, target, step)
     for path in arrays.leaves:
         if arrays.digest(path) != digests.get(name := ".".join((part, *path))):
             raise UserError(f"{folder.parent}: {name} is not what was saved (its digest differs)")
@@ -84,8 +88,9 @@ def _verified(checkpointer: Checkpointer, part: str, target: Params, step: int) 
 class _Arrays:
     """Reads arrays of one step. Those that were read last stay in memory, as many as the largest one is large."""
 
-    def __init__(self, folder: pathlib.Path, part: str, target: Params, step: int) -> None:
-        self._folder, self._part, self._target, self.step = folder, part, target, step
+    def __init__(self, folder: pathlib.Path, layout: dict[str, Any], part: str, target: Params, step: int) -> None:
+        """layout: what Orbax noted of how it writes arrays."""
+        self._folder, self._layout, self._part, self._target, self.step = folder, layout, part, target, step
         flat = jax.tree_util.tree_leaves_with_path(target)
         self.leaves = {tuple(key.key for key in path): leaf for path, leaf in flat}
         self._most = max(self._bytes(path) for path in self.leaves)
@@ -100,6 +105,8 @@ class _Arrays:
         """A part of an array. Raises UserError if it cannot be read."""
         try:
             found: np.ndarray = self._open(path)[index].read().result()
+            if found.dtype != (wanted := self.leaves[path].dtype):
+                raise ValueError(f"{'.'.join(path)} is {found.dtype}, expected {wanted}")
         except Exception as error:  # TensorStore raises anything from ValueError to IndexError for damaged files
             if out_of_memory(error) is not None:
                 raise
@@ -122,9 +129,11 @@ class _Arrays:
             # Before the next one is read, not after it, as TensorStore's own cache would do.
             while self._opened and sum(map(self._bytes, self._opened)) + self._bytes(path) > self._most:
                 self._opened.pop(next(iter(self._opened)))
-            files = {"driver": "file", "path": f"{self._folder}/"}
             name = ".".join((self._part, *path))
-            spec = {"driver": "zarr", "kvstore": {"driver": "ocdbt", "base": files, "path": f"{name}/"}}
+            place: dict[str, Any] = {"driver": "file", "path": f"{self._folder}/{name}/"}
+            if self._layout.get("use_ocdbt", True):
+                place = {"driver": "ocdbt", "base": {"driver": "file", "path": f"{self._folder}/"}, "path": f"{name}/"}
+            spec = {"driver": "zarr3" if self._layout.get("use_zarr3") else "zarr", "kvstore": place}
             # What was decompressed is kept, because the layers of an array may all be in one piece of it.
             cache = tensorstore.Context({"cache_pool": {"total_bytes_limit": self._bytes(path) + _SPARE}})
             self._opened[path] = tensorstore.open(

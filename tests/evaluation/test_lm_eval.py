@@ -307,6 +307,27 @@ def test_three_tasks_offline(tmp_path, capsys, tasks, smoke_run, smoke, streams)
     assert results["own_words"]["exact_match,none"] == pytest.approx(exact / 2)
 
 
+@pytest.mark.slow
+def test_rolling_bits_are_those_of_the_evaluation(tmp_path, capsys, tasks, smoke_run, smoke):
+    """A text that fills three rows has the same windows in both; the evaluation adds the end of the text."""
+    text = "the old river moves slowly; " * 7
+    text = text[: 3 * smoke.config.max_length]
+    assert len(smoke.tokenizer.encode(text)) == 3 * smoke.config.max_length
+    (tasks / "own_rolling.jsonl").write_text(json.dumps({"text": text}) + "\n")
+    (tmp_path / "test.txt").write_text(text)
+    (tmp_path / "train.txt").write_text("Training has to have a row at least. " * 9)
+    here = [f"--run={smoke_run}", "--json"]
+    assert cli.main(["eval", *here, "--tasks=own_rolling", f"--include-path={tasks}", f"--out={tmp_path / 'h'}"]) == 0
+    harness = json.loads(capsys.readouterr().out)["results"]["own_rolling"]["bits_per_byte,none"]
+    words = [f"--data={tmp_path}/*.txt", "--draws=0", "--no-baselines", "--streams=2", f"--out={tmp_path / 'e'}"]
+    assert cli.main(["eval", *here, *words]) == 0
+    found = json.loads(capsys.readouterr().out)
+    end = np.array([[smoke.tokenizer.end_of_text]])  # alone in a fourth row
+    ending = -float(smoke.log_prob(end, order.left_to_right(1, 1))[0, 0]) / math.log(2)
+    assert ending > 0.1
+    assert found["left_to_right"]["bits_per_byte"] == pytest.approx(harness + ending / len(text), rel=1e-5)
+
+
 def _strided(length: int, streams: int) -> Any:
     """The strided order of a text whose length S need not divide, from blocks."""
     sizes = [length // streams + (stream < length % streams) for stream in range(streams)]

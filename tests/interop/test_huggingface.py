@@ -173,7 +173,6 @@ def test_a_model_of_our_own_is_native_if_nothing_tells_the_difference(
     assert exporting.write(readable.of(lm), tmp_path / "out", Facts()).native
     fields, weights = _json(tmp_path / "out" / "config.json"), _tensors(tmp_path / "out")
     assert not fields["tie_word_embeddings"]  # the scale of its embeddings is in one of the two tables now
-    fields |= {"rope_theta": fields.get("rope_parameters", {}).get("rope_theta")}
     tokens = np.random.default_rng(0).integers(0, 257, (2, 24)).astype(np.int32)
     expected = lm.log_prob(tokens, order.left_to_right(2, 24))
     np.testing.assert_allclose(pretrained.log_probs(fields, weights, tokens), expected, atol=1e-4)

@@ -1,8 +1,10 @@
 """Models read weight by weight: the bytes of the library's files, the bits of `armd.load`, and little memory."""
 
 import dataclasses
+import errno
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -20,7 +22,7 @@ from armd_jax.data import tokenizers
 from armd_jax.errors import UserError
 from armd_jax.inference.language_model import LanguageModel
 from armd_jax.interop import load, readable, safetensors_format
-from armd_jax.training import checkpoints
+from armd_jax.training import checkpoints, stored_params
 from armd_jax.training import state as states
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -44,13 +46,76 @@ def test_files_are_those_of_the_library(tmp_path, monkeypatch, dtype):
         assert (tmp_path / f"{number}").read_bytes() == (tmp_path / "theirs").read_bytes()
 
 
-def test_a_wrong_shape_is_never_written(tmp_path):
-    """It would lie on its neighbour."""
+def test_a_wrong_shape_or_a_missing_tensor_is_no_file(tmp_path):
+    """The one would lie on its neighbour, the other would be zeros."""
     ours = readable.SafetensorsFile(tmp_path / "file", {"a": (2, 3), "b": (2,)}, np.dtype(np.float32), {})
     before = (tmp_path / "file").read_bytes()
-    with pytest.raises(AssertionError):
+    with pytest.raises(ValueError, match="a has the shape"):
         ours.put("a", np.ones((3, 3), np.float32))
     assert (tmp_path / "file").read_bytes() == before
+    ours.put("a", np.ones((2, 3), np.float32))
+    with pytest.raises(ValueError, match="b was not written"):
+        ours.finish()
+    ours.put("b", np.ones(2, np.float32))
+    ours.finish()
+
+
+@pytest.fixture
+def small() -> readable.Readable:
+    """A model of bytes."""
+    model = ModelConfig(vocab_size=257, max_length=32, num_layers=2, two_stream_layers=1, width=8, num_heads=2)
+    lm = LanguageModel.create(dataclasses.replace(model, positional_width=4))
+    return readable.of(dataclasses.replace(lm, tokenizer=tokenizers.BytesTokenizer()))
+
+
+def test_a_disk_that_fills_up_between_weights(tmp_path, monkeypatch, small):
+    """The header fits, as it does for a file with holes, and a weight does not: nothing is left."""
+    real = readable.SafetensorsFile.put
+
+    def put(file: readable.SafetensorsFile, name: str, value: np.ndarray) -> None:
+        if name == "final_norm.scale":
+            with open("/dev/full", "wb", buffering=0) as full:
+                full.write(value.tobytes())
+        real(file, name, value)
+
+    monkeypatch.setattr(readable.SafetensorsFile, "put", put)
+    with pytest.raises(OSError) as error:
+        readable.write(small, Config(model=small.config), tmp_path / "out")
+    assert (error.value.errno, error.value.filename) == (errno.ENOSPC, str(tmp_path / "out" / "model.safetensors"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_export_that_is_replaced_while_it_is_read(tmp_path, small):
+    """All weights are of the file that was opened."""
+    readable.write(small, Config(model=small.config), tmp_path / "one")
+    other = dataclasses.replace(small, read=lambda name: small.read(name) + 1)
+    readable.write(other, Config(model=small.config), tmp_path / "two")
+    with load.open_model(tmp_path / "one") as (model, step):
+        os.replace(tmp_path / "two" / "model.safetensors", tmp_path / "one" / "model.safetensors")
+        for name in safetensors_format.shapes(small.config):
+            np.testing.assert_array_equal(model.read(name), small.read(name))
+    assert step is None
+
+
+@pytest.mark.slow
+def test_damage_behind_the_first_weights_is_one_line(tmp_path, monkeypatch, capsys, smoke_run):
+    """What is found while an export is written ends it: exit code 2, no traceback, no folder."""
+    real = stored_params.StoredArray.__getitem__
+
+    def read(array: stored_params.StoredArray, index: object) -> np.ndarray:
+        if "mlp_out" in array._path:
+            shutil.rmtree(tmp_path / "run" / "checkpoints" / "40", ignore_errors=True)
+        return real(array, index)
+
+    shutil.copytree(smoke_run, tmp_path / "run")
+    monkeypatch.setattr(stored_params.StoredArray, "__getitem__", read)
+    for words in ([], ["--format=huggingface"]):
+        assert cli.main(["export", f"--run={tmp_path / 'run'}", f"--out={tmp_path / 'out'}", *words]) in (2,)
+        err = capsys.readouterr().err
+        assert err.splitlines()[-1].startswith("error: ") and "checkpoints/" in err and "Traceback" not in err
+        assert [file.name for file in tmp_path.iterdir()] == ["run"]
+        shutil.rmtree(tmp_path / "run")
+        shutil.copytree(smoke_run, tmp_path / "run")
 
 
 @pytest.mark.slow

@@ -86,8 +86,19 @@ def test_a_damaged_step_is_passed_over(run, capsys):
         assert stored.step == 40
 
 
-def test_damage_while_it_is_read(run):
-    """What was verified and is another thing when it is used is refused."""
+@pytest.mark.parametrize("digests", [None, [], "x", {}])
+def test_digests_that_are_none(run, capsys, digests):
+    """A damaged note of digests is damage of its step."""
+    config = configs.read(run)
+    meta = next(file for file in (run / "checkpoints" / "40" / "meta").iterdir() if "digests" in file.read_text())
+    meta.write_text(json.dumps({"digests": digests}))
+    with stored_params.open_newest(run, config) as stored:
+        assert stored.step == 30
+    assert "damaged checkpoint passed over: " in capsys.readouterr().err
+
+
+def test_files_that_vanish_while_they_are_read(run):
+    """What was verified and cannot be read when it is used is an error."""
     config = configs.read(run)
     with stored_params.open_newest(run, config) as stored:
         assert np.asarray(stored.params["embedding"]).any()

@@ -444,6 +444,30 @@ def test_fine_tuning_needs_the_same_model(tmp_path, monkeypatch, capsys, smoke_r
     assert f"model.{field}" in capsys.readouterr().err.splitlines()[-1]
 
 
+def test_fine_tuning_needs_the_same_vocabulary(tmp_path, monkeypatch, capsys, smoke_run, smoke_config, corpus):
+    """A tokenizer that cannot be that of the weights is refused before hours of preparing text, with what to set."""
+    monkeypatch.setattr(run_data, "prepare", lambda *_: pytest.fail("text was prepared"))
+    command = ["train", f"--config={smoke_config}", f"--workdir={tmp_path / 'run'}", f"--config.data.path={corpus}"]
+    command += [f"--config.training.init_from={smoke_run}", "--config.data.tokenizer=sentencepiece"]
+    assert cli.main([*command, "--config.data.vocab_size=257"]) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert "another vocabulary" in last and last.endswith(f"set data.tokenizer={smoke_run / 'tokenizer'}")
+
+
+@pytest.mark.slow
+def test_fine_tuning_with_a_vocabulary_that_is_trained_again(tmp_path, capsys, smoke_config, corpus):
+    """On little text it has fewer tokens than asked for, and is the same again."""
+    command = ["train", f"--config={smoke_config}", f"--config.data.path={corpus}", "--config.training.num_steps=2"]
+    command += ["--config.data.tokenizer=sentencepiece", "--config.data.vocab_size=4000", "--config.order.sbp_steps=0"]
+    assert cli.main([*command, f"--workdir={tmp_path / 'first'}"]) == 0
+    size = configs.read(tmp_path / "first").model.vocab_size
+    assert 257 < size < 4000
+    again = [*command, f"--workdir={tmp_path / 'second'}", f"--config.training.init_from={tmp_path / 'first'}"]
+    assert cli.main(again) == 0
+    assert cli.main([*again[:-2], f"--workdir={tmp_path / 'third'}", again[-1], "--config.data.vocab_size=300"]) == 2
+    assert "another vocabulary" in capsys.readouterr().err.splitlines()[-1]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("tokenizer", ["bytes", "sentencepiece"])
 def test_a_run_is_not_continued_on_other_text(tmp_path, capsys, corpus, smoke_config, tokenizer):

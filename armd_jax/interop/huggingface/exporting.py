@@ -1,8 +1,8 @@
 """`armd export --format=huggingface`: a folder that Hugging Face transformers loads.
 
 A model that is exactly one of transformers' own networks is written as that (`native`). Any other brings code in
-PyTorch, the files of `template`, and is loaded with trust_remote_code. Weights are written shard by shard: what is in
-host memory beside the model itself is one shard.
+PyTorch, the files of `template`, and is loaded with trust_remote_code. Weights are read and
+written one at a time.
 """
 
 import dataclasses
@@ -161,23 +161,16 @@ def _write_weights(weights: _Weights, folder: pathlib.Path, dtype: ExportDtype, 
         writers[name] = SafetensorsFile(folder / name, shapes, kind, {"format": "pt"})
         file_of |= dict.fromkeys(shapes, name)
     jobs = [
-        Job(writers[file_of[tensor.name]], tensor.name, functools.partial(_read_as, weights, tensor, kind))
+        Job(writers[file_of[tensor.name]], tensor.name, functools.partial(weights.read, tensor))
         # In the sequence in which they are read fastest, whatever file a weight is in.
         for tensor in sorted(itertools.chain(*shards), key=lambda tensor: reading_place(tensor.entry.ours[0]))
     ]
     put_all(jobs)
+    for writer in writers.values():
+        writer.finish()
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": file_of}
         files.write(folder / INDEX, typed.to_json(index, indent=2) + "\n")
-
-
-def _read_as(weights: _Weights, tensor: _Tensor, kind: np.dtype) -> np.ndarray:
-    value, name = weights.read(tensor), tensor.name
-    with np.errstate(over="ignore"):
-        cast = np.array(value, kind, order="C")
-    if not np.isfinite(cast).all() and np.isfinite(value).all():
-        raise UserError(f"--dtype={kind.name}: {name} has values beyond its range; use bfloat16 or float32")
-    return cast
 
 
 # --- config and tokenizer ---------------------------------------------------------------------------------------------

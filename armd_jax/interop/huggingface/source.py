@@ -102,7 +102,7 @@ class Folder:
                 value = np.asarray(opened.get_tensor(name))
         except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
             raise UserError(f"{file}: {name} cannot be read ({error})") from error
-        return value.astype(np.float32)
+        return value.astype(np.float32, copy=False)
 
     def tokenizer_files(self) -> dict[str, bytes]:
         own = self._folder / "tokenizer"  # of an export, beside the form of it that Hugging Face's programs read
