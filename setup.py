@@ -10,6 +10,7 @@ VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "armd_jax/__init__.py").rea
 REQUIREMENTS = [
     line for line in (ROOT / "requirements.txt").read_text().splitlines() if line.strip() and not line.startswith("#")
 ]
+DATA = ["pyarrow>=16", "backports.zstd>=1; python_version < '3.14'"]
 EVAL = ["lm-eval>=0.4.12"]
 IMPORT = ["gguf>=0.19", "protobuf>=4"]
 SERVE = ["starlette>=1.0", "uvicorn>=0.30", "prometheus_client>=0.20"]
@@ -40,12 +41,14 @@ setup(
         "tensorboard": ["tensorboardX>=2.6"],
         "wandb": ["wandb>=0.17"],
         "serve": SERVE,
+        "data": DATA,
         "import": IMPORT,
         "eval": EVAL,
         "stablehlo": STABLEHLO,
         "benchmark": ["torch>=2.4", "transformers>=4.44"],
         "test": [
             *SERVE,
+            *DATA,
             *IMPORT,
             *EVAL,
             *STABLEHLO,

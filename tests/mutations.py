@@ -516,6 +516,13 @@ MUTATIONS = (
         "core/test_network.py::test_grouped_queries_are_heads_that_share_keys",
     ),
     Mutation(
+        "workers that tokenize end with their parent",
+        "data/encoding.py",
+        "    threading.Thread(target=_end_with_parent, daemon=True).start()\n",
+        "",
+        "data/test_encoding.py::test_workers_end_with_a_killed_parent",
+    ),
+    Mutation(
         "an export takes no checkpoint whose arrays are not what was saved",
         "training/stored_params.py",
         "        if arrays.digest(path) != digests.get(name",

@@ -25,6 +25,12 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--vocab-size", type=int, default=2048, help="vocabulary size of a tokenizer that is trained")
     parser.add_argument("--length", type=int, default=1024, help="tokens per row")
     parser.add_argument("--text-field", default="text", help="field of .jsonl objects and TFDS examples with the text")
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=None,
+        help="processes that tokenize; what is written is the same for any number; default: as many as there are cores",
+    )
     parser.add_argument("--skip-damaged", action="store_true", help="leave out and count documents that are not text")
     parser.add_argument(
         "--no-split-by-name",
@@ -36,10 +42,13 @@ def add(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
     """Prepares the data and prints what they hold."""
     del overrides
-    from armd_jax.data import packing, prepared
+    from armd_jax.data import encoding, packing, prepared
     from armd_jax.data.corpora import open_corpus
     from armd_jax.data.manifest import known_files
 
+    workers = encoding.cores() if args.workers is None else args.workers
+    if workers < 1:
+        raise UserError(f"--workers={workers}: must be at least 1")
     if prepared.folder_of(args.source) is not None:
         raise UserError(
             f"--source={args.source}: holds rows that were prepared already; train on them with"
@@ -51,7 +60,7 @@ def run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
     # The other sections only have to be valid with this row length.
     config = from_config_dict({"data": data, "model": {"max_length": args.length}, "order": {"max_permuted": 1}})
     corpus = open_corpus(config.data, known_files(args.out))
-    rows = packing.prepare_into(config.data, args.length, args.out, corpus=corpus)
+    rows = packing.prepare_into(config.data, args.length, args.out, corpus=corpus, workers=workers)
     splits = {name: dataclasses.asdict(rows.counts(name)) for name in rows.splits}
     left_out = {name: dataclasses.asdict(counts) for name, counts in rows.left_out.items()}
     lines = [f"{args.out}: rows of {args.length} tokens, vocabulary {rows.tokenizer.vocab_size}"]

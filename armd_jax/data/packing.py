@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from armd_jax import typed
 from armd_jax.config import DataConfig
-from armd_jax.data import tokenizers
+from armd_jax.data import encoding, tokenizers
 from armd_jax.data.building import large_folder
 from armd_jax.data.corpora import Corpus, open_corpus
 from armd_jax.data.manifest import (
@@ -134,9 +134,17 @@ def folder_for(config: DataConfig, corpus: Corpus, length: int, cache_root: Path
 
 
 def prepare_into(
-    config: DataConfig, length: int, out: Path, progress: bool = True, corpus: Corpus | None = None
+    config: DataConfig,
+    length: int,
+    out: Path,
+    progress: bool = True,
+    corpus: Corpus | None = None,
+    workers: int = 1,
 ) -> PreparedData:
-    """Like `prepare`, but in the folder `out`, which must be missing, empty, or hold exactly this preparation."""
+    """Like `prepare`, but in the folder `out`, which must be missing, empty, or hold exactly this preparation.
+
+    workers: processes that tokenize. 1: this one. The files are the same for any number.
+    """
     corpus, request = corpus or open_corpus(config, known_files(out)), tokenizers.request_of(config)
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file; give a folder to prepare into")
@@ -147,7 +155,7 @@ def prepare_into(
             _tell_selection(corpus)
     else:
         with large_folder(out, last_file=MANIFEST_FILE) as partial:
-            _write(config, corpus, request, length, partial, progress)
+            _write(config, corpus, request, length, partial, progress, workers)
     return _open_fitting(out, corpus, request, length)
 
 
@@ -221,7 +229,9 @@ def _check_equal(folder: Path, what: str, fields: str, found: object, wanted: ob
 # Making
 
 
-def _write(config: DataConfig, corpus: Corpus, request: str, length: int, folder: Path, progress: bool) -> None:
+def _write(
+    config: DataConfig, corpus: Corpus, request: str, length: int, folder: Path, progress: bool, workers: int = 1
+) -> None:
     """Writes everything that a prepared folder holds, the manifest last."""
     for split in corpus.splits:
         if next(corpus.documents(split), None) is None:
@@ -238,7 +248,7 @@ def _write(config: DataConfig, corpus: Corpus, request: str, length: int, folder
         writer = ShardWriter(folder, split, config.shard_rows)
         # The bar disappears at its end: if a document turns out to be a mistake, its message is all that is left.
         with tqdm(desc=f"preparing {split}", unit="B", unit_scale=True, disable=not progress, leave=False) as bar:
-            splits[split] = _pack(corpus.documents(split), tokenizer, length, np.dtype(dtype), writer, bar)
+            splits[split] = _pack(corpus.documents(split), tokenizer, length, np.dtype(dtype), writer, bar, workers)
         if splits["train"].tokens < length:  # train comes first
             raise UserError(
                 f"{corpus.description}: its {splits['train'].tokens} training tokens are fewer than the"
@@ -289,17 +299,21 @@ class _Tally:
 
 
 def _pack(
-    documents: Iterator[str], tokenizer: Tokenizer, length: int, dtype: np.dtype, writer: ShardWriter, bar: tqdm
+    documents: Iterator[str],
+    tokenizer: Tokenizer,
+    length: int,
+    dtype: np.dtype,
+    writer: ShardWriter,
+    bar: tqdm,
+    workers: int,
 ) -> PackedSplit:
     """Writes the rows of one split and returns its entry in the manifest."""
     tally, num_tokens = _Tally(), 0
     left = np.empty(0, dtype)  # tokens that do not fill a row yet
     try:
-        for batch in _batches(documents, tokenizer, tally, bar):
-            ids = tokenizer.encode_batch([text for text, _ in batch])
-            ends = [[tokenizer.end_of_text] if last else [] for _, last in batch]
-            parts = [np.array(part + end, dtype) for part, end in zip(ids, ends, strict=True)]
-            stream = np.concatenate([left, *parts])
+        batches = _batches(documents, tokenizer, tally, bar)
+        for part in encoding.encode_all(batches, tokenizer, writer.folder / TOKENIZER_FOLDER, dtype, workers):
+            stream = np.concatenate([left, part])
             num_tokens += len(stream) - len(left)
             full = len(stream) // length * length
             writer.write(stream[:full].reshape(-1, length))
@@ -312,15 +326,13 @@ def _pack(
     return PackedSplit(tally.documents, tally.bytes, tally.words, num_tokens, rows, tuple(writer.written))
 
 
-def _batches(
-    documents: Iterator[str], tokenizer: Tokenizer, tally: _Tally, bar: tqdm
-) -> Iterator[list[tuple[str, bool]]]:
+def _batches(documents: Iterator[str], tokenizer: Tokenizer, tally: _Tally, bar: tqdm) -> Iterator[encoding.Batch]:
     """Chunks of documents, each with whether it is the last one of its document.
 
     A batch has about BATCH_CHARACTERS characters, from many documents or from a part of one. `tally` and `bar` are kept
     up to date.
     """
-    batch: list[tuple[str, bool]] = []
+    batch: encoding.Batch = []
     size = 0
     for document in documents:
         num_bytes = len(document.encode())

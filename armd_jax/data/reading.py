@@ -15,6 +15,22 @@ from typing import assert_never
 from armd_jax.errors import UserError, shown
 from armd_jax.names import Damaged, Split
 
+
+@dataclasses.dataclass
+class Position:
+    """How far a file has been read, for messages.
+
+    line: what was read last; 0 if the file is not read piece by piece. unit: what the pieces are.
+    """
+
+    file: Path
+    line: int = 0
+    unit: str = "line"
+
+    def __str__(self) -> str:
+        return f"{self.file}, {self.unit} {self.line}" if self.line else str(self.file)
+
+
 # A document, or what is wrong with it. The error names the place and is yielded, not raised: one damaged document does
 # not end the reading.
 TextOrError = str | UserError

@@ -21,6 +21,7 @@ class ShardWriter:
     """Writes rows into files of `shard_rows` rows each.
 
     Attributes:
+      folder: that the files are in.
       written: the files that are complete.
     """
 
@@ -28,7 +29,7 @@ class ShardWriter:
         """Raises UserError if the library cannot take the name of the folder."""
         if re.search("[\ud800-\udfff]", str(folder)):  # what stands for bytes that are not UTF-8
             raise UserError(f"{folder}: rows cannot be written there, because the name is not UTF-8 text")
-        self._folder, self._split, self._shard_rows = folder, split, shard_rows
+        self.folder, self._split, self._shard_rows = folder, split, shard_rows
         self._writer: ArrayRecordWriter | None = None
         self._file, self._rows = "", 0
         self.written: list[Shard] = []
@@ -40,7 +41,7 @@ class ShardWriter:
                 if self._writer is None:
                     self._file, self._rows = f"{self._split}-{len(self.written):05d}.array_record", 0
                     # One record per group: a reader then decodes no other row than the one it asks for.
-                    self._writer = ArrayRecordWriter(str(self._folder / self._file), "group_size:1")
+                    self._writer = ArrayRecordWriter(str(self.folder / self._file), "group_size:1")
                 self._writer.write(row.tobytes())
                 self._rows += 1
                 if self._rows == self._shard_rows:
@@ -52,7 +53,7 @@ class ShardWriter:
             with self._as_os_error():
                 self._writer.close()
             self._writer = None
-            file = self._folder / self._file
+            file = self.folder / self._file
             self.written.append(Shard(self._file, self._rows, file.stat().st_size, hash_file(file)))
 
     @contextlib.contextmanager
@@ -61,7 +62,7 @@ class ShardWriter:
             yield
         except (RuntimeError, ValueError) as error:  # what the library raises, whatever happened
             self._writer = None
-            raise files.os_error(error, self._folder / self._file) from error
+            raise files.os_error(error, self.folder / self._file) from error
 
 
 class PackedRows:

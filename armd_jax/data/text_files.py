@@ -16,11 +16,13 @@ import re
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 
 from armd_jax.config import DataConfig
-from armd_jax.data import found_files
+from armd_jax.data import found_files, tables
 from armd_jax.data.reading import (
     KnownFiles,
+    Position,
     Reader,
     Selection,
     Source,
@@ -36,17 +38,6 @@ from armd_jax.names import Split
 # Formats
 
 
-@dataclasses.dataclass
-class Position:
-    """How far a file has been read, for messages."""
-
-    file: Path
-    line: int = 0  # the line that was read last; 0 if the file is not read line by line
-
-    def __str__(self) -> str:
-        return f"{self.file}, line {self.line}" if self.line else str(self.file)
-
-
 @dataclasses.dataclass(frozen=True)
 class Compression:
     """A way in which whole files are compressed.
@@ -54,12 +45,12 @@ class Compression:
     Attributes:
       name: what messages call it.
       open: opens a file for reading its decompressed bytes.
-      errors: what reading raises if the file is damaged or ends too early.
+      errors: gives what reading raises if the file is damaged or ends too early.
     """
 
     name: str
     open: Callable[[Path], io.BufferedIOBase]
-    errors: tuple[type[Exception], ...]
+    errors: Callable[[], tuple[type[Exception], ...]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,8 +108,34 @@ def _open_plain(file: Path) -> io.BufferedIOBase:
     return file.open("rb")
 
 
-_PLAIN = Compression("", _open_plain, ())
-_GZIP = Compression("gzip", gzip.open, (EOFError, zlib.error, gzip.BadGzipFile))
+def _zstd() -> ModuleType | None:
+    """The module of Zstandard, which Python has since 3.14; None if it is not there."""
+    try:
+        from compression import zstd
+    except ImportError:
+        try:
+            from backports import zstd
+        except ImportError:
+            return None
+    found: ModuleType = zstd
+    return found
+
+
+def _open_zstd(file: Path) -> io.BufferedIOBase:
+    if (library := _zstd()) is None:
+        raise UserError(f'{file}: to read Zstandard, install the extra data: pip install "armd-jax[data]"')
+    opened: io.BufferedIOBase = library.open(file, "rb")
+    return opened
+
+
+def _zstd_errors() -> tuple[type[Exception], ...]:
+    library = _zstd()
+    return () if library is None else (EOFError, library.ZstdError)
+
+
+_PLAIN = Compression("", _open_plain, lambda: ())
+_GZIP = Compression("gzip", gzip.open, lambda: (EOFError, zlib.error, gzip.BadGzipFile))
+_ZSTD = Compression("Zstandard", _open_zstd, _zstd_errors)
 
 FORMATS = (
     Format(".txt", _read_whole, _PLAIN),
@@ -129,6 +146,11 @@ FORMATS = (
     # C4 and others call their JSON lines so, and settings and vocabularies end in it as well.
     Format(".json", _read_json_lines, _PLAIN, first_line_decides=True),
     Format(".json.gz", _read_json_lines, _GZIP, first_line_decides=True),
+    Format(".txt.zst", _read_whole, _ZSTD),
+    Format(".jsonl.zst", _read_json_lines, _ZSTD),
+    Format(".json.zst", _read_json_lines, _ZSTD, first_line_decides=True),
+    Format(".parquet", tables.read_parquet, _PLAIN),
+    Format(".arrow", tables.read_arrow, _PLAIN),
 )
 SUFFIXES = tuple(row.suffix for row in FORMATS)
 
@@ -139,7 +161,7 @@ _NOT_READ = {
     **dict.fromkeys((".xz", ".lzma"), "compressed with xz"),
     **{".bz2": "compressed with bzip2", ".lz4": "compressed with LZ4", ".br": "compressed with Brotli"},
     **dict.fromkeys((".tar", ".tar.gz", ".tgz", ".zip", ".7z", ".rar"), "an archive"),
-    **dict.fromkeys((".parquet", ".arrow", ".csv", ".tsv", ".tfrecord", ".array_record"), "a table or records"),
+    **dict.fromkeys((".csv", ".tsv", ".tfrecord", ".array_record"), "a table or records"),
 }
 _DESCRIBES_DATA = re.compile(
     r"(readme|licen[cs]e)([-_. ].*)?|copying|copyright|notice|citation|authors|contributors|contributing|changelog"
@@ -160,6 +182,8 @@ def _why_left_out(file: Path, by_name: bool, text_field: str) -> str:
             if name.endswith(suffix):
                 return f"{what}, which is not read; make it .jsonl, or .jsonl.gz"
         return "not a kind of file that is read"
+    if name.startswith("cache-") and name.endswith(".arrow"):
+        return "what datasets keeps of something that was computed"
     if not by_name and _DESCRIBES_DATA.fullmatch(name.removesuffix(row.suffix)):
         return f"describes the data; a glob with its ending, such as **/*{row.suffix}, takes it"
     if row.first_line_decides and not _first_line_is_a_document(file, row.compression, text_field):
@@ -176,7 +200,7 @@ def _first_line_is_a_document(file: Path, compression: Compression, text_field: 
             if not start.startswith(b"{"):
                 return False
             line = start.partition(b"\n")[0] if b"\n" in start else start + stream.readline()
-    except compression.errors:
+    except compression.errors():
         return True
     except OSError:
         return True
@@ -232,7 +256,7 @@ def _read_files(files: list[_TextFile], text_field: str) -> Iterator[TextOrError
         try:
             with compression.open(file.path) as stream:
                 yield from file.format.read(stream, position, text_field)
-        except compression.errors as error:
+        except compression.errors() as error:
             place = f"{file.path}, after line {position.line}" if position.line else str(file.path)
             raise UserError(f"{place}: damaged or truncated {compression.name} file: {error}") from error
         except OSError as error:
@@ -253,9 +277,10 @@ def _choose_files(config: DataConfig) -> tuple[dict[str, _TextFile], dict[str, s
             left_out[name] = reason
         else:
             files[name] = _TextFile(file, row)
-    for name in [name for name in files if name.endswith(".gz") and name.removesuffix(".gz") in files]:
-        del files[name]
-        left_out[name] = "the compressed form of a file that is read"
+    for ending in (".gz", ".zst"):
+        for name in [name for name in files if name.endswith(ending) and name.removesuffix(ending) in files]:
+            del files[name]
+            left_out[name] = "the compressed form of a file that is read"
     if files:
         return files, dict(sorted(left_out.items()))
     if Path(config.path).is_file():

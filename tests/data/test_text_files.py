@@ -1,22 +1,45 @@
 """Text files: every format is read byte for byte, names give the splits, and bad content names its file and line."""
 
 import gzip
+import io
 import json
 import os
 import re
+import sys
 
 import numpy as np
+import pyarrow
+import pyarrow.ipc
+import pyarrow.parquet
 import pytest
 
 from armd_jax.cli import main as cli
 from armd_jax.config import DataConfig
-from armd_jax.data import text_files
+from armd_jax.data import tables, text_files
 from armd_jax.data.corpora import open_corpus
 from armd_jax.data.splits import SPLITS
 from armd_jax.errors import UserError
 
 TEXT = "  one\r\n\ttwo  \n\n\u2581 caf\u00e9 \U0001f600"
 JSON_LINES = (json.dumps({"body": TEXT}) + "\n" + json.dumps({"body": " \n"}) + "\n\n").encode()
+TABLE = {"number": [1, 2], "body": [TEXT, " \n"]}
+zstd = text_files._zstd()
+
+
+def _parquet(columns: dict[str, list]) -> bytes:
+    out = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.table(columns), out)
+    return out.getvalue()
+
+
+def _arrow(columns: dict[str, list], file: bool = False) -> bytes:
+    """A stream, as datasets writes it, or an Arrow file."""
+    out, table = io.BytesIO(), pyarrow.table(columns)
+    with (pyarrow.ipc.new_file if file else pyarrow.ipc.new_stream)(out, table.schema) as writer:
+        writer.write_table(table)
+    return out.getvalue()
+
+
 # A file of every format that holds TEXT.
 EXAMPLES = {
     ".txt": TEXT.encode(),
@@ -26,6 +49,11 @@ EXAMPLES = {
     ".jsonl.gz": gzip.compress(JSON_LINES),
     ".json": JSON_LINES,
     ".json.gz": gzip.compress(JSON_LINES),
+    ".txt.zst": zstd.compress(TEXT.encode()),
+    ".jsonl.zst": zstd.compress(JSON_LINES),
+    ".json.zst": zstd.compress(JSON_LINES),
+    ".parquet": _parquet(TABLE),
+    ".arrow": _arrow(TABLE),
 }
 GZIPPED = gzip.compress(np.random.default_rng(0).bytes(10_000).hex().encode())
 
@@ -151,14 +179,14 @@ CHOICES = {
         {},
     ),
     "compressed in ways that are not read": (
-        {"a.jsonl": LINE, "b.jsonl.zst": "", "c.txt.xz": "", "d.tar.gz": "", "e.parquet": "", "f.gz": ""},
+        {"a.jsonl": LINE, "b.jsonl.bz2": "", "c.txt.xz": "", "d.tar.gz": "", "e.csv": "", "f.gz": ""},
         "",
         {ALL: ["a.jsonl"]},
         {
-            "b.jsonl.zst": "compressed with Zstandard, which is not read; make it",
+            "b.jsonl.bz2": "compressed with bzip2, which is not read; make it",
             "c.txt.xz": "compressed with xz",
             "d.tar.gz": "an archive",
-            "e.parquet": "a table",
+            "e.csv": "a table",
             "f.gz": "not a kind of file",
         },
     ),
@@ -175,10 +203,10 @@ CHOICES = {
         dict.fromkeys(["dataset_info.json", "list.json", "none.json", "pretty.json"], "no JSON object with a text"),
     ),
     "a file and its compressed form": (
-        {"a.jsonl": LINE, "a.jsonl.gz": "", "b.txt": "b"},
+        {"a.jsonl": LINE, "a.jsonl.gz": "", "a.jsonl.zst": "", "b.txt": "b"},
         "",
         {ALL: ["a.jsonl", "b.txt"]},
-        {"a.jsonl.gz": "the compressed form"},
+        {"a.jsonl.gz": "the compressed form", "a.jsonl.zst": "the compressed form"},
     ),
     "hidden files and folders": (
         {"a.txt": "a", ".b.txt": "b", ".ipynb_checkpoints/a-checkpoint.txt": "a", ".#c.txt": "->user@host.17"},
@@ -362,6 +390,19 @@ def test_fingerprint_follows_contents_and_names_but_not_the_place(tmp_path):
         ("a.txt.gz", GZIPPED[:-100], r"a\.txt\.gz: damaged or truncated gzip"),
         ("a.txt.gz", b"plain text", r"a\.txt\.gz: damaged or truncated gzip"),
         ("a.jsonl.gz", GZIPPED[:50] + b"\xff\xff" + GZIPPED[52:], r"a\.jsonl\.gz"),
+        ("a.txt.zst", zstd.compress(b"one two " * 99)[:-3], r"a\.txt\.zst: damaged or truncated Zstandard"),
+        ("a.txt.zst", b"plain text", r"a\.txt\.zst: damaged or truncated Zstandard"),
+        ("a.jsonl.zst", zstd.compress(b"x" * 999)[:20] + b"\xff" * 9, r"a\.jsonl\.zst"),
+        ("a.parquet", b"plain text", r"a\.parquet: damaged or truncated Parquet"),
+        ("a.parquet", _parquet({"text": ["x"] * 99})[:-20], r"a\.parquet: damaged or truncated Parquet"),
+        ("a.parquet", _parquet({"body": ["x"]}), r"a\.parquet: has no column 'text' \(data.text_field\); it has body"),
+        ("a.parquet", _parquet({"text": [3]}), r"a\.parquet: its column 'text' \(data.text_field\) is int64, not text"),
+        ("a.parquet", _parquet({"text": ["x", None]}), r"a\.parquet, row 2: no text in field 'text'"),
+        ("a.parquet", _parquet({"text": ["x", "a\0b"]}), r"a\.parquet, row 2: holds a NUL"),
+        ("a.arrow", b"plain text", r"a\.arrow: damaged or truncated Arrow"),
+        ("a.arrow", _arrow({"text": ["x" * 999]})[:-900], r"a\.arrow: damaged or truncated Arrow"),
+        ("a.arrow", _arrow({"text": ["x"]}, file=True)[:-9], r"a\.arrow: damaged or truncated Arrow"),
+        ("a.arrow", _arrow({"text": ["x", "\0"]}, file=True), r"a\.arrow, row 2: holds a NUL"),
         ("a.jsonl", b'{"text": "x"}\n{"text": \n', r"a\.jsonl, line 2: not valid JSON"),
         ("a.jsonl", b'{"text": "x"}\n\n{"body": "x"}\n', r"a\.jsonl, line 3: no text in field 'text'"),
         ("a.jsonl", b'{"text": 3}\n', r"a\.jsonl, line 1: no text in field 'text'"),
@@ -376,6 +417,52 @@ def test_hostile_content_names_the_file_and_line(tmp_path, name, content, messag
     with pytest.raises(UserError, match=message) as caught:
         texts(open_corpus(DataConfig(path=str(tmp_path / name))))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("write", [_parquet, _arrow], ids=["parquet", "arrow"])
+def test_damaged_rows_of_a_table_can_be_left_out(tmp_path, monkeypatch, write):
+    """Each alone, whatever batch of rows it is in: no text, a NUL, bytes that are no UTF-8."""
+    monkeypatch.setattr(tables, "_ROWS", 2)
+    rows = [None, b"one", b"\xff", b"two \xf0\x9f\x98\x80", b"a\0b", b"three", b" "]
+    offsets = np.cumsum([0, *(len(row or b"") for row in rows)]).astype(np.int32)
+    valid = pyarrow.py_buffer(bytes([sum((row is not None) << bit for bit, row in enumerate(rows))]))
+    content = pyarrow.py_buffer(b"".join(row or b"" for row in rows))
+    column = pyarrow.StringArray.from_buffers(len(rows), pyarrow.py_buffer(offsets.tobytes()), content, valid)
+    (tmp_path / "a").write_bytes(write({"text": column}))
+    file = (tmp_path / "a").rename(tmp_path / ("a.parquet" if write is _parquet else "a.arrow"))
+    corpus = open_corpus(DataConfig(path=str(file), damaged="skip", valid_fraction=0.0, test_fraction=0.0))
+    assert texts(corpus) == {"train": ["one", "two \U0001f600", "three"]}
+    left_out = corpus.left_out()["train"]
+    assert (left_out.empty, left_out.damaged) == (1, 3) and left_out.first_damaged.endswith(
+        f"{file.name}, row 1: no text in field 'text' (data.text_field)"
+    )
+
+
+@pytest.mark.slow
+def test_what_datasets_saves(tmp_path):
+    """A data set and one with splits; what datasets keeps beside the data is no text."""
+    datasets = pytest.importorskip("datasets")
+    rows = datasets.Dataset.from_dict({"text": [f"text {number}" for number in range(20)]})
+    rows.save_to_disk(tmp_path / "one", num_shards=2)
+    (tmp_path / "one" / "cache-0a1b.arrow").write_bytes(_arrow({"text": ["computed"]}))
+    corpus = open_corpus(DataConfig(path=str(tmp_path / "one"), valid_fraction=0.0, test_fraction=0.0))
+    assert texts(corpus) == {"train": rows["text"][:]}
+    assert {name for name in corpus.selection.left_out} == {"cache-0a1b.arrow", "dataset_info.json", "state.json"}
+    parts = datasets.DatasetDict({"train": rows, "validation": rows.select([3])})
+    parts.save_to_disk(tmp_path / "parts")
+    corpus = open_corpus(DataConfig(path=str(tmp_path / "parts")))
+    found = texts(corpus)
+    assert corpus.splits[:2] == ("train", "valid") and found["valid"] == ["text 3"]
+
+
+@pytest.mark.parametrize(("name", "module"), [("a.parquet", "pyarrow"), ("a.arrow", "pyarrow"), ("a.txt.zst", "zstd")])
+def test_a_missing_library_is_named(tmp_path, monkeypatch, name, module):
+    """One line with the extra that has it."""
+    (tmp_path / name).write_bytes(EXAMPLES[name[1:]])
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    monkeypatch.setattr(text_files, "_zstd", lambda: None)
+    with pytest.raises(UserError, match=f"{name}: to read .*install the extra data: pip install"):
+        texts(open_corpus(DataConfig(path=str(tmp_path / name), text_field="body")))
 
 
 @pytest.mark.parametrize(
