@@ -59,6 +59,13 @@ MUTATIONS = (
         "seconds = step_seconds, step_seconds",
         "compilation/test_bill.py::test_the_whole_schedule",
     ),
+    Mutation(
+        "gradients of matrices are summed in float32 below bfloat16 activations",
+        "training/placement.py",
+        "return activation_dtype(config.model) != jnp.float32",
+        "return False",
+        "training/test_step.py::test_gradients_are_summed_in_the_dtype_of_the_config",
+    ),
     # --- updates ------------------------------------------------------------------------------------------------------
     Mutation(
         "an exported sampler draws nothing behind an end in one stream",

@@ -69,6 +69,7 @@ class Instruction:
 def no_expectation(loop: Instruction) -> float | None:
     """Nothing is known of a loop beyond the program's text."""
     del loop
+    return None
 
 
 class Program:
@@ -129,12 +130,12 @@ class Program:
             if instruction.opcode == "conditional":
                 return 1 / max(len(called(instruction)), 1)
             if instruction.opcode != "while":
-                return 1
+                return 1.0
             known = self._trips(name, instruction)
             trips = iterations(instruction) if known is None else known
             if trips is None and instruction.name not in self.unknown_loops:
                 self.unknown_loops.append(instruction.name)
-            return 1 if trips is None else trips
+            return 1.0 if trips is None else trips
 
         def visit(name: str, count: float) -> None:
             runs[name] += count
