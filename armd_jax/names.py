@@ -20,6 +20,7 @@ MlpKind = Literal["gelu", "swiglu"]
 PredictionPosition = Literal["own", "previous"]
 RopeScaling = Literal["none", "linear", "llama3"]
 Remat = Literal["none", "dots", "full"]
+GradientSums = Literal["float32", "activations"]
 PlainAttention = Literal["auto", "dense", "chunked"]  # runs everywhere
 TpuKernel = Literal["splash"]
 GpuKernel = Literal["flash"]

@@ -87,7 +87,7 @@ class Summary:
 
         state = checkpoints.restore_for_inference(run.workdir, configs.read(run.workdir))
         leaves = jax.tree_util.tree_leaves_with_path(state)
-        rows, rates = run.rows("metrics.jsonl"), ("train/tokens_per_second", "train/mfu")
+        rows, rates = run.rows("metrics.jsonl"), ("train/tokens_per_second", "train/mfu", "train/ar_mfu")
         return Summary(
             {jax.tree_util.keystr(path): np.asarray(leaf).tobytes() for path, leaf in leaves},
             [{name: value for name, value in row.items() if name not in rates} for row in rows],

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Compiles every preset for its TPU slice, on a machine without a TPU, and prints what it needs and could reach. With
+# Compiles every preset for its TPU slice, on a machine without a TPU, and prints what it needs and at best reaches. With
 # --scaling, compiles one config with one batch for 16, 256 and 512 chips instead. The exit code is 0 only if all fit
 # their chips and use the attention kernel. Takes 17 minutes on two cores, --scaling 9. Needs libtpu (Linux, x86).
 set -euo pipefail
@@ -58,13 +58,13 @@ import sys
 table, *files = sys.argv[1:]
 good = True
 if table == "presets":
-    print("| preset | slice | mesh | state GiB | temporary GiB | peak GiB per chip | attention kernel | step ms | MFU | limit"
-          " | compiled in s |")
-    print("|---|---|---|---|---|---|---|---|---|---|---|")
+    print("| preset | slice | mesh | state GiB | temporary GiB | peak GiB per chip | attention kernel | bound: step ms"
+          " | bound: MFU | bound: AR MFU | limit | chip-hours, bound to published efficiency | compiled in s |")
+    print("|---|---|---|---|---|---|---|---|---|---|---|---|---|")
 else:
-    print("| chips | slice | mesh | TFLOPs per chip | peak GiB per chip | collectives sent, MiB per chip | of these between"
-          " slices | step ms | MFU | limit |")
-    print("|---|---|---|---|---|---|---|---|---|---|")
+    print("| chips | slice | mesh | TFLOPs per chip | peak GiB per chip | collectives sent, MiB per chip | of these"
+          " between slices | bound: step ms | bound: MFU | bound: AR MFU | limit |")
+    print("|---|---|---|---|---|---|---|---|---|---|---|")
 for file in files:
     name = pathlib.Path(file).stem.split("-")[-1]
     text = pathlib.Path(file).read_text()
@@ -81,12 +81,15 @@ for file in files:
     if not r["fits"]:
         print(f"| {name} | {place} | {mesh} | {peak} | does not fit |")
         continue
-    speed = f"{r['predicted_step_seconds'] * 1e3:.0f} | {r['predicted_mfu']:.0%} | {r['limiting_term']}"
+    shares = (r["predicted_mfu"], r["predicted_ar_mfu"])
+    mfu, ar_mfu = ("unknown" if share is None else f"{share:.0%}" for share in shares)
+    speed = f"{r['predicted_step_seconds'] * 1e3:.0f} | {mfu} | {ar_mfu} | {r['limiting_term']}"
     if table == "presets":
         attention = "splash" if kernel else "none"
         state, temporary = (f"{r[key] / 2**30:.2f}" for key in ("argument_bytes", "temp_bytes"))
         memory = f"{state} | {temporary} | {peak}"
-        print(f"| {name} | {place} | {mesh} | {memory} | {attention} | {speed} | {r['compile_seconds']:.0f} |")
+        hours = "{:,.0f} to {:,.0f}".format(*r["bill"]["chip_hours"]) if r["bill"] else "unknown"
+        print(f"| {name} | {place} | {mesh} | {memory} | {attention} | {speed} | {hours} | {r['compile_seconds']:.0f} |")
         continue
     sent = sum(c["sent_bytes"] for c in r["collectives"]) / 2**20
     between = sum(c["sent_bytes"] for c in r["collectives"] if c["between_slices"]) / 2**20

@@ -37,6 +37,35 @@ class Mutation:
 
 
 MUTATIONS = (
+    # --- the bill -----------------------------------------------------------------------------------------------------
+    Mutation(
+        "a conditional counts as the mean of its branches",
+        "compilation/hlo.py",
+        "return 1 / max(len(called(instruction)), 1)",
+        "return 1",
+        "compilation/test_hlo.py::test_a_conditional_is_the_mean_of_its_branches",
+    ),
+    Mutation(
+        "loops of chunked attention count as often as they run",
+        "compilation/attention.py",
+        "return (chunks + 1) / 2 if config.model.has_orders else float(chunks)",
+        "return 1.0",
+        "compilation/test_attention.py::test_chunked_attention_counts_the_chunks_that_are_seen",
+    ),
+    Mutation(
+        "the upper end of a bill is what real runs reach",
+        "compilation/bill.py",
+        "seconds = step_seconds, step_seconds / published.share",
+        "seconds = step_seconds, step_seconds",
+        "compilation/test_bill.py::test_the_whole_schedule",
+    ),
+    Mutation(
+        "gradients of matrices are summed in float32 below bfloat16 activations",
+        "training/placement.py",
+        "return activation_dtype(config.model) != jnp.float32",
+        "return False",
+        "training/test_step.py::test_gradients_are_summed_in_the_dtype_of_the_config",
+    ),
     # --- updates ------------------------------------------------------------------------------------------------------
     Mutation(
         "an exported sampler draws nothing behind an end in one stream",

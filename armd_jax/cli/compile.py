@@ -1,6 +1,7 @@
 """`armd compile`: compile a training step or the sampler for a TPU slice, on a machine without one."""
 
 import argparse
+import math
 from collections.abc import Sequence
 
 from armd_jax import files, typed
@@ -22,6 +23,9 @@ def add(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--batch", type=int, default=0, help="sample: rows; default: one per device of data x fsdp")
     parser.add_argument("--streams", type=int, default=1, help="sample: parallel streams")
+    parser.add_argument(
+        "--price-per-chip-hour", type=float, default=None, metavar="USD", help="train: price the whole schedule"
+    )
     parser.add_argument("--dump-hlo", type=file, default=None, metavar="FILE", help="write the compiled program")
     parser.epilog = "The exit code is 0 if it fits into the chip's memory, 1 if not. " + (parser.epilog or "")
 
@@ -31,6 +35,9 @@ def run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
     config = read_config(args, overrides)
     if args.batch < 0 or args.streams < 1:
         raise UserError("--batch must be at least 0 and --streams at least 1")
+    price = args.price_per_chip_hour
+    if price is not None and not (math.isfinite(price) and price >= 0):
+        raise UserError(f"--price-per-chip-hour={price}: must be a number of dollars, at least 0")
     if args.dump_hlo and not args.dump_hlo.exists():  # better said now than after minutes of compiling
         folder = args.dump_hlo.parent
         if reason := files.unwritable(folder) if folder.is_dir() else "does not exist":
@@ -45,7 +52,7 @@ def run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
     from armd_jax.compilation.result import as_text
 
     try:
-        result = compilation.run(config, args.config, where, args.what, args.batch, args.streams, args.dump_hlo)
+        result = compilation.run(config, args.config, where, args.what, args.batch, args.streams, args.dump_hlo, price)
     except compilation.CompilerFailed as error:
         return failed(f"--topology={args.topology}: {error}", 1)
     show(args, result.as_dict(), as_text(result))

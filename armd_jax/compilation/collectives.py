@@ -16,7 +16,7 @@ class Collective:
 
     bytes: of the whole array on a device, that is after it is gathered, or before it is scattered.
     group: number of devices that take part together. crosses_slices: whether a group has devices of several slices.
-    runs: how often the instruction runs. computation: the one that holds the instruction.
+    runs: how often the instruction runs on average. computation: the one that holds the instruction.
     shapes: of the arrays that the instruction returns, and of its operands too if it only begins the collective.
     """
 
@@ -24,7 +24,7 @@ class Collective:
     bytes: int
     group: int
     crosses_slices: bool
-    runs: int
+    runs: float
     computation: str = ""
     shapes: tuple[tuple[int, ...], ...] = ()
 

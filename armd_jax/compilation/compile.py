@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from armd_jax.compilation import collectives, costs, roofline, topology
+from armd_jax.compilation import attention, bill, collectives, costs, roofline, topology
 from armd_jax.compilation.collectives import Collective
 from armd_jax.compilation.hlo import CollectiveKind, Program
 from armd_jax.compilation.result import CollectiveTotal, CompileResult, Memory, Sampling, Work
@@ -62,13 +62,14 @@ class DoesNotFit(Exception):
 class _Job:
     """A lowered program, and what is known of it without compiling.
 
-    model_flops: of one run on all chips. forward_attention_flops: the attention part of one forward pass on all chips.
-    sampling: None for the training step.
+    model_flops, ar_model_flops: of one run on all chips, see `CompileResult`. forward_kernel_flops: those of the
+    attention kernels in one forward pass, on all chips. sampling: None for the training step.
     """
 
     lowered: jax.stages.Lowered
     model_flops: float
-    forward_attention_flops: float
+    ar_model_flops: float
+    forward_kernel_flops: float
     sampling: Sampling | None = None
 
 
@@ -80,11 +81,12 @@ def run(
     batch: int = 0,
     streams: int = 1,
     hlo_file: pathlib.Path | None = None,
+    price: float | None = None,
 ) -> CompileResult:
     """Compiles a program and finds out what it needs.
 
     name: of the experiment, for the result. batch, streams: of the sampler; batch 0: one row per device of data x fsdp.
-    hlo_file: where the compiled program is written; None: nowhere.
+    hlo_file: where the compiled program is written; None: nowhere. price: of a chip for an hour, for the bill.
     Raises UserError if the input is impossible, and CompilerFailed if the compiler gives up.
     """
     config = assumed_vocabulary(config)
@@ -93,10 +95,12 @@ def run(
         case "train":
             job = _training_job(config, mesh)
         case "sample":
+            if price is not None:
+                raise UserError("--price-per-chip-hour: only a training has a schedule to price; leave --what at train")
             job = _sampling_job(config, mesh, batch or mesh.shape["data"] * mesh.shape["fsdp"], streams)
         case _:
             assert_never(what)
-    work = suggestion = None
+    work = suggestion = charged = None
     began = time.perf_counter()
     try:
         compiled = compile_lowered(job.lowered)
@@ -108,7 +112,13 @@ def run(
         text = _text(compiled)
         if hlo_file is not None:
             hlo_file.write_text(text, encoding="utf-8")
-        memory, work = _memory(compiled), _work(Program(text), where, job)
+        memory = _memory(compiled)
+        work = _work(Program(text, attention.iterations(config)), where, job)
+        if job.sampling is None and not work.unknown_loops:
+            parameters_of_ar = flops.ar_parameters(config.model)
+            charged = bill.make(
+                config, where.chip_name, where.chips, parameters_of_ar, work.predicted_step_seconds, price
+            )
     return CompileResult(
         config=name,
         what=what,
@@ -120,9 +130,11 @@ def run(
         hbm_bytes=where.chip.hbm_bytes,
         sampling=job.sampling,
         model_flops=job.model_flops,
+        ar_model_flops=job.ar_model_flops,
         compile_seconds=compile_seconds,
         memory=memory,
         work=work,
+        bill=charged,
         suggestion=suggestion,
     )
 
@@ -150,7 +162,8 @@ def _training_job(config: Config, mesh: Mesh) -> _Job:
     return _Job(
         lower_train_step(config, mesh),
         model_flops=flops.training_flops_per_token(config.model).total * tokens,
-        forward_attention_flops=flops.forward_flops_per_token(config.model).attention * tokens,
+        ar_model_flops=flops.ar_training_flops_per_token(config.model) * tokens,
+        forward_kernel_flops=attention.splash_forward_flops(config),
     )
 
 
@@ -161,11 +174,11 @@ def _sampling_job(config: Config, mesh: Mesh, batch: int, streams: int) -> _Job:
         )
     divisibility.check_model(config.model, mesh)
     tokens = batch * config.model.max_length
-    per_token = flops.decoding_flops_per_token(config.model)
     return _Job(
         lower_sampler(config, mesh, batch, streams),
-        model_flops=per_token.total * tokens,
-        forward_attention_flops=per_token.attention * tokens,
+        model_flops=flops.decoding_flops_per_token(config.model).total * tokens,
+        ar_model_flops=flops.ar_training_flops_per_token(config.model) / 3 * tokens,  # without the backward pass
+        forward_kernel_flops=0.0,  # it attends without a kernel
         sampling=Sampling(batch, streams),
     )
 
@@ -261,9 +274,10 @@ def _memory(compiled: jax.stages.Compiled) -> Memory:
 def _work(program: Program, where: Topology, job: _Job) -> Work:
     sent = collectives.find(program, where.chips // where.slices)
     kernels = {name: runs for name, runs in costs.kernels(program).items() if _SPLASH in name}
-    executed = costs.product_flops(program) + roofline.kernel_flops(kernels, job.forward_attention_flops / where.chips)
+    executed = costs.product_flops(program) + roofline.kernel_flops(kernels, job.forward_kernel_flops / where.chips)
     moved = costs.hbm_traffic(program)
     seconds = roofline.seconds(where.chip, executed, moved, sent)
+    unknown = bool(program.unknown_loops)
     return Work(
         collectives=_totals(sent),
         attention_kernels=kernels,
@@ -271,7 +285,9 @@ def _work(program: Program, where: Topology, job: _Job) -> Work:
         hbm_traffic_bytes=moved,
         roofline_seconds=seconds,
         predicted_step_seconds=seconds.step,
-        predicted_mfu=seconds.mfu(job.model_flops / where.chips, where.chip),
+        predicted_mfu=None if unknown else seconds.mfu(job.model_flops / where.chips, where.chip),
+        predicted_ar_mfu=None if unknown else seconds.mfu(job.ar_model_flops / where.chips, where.chip),
+        unknown_loops=len(program.unknown_loops),
         limiting_term=seconds.limiting_term,
         hlo_instructions=program.num_instructions,
     )
@@ -285,8 +301,8 @@ def _totals(found: Sequence[Collective]) -> tuple[CollectiveTotal, ...]:
     return tuple(
         CollectiveTotal(
             kind=kind,
-            count=sum(one.runs for one in group),
-            bytes=sum(one.runs * one.bytes for one in group),
+            count=round(sum(one.runs for one in group)),
+            bytes=round(sum(one.runs * one.bytes for one in group)),
             sent_bytes=round(sum(one.sent_bytes for one in group)),
             between_slices=crosses,
         )

@@ -33,9 +33,9 @@ _IN_PLACE = {"dynamic-update-slice", "tuple", "custom-call", *typed.choices(Coll
 _SLICES = {"dynamic-slice", "slice", "gather"}
 
 
-def kernels(program: Program) -> dict[str, int]:
+def kernels(program: Program) -> dict[str, float]:
     """How often every Pallas kernel runs, by its name in the program's metadata."""
-    runs_by_name: dict[str, int] = defaultdict(int)
+    runs_by_name: dict[str, float] = defaultdict(float)
     for _, instruction, runs in program.running():
         if instruction.opcode == "custom-call" and '"tpu_custom_call"' in instruction.attributes:
             runs_by_name[kernel_name(instruction)] += runs

@@ -4,9 +4,11 @@ The text is the program of one device. What runs inside a loop is counted once p
 number of iterations: either directly (`known_trip_count`), or because the loop's condition compares a counter with a
 constant. The iterations are then those from the counter's first value on.
 
-Two cases are not known from the text, and everything that is derived from the counts inherits their error. A loop
-whose number of iterations cannot be read counts as one iteration, which is too little. Of a conditional, every branch
-counts although only one of them runs, which is too much.
+Two cases are not known from the text. A loop whose number of iterations depends on data counts as often as the caller
+expects; if the caller does not know either, it counts once and is listed in `Program.unknown_loops`, because everything
+that is derived from the counts is then too little. Of a conditional, one branch runs, and the text does not tell which:
+each of its b branches counts 1 / b times, which makes the mean over the branches. That is what a step does on average
+if all branches are taken equally often, as those for the numbers of streams of strided orders are.
 """
 
 import dataclasses
@@ -14,7 +16,7 @@ import functools
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Literal, TypeGuard
 
 from armd_jax import typed
@@ -64,14 +66,25 @@ class Instruction:
         return arrays(self.type)
 
 
+def no_expectation(loop: Instruction) -> float | None:
+    """Nothing is known of a loop beyond the program's text."""
+    del loop
+    return None
+
+
 class Program:
     """A parsed HLO module.
 
     computations: the instructions of each, by name. entry: the computation that the program starts with. runs: how
-    often each computation runs (the module's docstring says how loops and conditionals count).
+    often each computation runs on average (the module's docstring says how loops and conditionals count).
+    unknown_loops: names of the loops that run and whose number of iterations is not known.
     """
 
-    def __init__(self, text: str) -> None:
+    def __init__(self, text: str, iterations: Callable[[Instruction], float | None] = no_expectation) -> None:
+        """Parses a text.
+
+        iterations: of a loop of which the text does not tell how often it runs, the expected number; None: unknown.
+        """
         self.computations: dict[str, list[Instruction]] = {}
         self.entry = ""
         current: list[Instruction] = []
@@ -85,7 +98,8 @@ class Program:
                 current.append(Instruction(match[1], match[2], match[3], operands, attributes, root))
             elif current and line.startswith("}}"):  # attributes that contain a line break continue here
                 current[-1] = dataclasses.replace(current[-1], attributes=current[-1].attributes + line)
-        self.runs = self._count_runs()
+        self.unknown_loops: list[str] = []
+        self.runs = self._count_runs(iterations)
 
     @property
     def num_instructions(self) -> int:
@@ -102,36 +116,51 @@ class Program:
         """Computations inside fusions. What their instructions pass to one another stays on the core."""
         return {callee for _, i, _ in self.running() if i.opcode == "fusion" for callee in called(i)}
 
-    def running(self) -> Iterator[tuple[str, Instruction, int]]:
+    def running(self) -> Iterator[tuple[str, Instruction, float]]:
         """Every instruction that runs: (computation, instruction, number of runs)."""
         for name, runs in self.runs.items():
             for instruction in self.computations.get(name, ()):
                 yield name, instruction, runs
 
-    def _count_runs(self) -> dict[str, int]:
-        runs: dict[str, int] = defaultdict(int)
+    def _count_runs(self, iterations: Callable[[Instruction], float | None]) -> dict[str, float]:
+        runs: dict[str, float] = defaultdict(float)
 
-        def visit(name: str, count: int) -> None:
+        def times(name: str, instruction: Instruction) -> float:
+            """How often one run of an instruction runs each computation that it calls."""
+            if instruction.opcode == "conditional":
+                return 1 / max(len(called(instruction)), 1)
+            if instruction.opcode != "while":
+                return 1.0
+            known = self._trips(name, instruction)
+            trips = iterations(instruction) if known is None else known
+            if trips is None and instruction.name not in self.unknown_loops:
+                self.unknown_loops.append(instruction.name)
+            return 1.0 if trips is None else trips
+
+        def visit(name: str, count: float) -> None:
             runs[name] += count
             for instruction in self.computations.get(name, ()):
-                trips = self._trips(name, instruction) if instruction.opcode == "while" else 1
-                for callee in called(instruction):
-                    visit(callee, count * trips)
+                if callees := called(instruction):
+                    factor = times(name, instruction)
+                    for callee in callees:
+                        visit(callee, count * factor)
 
         visit(self.entry, 1)
         return dict(runs)
 
-    def _trips(self, computation: str, loop: Instruction) -> int:
-        """Iterations of a loop; 1 if the text does not tell their number."""
+    def _trips(self, computation: str, loop: Instruction) -> int | None:
+        """Iterations of a loop; None if the text does not tell their number."""
         if known := _TRIPS.search(loop.attributes):
             return int(known[1])
         condition = re.search(r"condition=%?([\w.\-]+)", loop.attributes)
         body = self.computations.get(condition[1], []) if condition else []
-        compared = [i for i in body if i.is_root and i.opcode == "compare" and "direction=LT" in i.attributes]
-        if not compared:
-            return 1
-        limit = _constants(body).get(compared[0].operands[1], 1)
-        return max(limit - self._first_value(computation, loop, body, compared[0].operands[0]), 1)
+        compared = next((i for i in body if i.is_root and i.opcode == "compare"), None)
+        if compared is None or "direction=LT" not in compared.attributes:
+            return None
+        limit = _constants(body).get(compared.operands[1])
+        if limit is None:
+            return None
+        return max(limit - self._first_value(computation, loop, body, compared.operands[0]), 1)
 
     def _first_value(self, computation: str, loop: Instruction, condition: list[Instruction], counter: str) -> int:
         """The value that a loop's counter starts from.

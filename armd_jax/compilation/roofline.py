@@ -71,15 +71,15 @@ def seconds(chip: Chip, flops: float, hbm_bytes: float, collectives: Sequence[Co
     )
 
 
-def kernel_flops(kernels: dict[str, int], forward_flops: float) -> float:
+def kernel_flops(kernels: dict[str, float], forward_flops: float) -> float:
     """FLOPs that the attention kernels execute.
 
-    kernels: number of runs by name. forward_flops: attention FLOPs of one forward pass through all layers.
+    kernels: number of runs by name. forward_flops: those of one forward pass of the kernels in all layers.
 
     Every layer runs its dq kernel once per step. Forward runs divided by dq runs is therefore how often the forward
     pass is done: twice if it is recomputed. Without a backward pass it is done once.
     """
-    runs: dict[SplashKernel, int] = {
+    runs: dict[SplashKernel, float] = {
         kernel: sum(count for name, count in kernels.items() if kernel in name) for kernel in _KERNELS
     }
     if not runs["fwd"]:
@@ -90,7 +90,7 @@ def kernel_flops(kernels: dict[str, int], forward_flops: float) -> float:
 
 
 def _products(kernel: SplashKernel) -> int:
-    """Matrix products that a kernel computes over the visible pairs of query and key."""
+    """Matrix products that a kernel computes over its pairs of query and key."""
     match kernel:
         case "fwd":
             return 2  # scores, values

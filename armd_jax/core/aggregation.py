@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from armd_jax.config import ModelConfig
 from armd_jax.core.kernels.attention import attention_chunk
+from armd_jax.core.kernels.linear import linear
 from armd_jax.core.rows import UNSEEN, Rows
 from armd_jax.core.sizes import embedding_rms
 
@@ -192,8 +193,9 @@ class NeighbourTokens(nn.Module):
         as_layers = nn.initializers.normal(config.width**-0.5)
         for side, ids_BG, vectors_BGD in zip(("left", "right"), self.wanted(rows), near, strict=False):
             unseen_D = self.param(f"unseen_{side}", as_tokens, (config.width,)).astype(dtype)
-            map_DD = self.param(side, as_layers, (config.width, config.width)).astype(dtype)
-            first_BGD = first_BGD + jnp.where(ids_BG[..., None] == UNSEEN, unseen_D, vectors_BGD) @ map_DD
+            map_DD = self.param(side, as_layers, (config.width, config.width))
+            seen_BGD = jnp.where(ids_BG[..., None] == UNSEEN, unseen_D, vectors_BGD)
+            first_BGD = first_BGD + linear(seen_BGD, map_DD)  # the gradient of the float32 map is a float32 sum
         return first_BGD
 
     def state_after(self, rows: Rows, x_BXD: jax.Array, state: jax.Array) -> jax.Array:

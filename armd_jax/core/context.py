@@ -40,6 +40,8 @@ class Context:
     """How a network call is carried out. The default is a single device, the config's own attention and no dropout.
 
     constrain: tells activations, and weights where they are used, how to lie on the mesh.
+    float32_sums: whether the gradients of the layers' matrices are summed in float32 and not in the dtype of the
+        activations.
     attend: the attention kernel; None: what the config says.
     dropout_key: the key that all dropout of the call is drawn from; None: no dropout.
     """
@@ -47,6 +49,7 @@ class Context:
     constrain: Constrain = no_constraint
     attend: Attend | None = None
     dropout_key: jax.Array | None = None
+    float32_sums: bool = False
 
     def fold_in(self, number: jax.Array | int) -> "Context":
         """The context of one part of the call: its dropout draws are its own."""

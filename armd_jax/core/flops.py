@@ -12,6 +12,11 @@ With an MLP of 4 D, kv is a sixth of a layer, so an ARMD does the work of L + 5/
 model that of L. A denoiser has L layers and L attention calls, and each of its queries sees all N keys. Training costs
 three times the forward pass, because the backward pass costs twice as much; what a backward pass computes again is not
 counted.
+
+An MFU from these FLOPs says how busy the devices are. It does not say how fast a model trains compared with others,
+because a model that does more work per token has a higher one at the same speed. For that there are the FLOPs that an
+autoregressive model of the same size would be said to need, `ar_training_flops_per_token`, by the convention of the
+field (Chowdhery et al. 2022, PaLM, appendix B).
 """
 
 import dataclasses
@@ -60,8 +65,40 @@ def training_flops_per_token(config: ModelConfig, length: int | None = None) -> 
     return forward_flops_per_token(config, length).times(3)
 
 
-def utilization(config: ModelConfig, tokens_per_second: float, device_kind: str, num_devices: int) -> float | None:
-    """Model-FLOPs utilisation of training: the share of the devices' bfloat16 peak that goes into the mathematics.
+def ar_training_flops_per_token(config: ModelConfig, length: int | None = None) -> float:
+    """6 N + 12 L H K T: training FLOPs per token of an autoregressive model of the same size, as PaLM counts them.
+
+    N: the weights of its matrices, those of the head included (`ar_parameters`). T: `length` (default: max_length); as
+    in that convention, attention counts all T keys, also those that a causal mask hides.
+    """
+    length = config.max_length if length is None else length
+    attention = 12 * config.num_layers * config.num_heads * config.head_width * length
+    return 6.0 * ar_parameters(config) + attention
+
+
+def ar_parameters(config: ModelConfig) -> int:
+    """Weights in the matrices of L ordinary layers and of the head; norms, biases and an aggregator do not count."""
+    heads, kv_heads = config.num_heads * config.head_width, config.kv_heads * config.head_width
+    layer = config.width * (2 * heads + 2 * kv_heads + mlp_matrices(config) * mlp_width(config))
+    return config.num_layers * layer + config.width * padded_vocab(config)
+
+
+@dataclasses.dataclass(frozen=True)
+class Utilization:
+    """Shares of the devices' bfloat16 peak in training.
+
+    model: the FLOPs of the model's own mathematics, both streams of an ARMD. autoregressive: those of an autoregressive
+    model of the same size, by the convention of the field.
+    """
+
+    model: float
+    autoregressive: float
+
+
+def utilization(
+    config: ModelConfig, tokens_per_second: float, device_kind: str, num_devices: int
+) -> Utilization | None:
+    """Model-FLOPs utilisations (MFU) of training.
 
     tokens_per_second: of all devices together.
     Returns None if the peak of the device is not known.
@@ -69,7 +106,11 @@ def utilization(config: ModelConfig, tokens_per_second: float, device_kind: str,
     peak = peaks.peak_flops(device_kind)
     if peak is None:
         return None
-    return training_flops_per_token(config).total * tokens_per_second / (peak * num_devices)
+    tokens_per_peak = tokens_per_second / (peak * num_devices)
+    return Utilization(
+        model=training_flops_per_token(config).total * tokens_per_peak,
+        autoregressive=ar_training_flops_per_token(config) * tokens_per_peak,
+    )
 
 
 def forward_flops_per_token(config: ModelConfig, length: int | None = None) -> TokenFlops:

@@ -5,6 +5,7 @@ the two-stream network (see `core.network`, where the dimension letters are decl
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, assert_never
 
@@ -17,7 +18,7 @@ from armd_jax.core import axes
 from armd_jax.core.cache import write
 from armd_jax.core.context import Context, LayerGroup
 from armd_jax.core.kernels.attention import KERNEL_OUTPUT, attention, attention_chunk, cached_attention
-from armd_jax.core.kernels.linear import linear
+from armd_jax.core.kernels.linear import AtUse, as_it_is, linear
 from armd_jax.core.kernels.panels import Panels
 from armd_jax.core.sizes import activation_dtype, mlp_width
 from armd_jax.names import Remat
@@ -89,6 +90,11 @@ def _normal(fan_in: int, gain: float = 1.0) -> nn.initializers.Initializer:
     return nn.initializers.normal(stddev=gain * fan_in**-0.5)
 
 
+def _at_use(context: Context, name: str) -> AtUse:
+    """How a weight lies on the mesh where it is used, if nothing has told it before (`run_stack`)."""
+    return functools.partial(context.constrain, axes=axes.PARAMETERS[name]) if context.float32_sums else as_it_is
+
+
 class Layer(nn.Module):
     """Pre-norm attention and MLP: the first `num_keys` rows give keys, those from `first_query` on are updated.
 
@@ -112,7 +118,7 @@ class Layer(nn.Module):
         normed_BRD = make_norm(config, "attention_norm")(rows_BRD)
         mixed_BQD, cache = self._attention(normed_BRD, inputs, context, cache)
         rows_BQD = rows_BRD[:, self.first_query :] + context.dropout(config.dropout, mixed_BQD, 0)
-        hidden_BQD = self._mlp(make_norm(config, "mlp_norm")(rows_BQD))
+        hidden_BQD = self._mlp(make_norm(config, "mlp_norm")(rows_BQD), context)
         return rows_BQD + context.dropout(config.dropout, hidden_BQD, 1), cache
 
     def _attention(
@@ -121,12 +127,14 @@ class Layer(nn.Module):
         config, dtype = self.config, normed_BRD.dtype
         width, heads, head_width = config.width, config.num_heads, config.head_width
         keys, queries = slice(0, self.num_keys), slice(self.first_query, None)
-        w_q = self._weight("query", _normal(width), (width, heads, head_width), dtype)
-        w_kv = self._weight("key_value", _normal(width), (width, 2, config.kv_heads, head_width), dtype)
-        w_o = self._weight("attention_out", self._residual(heads * head_width), (heads, head_width, width), dtype)
+        w_q = self._weight("query", _normal(width), (width, heads, head_width), dtype, context)
+        w_kv = self._weight("key_value", _normal(width), (width, 2, config.kv_heads, head_width), dtype, context)
+        w_o = self._weight(
+            "attention_out", self._residual(heads * head_width), (heads, head_width, width), dtype, context
+        )
         cos, sin = inputs.rotary
-        q_BQHK = linear(normed_BRD[:, queries], w_q)
-        kv_BTcHK = linear(normed_BRD[:, keys], w_kv)
+        q_BQHK = linear(normed_BRD[:, queries], w_q, at_use=_at_use(context, "query"))
+        kv_BTcHK = linear(normed_BRD[:, keys], w_kv, at_use=_at_use(context, "key_value"))
         if config.qkv_bias:
             q_BQHK = q_BQHK + self._bias("query_bias", (heads, head_width), dtype)
             kv_BTcHK = kv_BTcHK + self._bias("key_value_bias", (2, config.kv_heads, head_width), dtype)
@@ -151,31 +159,31 @@ class Layer(nn.Module):
         if isinstance(w_o, Panels):
             out_BQD = linear(mixed_BQHK.reshape(*mixed_BQHK.shape[:2], -1), w_o)
         else:
-            out_BQD = jnp.einsum("BQHK,HKD->BQD", mixed_BQHK, w_o)
+            out_BQD = linear(mixed_BQHK, w_o, at_use=_at_use(context, "attention_out"))
         if config.attention_out_bias:
             out_BQD = out_BQD + self._bias("attention_out_bias", (width,), dtype)
         return out_BQD, cache
 
-    def _mlp(self, normed_BQD: jax.Array) -> jax.Array:
+    def _mlp(self, normed_BQD: jax.Array, context: Context) -> jax.Array:
         config, dtype = self.config, normed_BQD.dtype
         width, hidden = config.width, mlp_width(config)
-        w_in = self._weight("mlp_in", _normal(width), (width, hidden), dtype)
-        w_out = self._weight("mlp_out", self._residual(hidden), (hidden, width), dtype)
-        hidden_BQF = linear(normed_BQD, w_in)
+        w_in = self._weight("mlp_in", _normal(width), (width, hidden), dtype, context)
+        w_out = self._weight("mlp_out", self._residual(hidden), (hidden, width), dtype, context)
+        hidden_BQF = linear(normed_BQD, w_in, at_use=_at_use(context, "mlp_in"))
         if config.mlp_bias:
             hidden_BQF = hidden_BQF + self._bias("mlp_in_bias", (hidden,), dtype)
         match config.mlp:
             case "gelu":
                 hidden_BQF = nn.gelu(hidden_BQF)
             case "swiglu":
-                w_gate = self._weight("mlp_gate", _normal(width), (width, hidden), dtype)
-                gate_BQF = linear(normed_BQD, w_gate)
+                w_gate = self._weight("mlp_gate", _normal(width), (width, hidden), dtype, context)
+                gate_BQF = linear(normed_BQD, w_gate, at_use=_at_use(context, "mlp_gate"))
                 if config.mlp_bias:
                     gate_BQF = gate_BQF + self._bias("mlp_gate_bias", (hidden,), dtype)
                 hidden_BQF = nn.silu(gate_BQF) * hidden_BQF
             case _:
                 assert_never(config.mlp)
-        out_BQD = linear(hidden_BQF, w_out)
+        out_BQD = linear(hidden_BQF, w_out, at_use=_at_use(context, "mlp_out"))
         return out_BQD + self._bias("mlp_out_bias", (width,), dtype) if config.mlp_bias else out_BQD
 
     def _residual(self, fan_in: int) -> nn.initializers.Initializer:
@@ -191,11 +199,17 @@ class Layer(nn.Module):
                 assert_never(self.config.residual_init)
 
     def _weight(
-        self, name: str, init: nn.initializers.Initializer, shape: tuple[int, ...], dtype: jnp.dtype
+        self, name: str, init: nn.initializers.Initializer, shape: tuple[int, ...], dtype: jnp.dtype, context: Context
     ) -> jax.Array | Panels:
-        """The parameter in the dtype of the activations, or the panels that decoding has in its place."""
+        """The parameter in the dtype of the activations, or the panels that decoding has in its place.
+
+        If its gradient is summed in float32, it stays as it is, and the product casts it.
+        """
         held: Any = self.get_variable("params", name)
-        return held if isinstance(held, Panels) else self.param(name, init, shape).astype(dtype)
+        if isinstance(held, Panels):
+            return held
+        weight: jax.Array = self.param(name, init, shape)
+        return weight if context.float32_sums else weight.astype(dtype)
 
     def _bias(self, name: str, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
         return self.param(name, nn.initializers.zeros_init(), shape).astype(dtype)
@@ -228,7 +242,7 @@ def run_stack(
 
     def whole(path: tuple[Any, ...], leaf: jax.Array | Panels) -> jax.Array | Panels:
         """A weight put together along the model width, in the dtype it is used in: half the bytes to gather."""
-        if isinstance(leaf, Panels) or (names := axes.PARAMETERS.get(path[-1].key)) is None:
+        if isinstance(leaf, Panels) or (names := axes.PARAMETERS.get(path[-1].key)) is None or context.float32_sums:
             return leaf
         return context.constrain(leaf.astype(h_BRD.dtype), names)
 

@@ -29,7 +29,6 @@ from armd_jax.core.cache import Cache
 from armd_jax.core.context import PLAIN, Context
 from armd_jax.core.kernels.embedding import look_up
 from armd_jax.core.kernels.linear import linear
-from armd_jax.core.kernels.panels import Panels
 from armd_jax.core.layer import KeyValue, Layer, StackInputs, make_norm, rotary_table, run_stack
 from armd_jax.core.parameters import Params
 from armd_jax.core.rows import START, Rows
@@ -217,8 +216,6 @@ def _two_stream_layers(
 def head_logits(params: Params, config: ModelConfig, h_BND: jax.Array) -> jax.Array:
     """Float32 logits [B, N, V] over the padded vocabulary. Padding rows are -inf, so no softmax gives them any mass."""
     weight_DV = params["head"] if "head" in params else params["embedding"].T
-    if not isinstance(weight_DV, Panels):
-        weight_DV = weight_DV.astype(h_BND.dtype)
     logits_BNV = linear(h_BND, weight_DV, jnp.float32)
     if config.logit_cap:
         logits_BNV = config.logit_cap * jnp.tanh(logits_BNV / config.logit_cap)

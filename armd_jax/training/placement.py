@@ -5,12 +5,13 @@ import functools
 from typing import assert_never
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
 from armd_jax.config import Config
 from armd_jax.core import curriculum, objective
 from armd_jax.core.context import Attend, Context, LayerGroup
-from armd_jax.core.sizes import padded_vocab
+from armd_jax.core.sizes import activation_dtype, padded_vocab
 from armd_jax.errors import UserError
 from armd_jax.names import GpuKernel, TpuKernel
 from armd_jax.order_config import block_patterns
@@ -50,7 +51,19 @@ def for_evaluation(config: Config, mesh: Mesh) -> Placement:
 
 def _place(config: Config, mesh: Mesh, patterns: tuple[int, ...] | None) -> Placement:
     config = _decided(config, mesh)
-    return Placement(config, mesh, Context(sharding.constrain(mesh), _attend(config, mesh, patterns)))
+    context = Context(sharding.constrain(mesh), _attend(config, mesh, patterns), float32_sums=_float32_sums(config))
+    return Placement(config, mesh, context)
+
+
+def _float32_sums(config: Config) -> bool:
+    """Whether sums of gradients need a dtype of their own."""
+    match config.training.gradient_sums:
+        case "float32":
+            return activation_dtype(config.model) != jnp.float32
+        case "activations":
+            return False
+        case _:
+            assert_never(config.training.gradient_sums)
 
 
 def _decided(config: Config, mesh: Mesh) -> Config:

@@ -127,8 +127,8 @@ class RunLog:
             self._shown["tokens/s"] = f"{rate:,.0f}"
             utilization = flops.utilization(self._config.model, rate, jax.devices()[0].device_kind, jax.device_count())
             if utilization is not None:
-                values["train/mfu"] = utilization
-                self._shown["mfu"] = f"{utilization:.0%}"
+                values |= {"train/mfu": utilization.model, "train/ar_mfu": utilization.autoregressive}
+                self._shown |= {"mfu": f"{utilization.model:.0%}", "ar_mfu": f"{utilization.autoregressive:.0%}"}
         self._clock = (done, now)
         self._shown["loss"] = f"{values['train/loss']:.4f}"
         self.bar.set_postfix(self._shown, refresh=False)

@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import pathlib
+import re
 
 import jax
 import jax.numpy as jnp
@@ -40,6 +41,9 @@ FLAGS = {
     "mesh.fsdp": 4,
 }
 PROMISED = {
+    "ar_model_flops",
+    "predicted_ar_mfu",
+    "bill",
     "config",
     "topology",
     "chips",
@@ -88,7 +92,8 @@ def _armd_compile(*words: str) -> tuple[int, dict]:
 def training_step(experiment, tmp_path_factory) -> tuple[int, dict, str]:
     """The training step on four chips: exit code, result and compiled program."""
     hlo: pathlib.Path = tmp_path_factory.mktemp("program") / "step.hlo"
-    code, result = _armd_compile(f"--config={experiment}", "--topology=v5e:2x2", f"--dump-hlo={hlo}")
+    words = ("--topology=v5e:2x2", f"--dump-hlo={hlo}", "--price-per-chip-hour=2")
+    code, result = _armd_compile(f"--config={experiment}", *words)
     return code, result, hlo.read_text()
 
 
@@ -121,6 +126,29 @@ def test_training_step_on_a_slice(training_step):
     assert 0.5 * result["model_flops"] < result["executed_flops"] < 3 * result["model_flops"]
     assert 0 < result["predicted_mfu"] <= 1 and result["predicted_step_seconds"] > 0
     assert result["limiting_term"] in ("compute", "memory", "interconnect")
+
+
+@pytest.mark.slow
+def test_gradients_are_summed_over_devices_in_float32(training_step):
+    """Activations are bfloat16, but what one chip adds to a sum is not rounded to that (`training.gradient_sums`)."""
+    sums = [
+        line for line in training_step[2].splitlines() if re.search(r" (all-reduce|reduce-scatter)(-start)?\(", line)
+    ]
+    assert "bf16[" in training_step[2] and any("f32[" in line for line in sums)
+    assert not [line for line in sums if re.search(r"= \(?bf16\[", line)]
+
+
+@pytest.mark.slow
+def test_the_bill_of_a_training_step(training_step):
+    """All loops are known, and the whole schedule is priced between the bound and a published efficiency."""
+    _, result, _ = training_step
+    assert result["unknown_loops"] == 0 and result["predicted_ar_mfu"] < result["predicted_mfu"]
+    bill = result["bill"]
+    steps = configs.TrainingConfig().num_steps
+    assert (bill["steps"], bill["tokens"]) == (steps, steps * BATCH * LENGTH)
+    low, high = bill["chip_hours"]
+    assert low == pytest.approx(4 * steps * result["predicted_step_seconds"] / 3600)
+    assert high == pytest.approx(low / bill["efficiency"]) and bill["cost"] == [2 * low, 2 * high]
 
 
 @pytest.mark.slow
@@ -281,6 +309,8 @@ def test_vocabulary_by_tokenizer(tokenizer, size):
         (["--topology=v5e:4x4"], "needs 4 devices, but there are 16"),
         (["--topology=v5e:2x2", "--config.training.batch_size=6"], "training.batch_size"),
         (["--topology=v5e:2x2", "--what=sample", "--batch=3"], "--batch=3"),
+        (["--topology=v5e:2x2", "--what=sample", "--price-per-chip-hour=1"], "only a training has a schedule"),
+        (["--topology=v5e:2x2", "--price-per-chip-hour=-1"], "--price-per-chip-hour=-1.0: must be a number"),
     ],
 )
 def test_mistakes_are_one_line(experiment, words, says, capsys):

@@ -32,15 +32,24 @@ def test_loops_count_their_iterations(program, program_text):
     assert Program(known).runs["product"] == 5
 
 
-def test_unknown_loops_and_all_branches_count_once(program_text):
-    """A loop whose iterations the text does not tell counts as one, and every branch of a conditional counts."""
-    unknown = program_text.replace("direction=LT", "direction=NE")
-    assert Program(unknown).runs["product"] == 1
+@pytest.mark.parametrize("change", [("direction=LT", "direction=NE"), ("constant(12)", "copy(%i.1)")])
+def test_unknown_loops_are_named(program, program_text, change):
+    """A loop whose iterations the text does not tell counts as often as the caller expects, else once, and is named."""
+    unknown = program_text.replace(*change)
+    assert Program(unknown).runs["product"] == 1 and Program(unknown).unknown_loops == ["loop"]
+    expected = Program(unknown, lambda loop: 1.5 if loop.name == "loop" else None)
+    assert expected.runs["product"] == 1.5 and expected.unknown_loops == program.unknown_loops == []
+    assert Program(program_text, lambda _: 1.5).runs["product"] == 12  # what the text tells counts
+
+
+def test_a_conditional_is_the_mean_of_its_branches(program_text):
+    """Each of two branches counts half."""
     conditional = program_text.replace(
         "while(%a), condition=%condition, body=%body", "conditional(%c, %a, %a), branch_computations={%body, %other}"
     )
-    runs = Program(conditional).runs
-    assert runs["body"] == runs["other"] == runs["product"] == 1
+    found = Program(conditional)
+    assert found.runs["body"] == found.runs["other"] == found.runs["product"] == 0.5
+    assert found.unknown_loops == [] and found.runs["main"] == 1
 
 
 @pytest.mark.parametrize("kind", typed.choices(CollectiveKind))

@@ -28,6 +28,20 @@ def test_product_and_gradients_equal_those_of_autodiff(out):
             np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("out", [16, 12, 3])
+def test_several_axes_can_be_summed(out):
+    """Heads and their width at once, as behind attention: values and gradients of the product over both."""
+    rng = np.random.default_rng(3)
+    rows, weight, d_out = (
+        jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in ((2, 5, 3, 4), (3, 4, out), (2, 5, out))
+    )
+    found, pull = jax.vjp(linear, rows, weight)
+    expected, expected_pull = jax.vjp(lambda rows, weight: jnp.einsum("BQHK,HKD->BQD", rows, weight), rows, weight)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+    for a, b in zip(pull(d_out), expected_pull(d_out), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("out", [16, 3])
 def test_low_precision_sums_and_gives_what_is_asked_for(out):
     """bfloat16 in: bfloat16 or float32 out; gradients in the dtypes of rows and weight, near the float32 ones."""
@@ -68,3 +82,20 @@ def test_a_policy_that_keeps_products_keeps_these():
 
     assert products(jax.checkpoint_policies.dots_with_no_batch_dims_saveable) == 6
     assert products(None) == 8
+
+
+@pytest.mark.parametrize("out", [16, 3])
+def test_a_float32_weight_has_a_float32_gradient(out):
+    """bfloat16 rows times a float32 weight: the product of bfloat16 arrays, and a gradient that no sum has rounded."""
+    rng = np.random.default_rng(2)
+    rows = jnp.asarray(rng.standard_normal((2, 512, 8)), jnp.bfloat16)
+    weight = jnp.asarray(rng.standard_normal((8, out)), jnp.float32)
+    places = []
+    found, pull = jax.vjp(lambda *a: linear(*a, at_use=lambda w: places.append(w.dtype) or w), rows, weight)
+    np.testing.assert_array_equal(found, linear(rows, weight.astype(jnp.bfloat16)))
+    d_rows, d_weight = pull(jnp.ones_like(found))
+    assert (d_rows.dtype, d_weight.dtype) == (jnp.bfloat16, jnp.float32)
+    exact = np.asarray(rows, np.float64).sum(axis=(0, 1))[:, None] * np.ones(out)
+    np.testing.assert_allclose(d_weight, exact, rtol=1e-5, atol=1e-4)
+    # Both the weight in use and its gradient are told how to lie on the mesh.
+    assert set(places) == {jnp.dtype("bfloat16"), jnp.dtype("float32")}

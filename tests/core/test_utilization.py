@@ -1,5 +1,7 @@
 """Peaks of devices by name, and the share of them that a training rate amounts to."""
 
+import dataclasses
+
 import pytest
 
 from armd_jax.config import ModelConfig
@@ -40,8 +42,31 @@ def test_utilization_is_the_share_of_the_peak():
     """At the rate at which every chip does nothing but the mathematics it is 1, and proportional below."""
     per_token = flops.training_flops_per_token(MODEL).total
     full = 16 * 197e12 / per_token
-    assert flops.utilization(MODEL, full, "TPU v5 lite", 16) == pytest.approx(1)
-    assert flops.utilization(MODEL, 0.41 * full, "TPU v5 lite", 16) == pytest.approx(0.41)
-    assert flops.utilization(MODEL, full, "TPU v5 lite", 32) == pytest.approx(0.5)
+    share = lambda rate, chips: flops.utilization(MODEL, rate, "TPU v5 lite", chips).model  # noqa: E731
+    assert share(full, 16) == pytest.approx(1)
+    assert share(0.41 * full, 16) == pytest.approx(0.41)
+    assert share(full, 32) == pytest.approx(0.5)
     # By hand: 6 FLOPs a weight and token, about as many weights as GPT-2 small has and 5 x 5/6 layers on top.
     assert per_token == pytest.approx(6 * (124e6 + 5 * 5 / 6 * 7.08e6) * 1.1, rel=0.1)
+
+
+def test_a_model_that_does_more_work_does_not_look_faster():
+    """Beside its own FLOPs stand those of an autoregressive model of the same size, which two streams do not add to."""
+    # GPT-2 small by hand: 12 layers of 12 x 768^2 weights and the head of 50304 x 768; attention over all 1024 keys.
+    weights = 12 * 12 * 768**2 + 50304 * 768
+    by_hand = 6 * weights + 12 * 12 * 768 * 1024
+    assert flops.ar_parameters(MODEL) == weights and flops.ar_training_flops_per_token(MODEL) == by_hand
+    autoregressive = dataclasses.replace(MODEL, two_stream_layers=0, aggregator="shift")
+    two, one = (flops.utilization(model, 1e5, "TPU v4", 1) for model in (MODEL, autoregressive))
+    assert two.model > 1.2 * one.model and two.autoregressive == one.autoregressive
+    # An autoregressive model counts the same both ways but for the keys that its mask hides.
+    own = flops.training_flops_per_token(autoregressive)
+    assert own.total == pytest.approx(by_hand - 12 * 12 * 768 * 1024 + own.attention)
+
+
+def test_grouped_heads_and_gates_are_counted():
+    """Fewer heads of keys, other head widths and three matrices in the MLP change the size as they change the model."""
+    model = ModelConfig(vocab_size=1280, max_length=128, num_layers=2, width=256, num_heads=4, num_kv_heads=2)
+    model = dataclasses.replace(model, head_dim=32, mlp="swiglu", mlp_width=512)
+    layer = 256 * (2 * 4 * 32 + 2 * 2 * 32 + 3 * 512)
+    assert flops.ar_parameters(model) == 2 * layer + 1280 * 256

@@ -1,6 +1,7 @@
 """One update and one evaluation step: what is drawn for them, what they minimise, and what they report."""
 
 import dataclasses
+import re
 from typing import Any
 
 import jax
@@ -61,6 +62,24 @@ def test_every_batch_of_an_evaluation_has_masks_of_its_own():
 
     params = _params(_config("denoiser"))
     assert len({nll(0, 0), nll(0, 1), nll(1, 0)}) == 3 and nll(0, 1) == nll(0, 1)
+
+
+@pytest.mark.slow
+def test_gradients_are_summed_in_the_dtype_of_the_config():
+    """Below bfloat16 activations, sums over rows are float32, or bfloat16 if the config asks for it."""
+
+    def sums(kind: str, gradient_sums: str) -> set[str]:
+        config = _config(kind, gradient_sums=gradient_sums)
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, dtype="bfloat16", mlp="swiglu"))
+        placed, params = _placed(config), jax.eval_shape(lambda: parameters.init(jax.random.key(0), config.model))
+        task = jax.eval_shape(lambda: step.draw_task(config, 0, 16))
+        traced = jax.make_jaxpr(lambda p, t: step.gradients(p, placed, TOKENS, t, 0))(params, task)
+        over_rows = r"dimension_numbers=\(\(\[0, 1\], \[0, 1\]\), .*?preferred_element_type=(\w+)"
+        return set(re.findall(over_rows, str(traced), re.DOTALL))
+
+    for kind in ("armd", "denoiser"):
+        assert sums(kind, "float32") == {"float32"}
+        assert "bfloat16" in sums(kind, "activations")
 
 
 @pytest.mark.slow

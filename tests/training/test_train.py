@@ -56,10 +56,8 @@ def _config(corpus: pathlib.Path, **training: Any) -> Config:
 def _rows(workdir: pathlib.Path) -> list[dict[str, float]]:
     """metrics.jsonl without the speed."""
     rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    return [
-        {name: value for name, value in row.items() if name not in ("train/tokens_per_second", "train/mfu")}
-        for row in rows
-    ]
+    rates = ("train/tokens_per_second", "train/mfu", "train/ar_mfu")
+    return [{name: value for name, value in row.items() if name not in rates} for row in rows]
 
 
 def _events(workdir: pathlib.Path) -> list[tuple[str, int]]:

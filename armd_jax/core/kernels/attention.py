@@ -17,6 +17,7 @@ from armd_jax.config import ModelConfig
 from armd_jax.names import PlainAttention
 
 KERNEL_OUTPUT = "attention"  # names the output of attention kernels, for rematerialisation policies
+KEY_CHUNKS = "key_chunks_"  # with their number, names the loop over visible chunks of keys in compiled programs
 _MASKED = -1e30  # finite, so that a fully masked chunk gives exp(-1e30 - m) = 0 exactly and never inf - inf
 
 
@@ -114,7 +115,8 @@ def _chunked_forward(
             jnp.full(q_BHQK.shape[:-1], _MASKED, jnp.float32),
             jnp.zeros(q_BHQK.shape[:-1], jnp.float32),
         )
-        out_BHQK, max_BHQ, sum_BHQ = jax.lax.fori_loop(0, visible_chunks, step, start)
+        with jax.named_scope(f"{KEY_CHUNKS}{len(k_chunks)}"):
+            out_BHQK, max_BHQ, sum_BHQ = jax.lax.fori_loop(0, visible_chunks, step, start)
         return (out_BHQK / sum_BHQ[..., None]).astype(q_BQHK.dtype), max_BHQ + jnp.log(sum_BHQ)
 
     out_chunks, log_sum_chunks = jax.lax.map(attend, (_split(q_BQHK * scale, chunk), *_split_lens(len_BQ, chunk)))
@@ -160,7 +162,8 @@ def _chunked_backward(
             )
 
         start = (jnp.zeros(q_BHQK.shape, jnp.float32), *carry)
-        dq_BHQK, dk_chunks, dv_chunks = jax.lax.fori_loop(0, visible_chunks, step, start)
+        with jax.named_scope(f"{KEY_CHUNKS}{len(k_chunks)}"):
+            dq_BHQK, dk_chunks, dv_chunks = jax.lax.fori_loop(0, visible_chunks, step, start)
         return (dk_chunks, dv_chunks), dq_BHQK
 
     rows = (_split(q_BQHK * scale, chunk), *_split_lens(len_BQ, chunk))

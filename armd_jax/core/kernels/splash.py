@@ -63,6 +63,21 @@ def prefix_tables(length: int, streams: int) -> Mapping[LayerGroup, np.ndarray]:
     }
 
 
+def computed_pairs(length: int, streams: int) -> Mapping[LayerGroup, int]:
+    """Pairs of query and key in the tiles that one call computes, by layer group, per row of the batch and head.
+
+    A tile of which any pair is visible is computed whole, and the others are skipped.
+    """
+    keys = _block(length)
+
+    def pairs(prefix_Q: np.ndarray) -> int:
+        queries = _block(len(prefix_Q))
+        tiles = -(-prefix_Q.reshape(-1, queries).max(axis=1) // keys)
+        return int(tiles.sum()) * queries * keys
+
+    return {group: pairs(prefix_Q) for group, prefix_Q in prefix_tables(length, streams).items()}
+
+
 def _block(rows: int) -> int:
     """The largest tile that divides the rows."""
     return next(size for size in _BLOCKS if rows % size == 0)
