@@ -545,6 +545,13 @@ MUTATIONS = (
         "core/test_network.py::test_grouped_queries_are_heads_that_share_keys",
     ),
     Mutation(
+        "a killed preparation goes on at the token behind its last whole shard",
+        "data/packing.py",
+        "whole, batch, whole - before))",
+        "whole, batch, 0))",
+        "data/test_packing.py::test_a_killed_preparation_goes_on",
+    ),
+    Mutation(
         "workers that tokenize end with their parent",
         "data/encoding.py",
         "    threading.Thread(target=_end_with_parent, daemon=True).start()\n",

@@ -8,7 +8,7 @@ import secrets
 import shutil
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from armd_jax import files
@@ -18,22 +18,29 @@ JUST_MADE = 60  # seconds in which another process may have made a folder but no
 
 
 @contextlib.contextmanager
-def large_folder(folder: Path, last_file: str) -> Iterator[Path]:
+def large_folder(folder: Path, last_file: str, goes_on: Callable[[Path], bool]) -> Iterator[Path]:
     """A temporary neighbour of `folder` to write into, which takes its name at the end of the block.
 
     `files.new_folder` does that for folders that take a moment to write. One that takes hours and many gigabytes needs
     more. Its neighbour is locked and has the host and the process in its name, so that whoever builds `folder` next can
-    tell what a killed process left from what a running one is writing, and remove it. If another process completes
-    `folder` first, its result stands. If the block raises, parent folders that were made here are removed as well.
+    tell what a killed process left from what a running one is writing, and go on with it or remove it. If another
+    process completes `folder` first, its result stands. If the block raises, parent folders that were made here are
+    removed as well.
 
     last_file: the file that the block writes last. A folder that has it is complete.
+    goes_on: whether the block can go on with what a killed process left in a folder.
     Raises UserError if the folder cannot be written, and OSError with its name if the disk is full.
     """
     made = [parent for parent in folder.parents if not os.path.exists(parent)]
     partial = folder.with_name(f".{folder.name}.partial-{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}")
     try:
-        partial.mkdir(parents=True)
-        with locked(partial):
+        with contextlib.ExitStack() as stack:
+            left = _left_of(folder, goes_on, stack)
+            if left is None:
+                partial.mkdir(parents=True)
+                stack.enter_context(locked(partial))
+            else:
+                partial = left
             _remove_abandoned(folder)
             yield partial
             try:
@@ -65,12 +72,27 @@ def locked(folder: Path) -> Iterator[None]:
         os.close(handle)
 
 
+def _left_of(folder: Path, goes_on: Callable[[Path], bool], stack: contextlib.ExitStack) -> Path | None:
+    """What a killed process on this machine left of `folder` and can be gone on with, locked; None if there is none."""
+    for left in sorted(folder.parent.glob(_partial_names(folder))):
+        with contextlib.suppress(OSError), contextlib.ExitStack() as own:  # it is locked, or another user's
+            own.enter_context(locked(left))
+            if goes_on(left):
+                stack.push(own.pop_all())
+                return left
+    return None
+
+
+def _partial_names(folder: Path) -> str:
+    return f".{glob.escape(folder.name)}.partial-{glob.escape(socket.gethostname())}-*"
+
+
 def _remove_abandoned(folder: Path) -> None:
     """Removes what killed processes on this machine left of `folder`.
 
     What other machines left stays: on a shared file system their locks may not be seen here.
     """
-    for left in folder.parent.glob(f".{folder.name}.partial-{glob.escape(socket.gethostname())}-*"):
+    for left in folder.parent.glob(_partial_names(folder)):
         with contextlib.suppress(OSError):  # it is locked, already gone, or another user's
             if time.time() - left.stat().st_mtime > JUST_MADE:
                 with locked(left):

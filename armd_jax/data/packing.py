@@ -6,12 +6,14 @@ end-of-text; how many of its tokens are real follows from the token count. A pre
 `tokenizer/` and the shards. It appears whole, by a rename, or not at all.
 """
 
+import collections
 import dataclasses
+import functools
 import hashlib
+import itertools
 import os
-import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeGuard
 
@@ -20,7 +22,9 @@ from tqdm import tqdm
 
 from armd_jax import typed
 from armd_jax.config import DataConfig
-from armd_jax.data import encoding, tokenizers
+from armd_jax.data import batching, encoding, tokenizers
+from armd_jax.data import progress as progress_notes
+from armd_jax.data.batching import Tally
 from armd_jax.data.building import large_folder
 from armd_jax.data.corpora import Corpus, open_corpus
 from armd_jax.data.manifest import (
@@ -36,6 +40,7 @@ from armd_jax.data.manifest import (
     read_manifest,
     write_manifest,
 )
+from armd_jax.data.progress import Part, Progress
 from armd_jax.data.reading import LeftOut
 from armd_jax.data.shards import PackedRows, ShardWriter, check_shard
 from armd_jax.data.tokenizers import Tokenizer
@@ -43,11 +48,7 @@ from armd_jax.errors import UserError
 from armd_jax.names import Split
 
 TOKENIZER_FOLDER = "tokenizer"
-BATCH_CHARACTERS = 1 << 22  # encoded at a time: enough to keep all cores busy, little enough to hold as Python ints
 HASHED_AT_ONCE = 1 << 30  # bytes of shards, a second or two of sha256; of larger data each shard is hashed at first use
-WORDS_AT_ONCE = 1 << 20  # characters whose words exist at once: a document may be one line of many MB
-
-_SPACE = re.compile(r"\s")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,7 +122,8 @@ def prepare(
     if not os.path.exists(folder) and (cache_root / MANIFEST_FILE).is_file():
         folder = cache_root  # made by `armd prepare --out`: if it does not fit, the error says why
     if not os.path.exists(folder):
-        with large_folder(folder, last_file=MANIFEST_FILE) as partial:
+        identity = _identity_of_work(config, corpus, request, length)
+        with large_folder(folder, MANIFEST_FILE, functools.partial(_goes_on, identity)) as partial:
             _write(config, corpus, request, length, partial, progress)
     return _open_fitting(folder, corpus, request, length)
 
@@ -154,7 +156,8 @@ def prepare_into(
         if progress:
             _tell_selection(corpus)
     else:
-        with large_folder(out, last_file=MANIFEST_FILE) as partial:
+        identity = _identity_of_work(config, corpus, request, length)
+        with large_folder(out, MANIFEST_FILE, functools.partial(_goes_on, identity)) as partial:
             _write(config, corpus, request, length, partial, progress, workers)
     return _open_fitting(out, corpus, request, length)
 
@@ -229,6 +232,16 @@ def _check_equal(folder: Path, what: str, fields: str, found: object, wanted: ob
 # Making
 
 
+def _identity_of_work(config: DataConfig, corpus: Corpus, request: str, length: int) -> str:
+    what = FORMAT, corpus.fingerprint, corpus.split_rule, request, length, config.shard_rows, batching.BATCH_CHARACTERS
+    return progress_notes.identity_of(*what)
+
+
+def _goes_on(identity: str, partial: Path) -> bool:
+    """Whether a killed process left whole shards of this very work."""
+    return progress_notes.read(partial, identity) is not None
+
+
 def _write(
     config: DataConfig, corpus: Corpus, request: str, length: int, folder: Path, progress: bool, workers: int = 1
 ) -> None:
@@ -240,15 +253,30 @@ def _write(
             raise UserError(f"{corpus.description}: no text for the {split} split{why}")
     if progress:
         _tell_selection(corpus)  # before the hours that a large corpus takes, because a part of it may be missing
-    tokenizer = tokenizers.load_or_train(config, corpus.documents("train"))
-    tokenizer.save(folder / TOKENIZER_FOLDER)
+    identity = _identity_of_work(config, corpus, request, length)
+    done = progress_notes.read(folder, identity)
+    if done is None:
+        tokenizer = tokenizers.load_or_train(config, corpus.documents("train"))
+        tokenizer.save(folder / TOKENIZER_FOLDER)
+        done = Progress(identity)
+        done.write(folder)
+    else:
+        tokenizer = tokenizers.load(folder / TOKENIZER_FOLDER)
     dtype: RowDtype = "<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4"
     splits: dict[Split, PackedSplit] = {}
     for split in corpus.splits:
-        writer = ShardWriter(folder, split, config.shard_rows)
-        # The bar disappears at its end: if a document turns out to be a mistake, its message is all that is left.
-        with tqdm(desc=f"preparing {split}", unit="B", unit_scale=True, disable=not progress, leave=False) as bar:
-            splits[split] = _pack(corpus.documents(split), tokenizer, length, np.dtype(dtype), writer, bar, workers)
+        if split in done.splits:
+            splits[split] = done.splits[split]
+            collections.deque(corpus.documents(split), maxlen=0)  # counts what is left out of them
+        else:
+            begun = done.part if done.part and done.part.split == split else Part(split)
+            writer = ShardWriter(folder, split, config.shard_rows, begun.shards)
+            note = functools.partial(_note, folder, identity, dict(splits))
+            # The bar disappears at its end: if a document turns out to be a mistake, its message is all that is left.
+            with tqdm(desc=f"preparing {split}", unit="B", unit_scale=True, disable=not progress, leave=False) as bar:
+                texts = corpus.documents(split)
+                splits[split] = _pack(texts, tokenizer, length, np.dtype(dtype), writer, bar, workers, begun, note)
+            Progress(identity, dict(splits)).write(folder)
         if splits["train"].tokens < length:  # train comes first
             raise UserError(
                 f"{corpus.description}: its {splits['train'].tokens} training tokens are fewer than the"
@@ -266,6 +294,7 @@ def _write(
         left_out=left_out,
         splits=splits,
     )
+    (folder / progress_notes.FILE).unlink()
     write_manifest(folder, manifest)
     if progress:
         _tell(manifest)
@@ -289,15 +318,6 @@ def _tell(manifest: Manifest) -> None:
             print(f"{split}: {counts.damaged} damaged documents left out: {counts.first_damaged}", file=sys.stderr)
 
 
-@dataclasses.dataclass
-class _Tally:
-    """The documents of a split that have been read so far."""
-
-    documents: int = 0
-    bytes: int = 0
-    words: int = 0
-
-
 def _pack(
     documents: Iterator[str],
     tokenizer: Tokenizer,
@@ -306,18 +326,30 @@ def _pack(
     writer: ShardWriter,
     bar: tqdm,
     workers: int,
+    begun: Part,
+    note: Callable[[Part], None],
 ) -> PackedSplit:
-    """Writes the rows of one split and returns its entry in the manifest."""
-    tally, num_tokens = _Tally(), 0
+    """Writes the rows of one split behind those of `begun`, and returns its entry in the manifest.
+
+    note: is told after every whole shard how far the split has come.
+    """
+    tally, num_tokens = Tally(), begun.tokens
     left = np.empty(0, dtype)  # tokens that do not fill a row yet
     try:
-        batches = _batches(documents, tokenizer, tally, bar)
-        for part in encoding.encode_all(batches, tokenizer, writer.folder / TOKENIZER_FOLDER, dtype, workers):
-            stream = np.concatenate([left, part])
-            num_tokens += len(stream) - len(left)
+        batches = batching.batches(documents, tokenizer, tally, bar)
+        collections.deque(itertools.islice(batches, begun.batch), maxlen=0)
+        parts = encoding.encode_all(batches, tokenizer, writer.folder / TOKENIZER_FOLDER, dtype, workers)
+        for batch, part in enumerate(parts, start=begun.batch):
+            skip = begun.skip if batch == begun.batch else 0
+            before, shards = num_tokens - skip, len(writer.written)  # tokens of the split before this batch
+            stream = np.concatenate([left, part[skip:]])
+            num_tokens += len(part) - skip
             full = len(stream) // length * length
             writer.write(stream[:full].reshape(-1, length))
             left = stream[full:]
+            if len(writer.written) > shards:
+                whole = sum(shard.rows for shard in writer.written) * length
+                note(Part(begun.split, tuple(writer.written), whole, batch, whole - before))
         if len(left):
             writer.write(np.pad(left, (0, length - len(left)), constant_values=tokenizer.end_of_text)[None])
     finally:
@@ -326,41 +358,5 @@ def _pack(
     return PackedSplit(tally.documents, tally.bytes, tally.words, num_tokens, rows, tuple(writer.written))
 
 
-def _batches(documents: Iterator[str], tokenizer: Tokenizer, tally: _Tally, bar: tqdm) -> Iterator[encoding.Batch]:
-    """Chunks of documents, each with whether it is the last one of its document.
-
-    A batch has about BATCH_CHARACTERS characters, from many documents or from a part of one. `tally` and `bar` are kept
-    up to date.
-    """
-    batch: encoding.Batch = []
-    size = 0
-    for document in documents:
-        num_bytes = len(document.encode())
-        tally.documents += 1
-        tally.bytes += num_bytes
-        tally.words += count_words(document)
-        bar.update(num_bytes)
-        previous = ""  # one chunk behind, because only the end of the loop tells which chunk is the last
-        for chunk in tokenizer.chunks(document):
-            if previous:
-                batch.append((previous, False))
-                size += len(previous)
-            previous = chunk
-            if size >= BATCH_CHARACTERS:
-                yield batch
-                batch, size = [], 0
-        batch.append((previous, True))
-        size += len(previous)
-    if batch:
-        yield batch
-
-
-def count_words(text: str) -> int:
-    """Words plus line ends: what WikiText perplexities are given per."""
-    words = start = 0
-    while start < len(text):
-        cut = _SPACE.search(text, start + WORDS_AT_ONCE)
-        end = cut.start() if cut else len(text)
-        words += len(text[start:end].split())
-        start = end
-    return words + text.count("\n")
+def _note(folder: Path, identity: str, splits: dict[Split, PackedSplit], part: Part) -> None:
+    Progress(identity, splits, part).write(folder)

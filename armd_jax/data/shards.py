@@ -3,7 +3,7 @@
 import contextlib
 import functools
 import re
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -25,14 +25,14 @@ class ShardWriter:
       written: the files that are complete.
     """
 
-    def __init__(self, folder: Path, split: str, shard_rows: int) -> None:
-        """Raises UserError if the library cannot take the name of the folder."""
+    def __init__(self, folder: Path, split: str, shard_rows: int, written: Iterable[Shard] = ()) -> None:
+        """written: files that are complete already. Raises UserError if the library cannot take the folder's name."""
         if re.search("[\ud800-\udfff]", str(folder)):  # what stands for bytes that are not UTF-8
             raise UserError(f"{folder}: rows cannot be written there, because the name is not UTF-8 text")
         self.folder, self._split, self._shard_rows = folder, split, shard_rows
         self._writer: ArrayRecordWriter | None = None
         self._file, self._rows = "", 0
-        self.written: list[Shard] = []
+        self.written: list[Shard] = list(written)
 
     def write(self, rows: np.ndarray) -> None:
         """Appends the rows, int[rows, N] of the type in which they are stored. Raises OSError if they do not fit."""

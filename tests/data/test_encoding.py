@@ -15,7 +15,7 @@ import pytest
 
 from armd_jax.cli import main as cli
 from armd_jax.config import DataConfig
-from armd_jax.data import encoding, packing, tokenizers
+from armd_jax.data import batching, encoding, packing, tokenizers
 from armd_jax.errors import UserError
 
 pytestmark = pytest.mark.slow
@@ -28,7 +28,7 @@ def _content(folder: pathlib.Path) -> dict[str, bytes]:
 @pytest.mark.parametrize("tokenizer", ["bytes", "sentencepiece"])
 def test_any_number_of_workers_writes_the_same(tmp_path, monkeypatch, corpus, tokenizer):
     """Every file, to the last byte, with batches of a few documents and of parts of one."""
-    monkeypatch.setattr(packing, "BATCH_CHARACTERS", 500)
+    monkeypatch.setattr(batching, "BATCH_CHARACTERS", 500)
     config = DataConfig(path=str(corpus), tokenizer=tokenizer, vocab_size=300, shard_rows=40)
     folders = [
         packing.prepare_into(config, 16, tmp_path / f"{workers}", progress=False, workers=workers).folder
@@ -59,7 +59,7 @@ def test_results_keep_the_sequence_of_batches(tmp_path):
 
 def test_a_worker_that_is_killed_is_one_line(tmp_path, monkeypatch, corpus):
     """The folder that was being written is gone, as after any other error."""
-    monkeypatch.setattr(packing, "BATCH_CHARACTERS", 500)
+    monkeypatch.setattr(batching, "BATCH_CHARACTERS", 500)
 
     def batches(*args: object) -> Iterator[encoding.Batch]:
         for number in range(50):
@@ -68,7 +68,7 @@ def test_a_worker_that_is_killed_is_one_line(tmp_path, monkeypatch, corpus):
                     os.kill(child.pid, signal.SIGKILL)
             yield [("one text", True)]
 
-    monkeypatch.setattr(packing, "_batches", batches)
+    monkeypatch.setattr(batching, "batches", batches)
     config = DataConfig(path=str(corpus), tokenizer="bytes")
     with pytest.raises(UserError, match="one of 2 processes that tokenize was ended from outside"):
         packing.prepare_into(config, 16, tmp_path / "out", progress=False, workers=2)

@@ -10,7 +10,7 @@ import pytest
 
 from armd_jax.cli import main as cli
 from armd_jax.config import DataConfig
-from armd_jax.data import loader, manifest, packing, tokenizers
+from armd_jax.data import batching, loader, manifest, packing, tokenizers
 from armd_jax.data.corpora import open_corpus
 from armd_jax.data.reading import LeftOut
 from armd_jax.data.sentencepiece_training import train_model
@@ -130,7 +130,7 @@ def test_one_line_of_a_hundred_megabytes(tmp_path):
     config = dataclasses.replace(_config(tmp_path / "line.jsonl"), valid_fraction=0.0, test_fraction=0.0)
     (text,) = open_corpus(config).documents("train")
     assert len(text) == len(words) > 100e6 and text.encode() == words
-    assert packing.count_words(text[: 3 << 20]) == len(text[: 3 << 20].split())
+    assert batching.count_words(text[: 3 << 20]) == len(text[: 3 << 20].split())
 
 
 @pytest.mark.slow
@@ -152,8 +152,8 @@ def test_one_long_line_is_packed_whole(tmp_path, tokenizer, text):
 def test_counting_words_in_parts_counts_the_same(monkeypatch):
     text = "one two\tthree\n\n\u3000four" + "x" * 100 + " \x1c five " * 30
     for size in (1, 2, 7, 50, 10_000):
-        monkeypatch.setattr(packing, "WORDS_AT_ONCE", size)
-        assert packing.count_words(text) == len(text.split()) + text.count("\n")
+        monkeypatch.setattr(batching, "WORDS_AT_ONCE", size)
+        assert batching.count_words(text) == len(text.split()) + text.count("\n")
 
 
 @pytest.fixture(scope="module")

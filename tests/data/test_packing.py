@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -12,7 +13,7 @@ import pytest
 
 from armd_jax.cli import main as cli
 from armd_jax.config import DataConfig
-from armd_jax.data import building, packing, text_files, tokenizers
+from armd_jax.data import batching, building, packing, text_files, tokenizers
 from armd_jax.data.corpora import open_corpus
 from armd_jax.data.sentencepiece_training import train_model
 from armd_jax.data.tokenizers import SentencePieceTokenizer
@@ -37,9 +38,9 @@ def stream(prepared, split):
     return np.concatenate([rows[index] for index in range(len(rows))])[: prepared.counts(split).tokens].tolist()
 
 
-@pytest.mark.parametrize("batch", [packing.BATCH_CHARACTERS, 100])
+@pytest.mark.parametrize("batch", [batching.BATCH_CHARACTERS, 100])
 def test_rows_are_the_documents_each_followed_by_end_of_text(config, tmp_path, monkeypatch, batch):
-    monkeypatch.setattr(packing, "BATCH_CHARACTERS", batch)
+    monkeypatch.setattr(batching, "BATCH_CHARACTERS", batch)
     monkeypatch.setattr(tokenizers, "CHUNK", 16)
     prepared = packing.prepare(config, LENGTH, tmp_path / "cache", progress=False)
     corpus = open_corpus(config)
@@ -64,7 +65,7 @@ def test_rows_are_the_documents_each_followed_by_end_of_text(config, tmp_path, m
 
 
 def test_long_document_keeps_its_end_across_batches(tmp_path, monkeypatch):
-    monkeypatch.setattr(packing, "BATCH_CHARACTERS", 40)
+    monkeypatch.setattr(batching, "BATCH_CHARACTERS", 40)
     monkeypatch.setattr(tokenizers, "CHUNK", 16)
     text = "words and words\n" * 200
     (tmp_path / "a.txt").write_text(text)
@@ -251,14 +252,14 @@ def test_interrupted_preparation_leaves_nothing(config, tmp_path, monkeypatch):
     assert packing.prepare(config, LENGTH, tmp_path / "work" / "cache", progress=False).splits[-1] == "test"
 
 
-def test_killed_preparation_is_not_reused(config, tmp_path):
-    """What a killed process left is not taken for prepared data, and the next preparation of the same removes it."""
+def test_what_a_killed_preparation_left_is_no_data(config, tmp_path):
+    """It is not taken for prepared data, and the next preparation of the same removes what it cannot go on with."""
     program = (
         "import os, sys\n"
         "from armd_jax.config import DataConfig\n"
         "from armd_jax.data import packing\n"
         "from pathlib import Path\n"
-        "packing.write_manifest = lambda *a: os._exit(9)  # killed when everything but the manifest is written\n"
+        "packing.write_manifest = lambda *a: os._exit(9)  # killed when only the manifest is not written\n"
         "packing.prepare(DataConfig(**eval(sys.argv[1])), int(sys.argv[2]), Path(sys.argv[3]), progress=False)\n"
     )
     arguments = [repr(dataclasses.asdict(config)), str(LENGTH), str(tmp_path / "cache")]
@@ -274,6 +275,62 @@ def test_killed_preparation_is_not_reused(config, tmp_path):
     with building.locked(busy):
         folder = packing.prepare(config, LENGTH, tmp_path / "cache", progress=False).folder
     assert set((tmp_path / "cache").iterdir()) == {folder, busy}  # what the killed one left is gone
+
+
+_KILLED = """
+import os, signal, sys
+from pathlib import Path
+from armd_jax.config import DataConfig
+from armd_jax.data import batching, packing, progress
+
+batching.BATCH_CHARACTERS, after, real = 700, int(sys.argv[2]), progress.Progress.write
+notes = []
+
+def write(self, folder):
+    real(self, folder)
+    notes.append(self)
+    if len(notes) == after:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+progress.Progress.write = write
+encoded = []
+encode = packing.encoding._encode
+packing.encoding._encode = lambda *a: (encoded.append(a[1]), encode(*a))[1]
+config = DataConfig(path=sys.argv[1], tokenizer="sentencepiece", vocab_size=300, shard_rows=9)
+packing.prepare(config, 16, Path(sys.argv[3]), progress=False)
+print(len(encoded))
+"""
+
+
+@pytest.mark.slow
+def test_a_killed_preparation_goes_on(corpus, tmp_path):
+    """Killed after a note, again and again: the same folder in the end, and what was finished is not encoded again."""
+
+    def run(after: int, cache: str) -> subprocess.CompletedProcess[str]:
+        words = [sys.executable, "-c", _KILLED, str(corpus), str(after), str(tmp_path / cache)]
+        return subprocess.run(words, capture_output=True, text=True)
+
+    def content(cache: str) -> dict[str, bytes]:
+        files = (file for file in (tmp_path / cache).rglob("*") if file.is_file())
+        return {file.relative_to(tmp_path / cache).as_posix(): file.read_bytes() for file in files}
+
+    whole = run(-1, "whole")
+    assert whole.returncode == 0, whole.stderr
+    for kills in ([1], [4], [3, 2, 4, 5]):
+        cache = f"killed{len(kills)}{kills[0]}"
+        for after in kills:
+            assert run(after, cache).returncode == -signal.SIGKILL
+            assert len(list((tmp_path / cache).iterdir())) == 1
+        done = run(-1, cache)
+        assert done.returncode == 0, done.stderr
+        assert content(cache) == content("whole")
+        assert kills == [1] or int(done.stdout) < int(whole.stdout)
+    # Of a shard that is no longer what was written, nothing is taken.
+    assert run(4, "damaged").returncode == -signal.SIGKILL
+    shard = next((tmp_path / "damaged").rglob("train-00000.array_record"))
+    shard.write_bytes(shard.read_bytes()[::-1])
+    done = run(-1, "damaged")
+    assert done.stdout == whole.stdout and content("whole").items() <= content("damaged").items()
 
 
 def test_process_that_comes_second_takes_the_winners_folder(config, tmp_path, monkeypatch):
@@ -341,7 +398,7 @@ def test_prepare_into_a_folder(config, tmp_path):
 
 
 def test_count_words_counts_line_ends():
-    assert packing.count_words(" = Title = \n \n two words \n") == 3 + 2 + 3
+    assert batching.count_words(" = Title = \n \n two words \n") == 3 + 2 + 3
 
 
 def test_progress_goes_to_stderr(config, tmp_path, capfd):
