@@ -1,10 +1,9 @@
 """Fine-tuning: a new run that starts from the weights of another run or of an export (`training.init_from`)."""
 
-import pathlib
-
 from jax.sharding import Mesh
 
 from armd_jax import config as configs
+from armd_jax import remote
 from armd_jax.config import Config
 from armd_jax.core.parameters import Params
 from armd_jax.data import tokenizers
@@ -18,7 +17,7 @@ def check_source(config: Config) -> None:
 
     It reads only configs, so that a mistake is found before any text is prepared.
     """
-    source = pathlib.Path(config.training.init_from)
+    source = remote.local(config.training.init_from)
     model = configs.read(source).model
     for name in configs.weight_fields():
         theirs, ours = getattr(model, name), getattr(config.model, name)
@@ -31,7 +30,7 @@ def initial_params(config: Config, data: PreparedData, mesh: Mesh) -> Params:
 
     Raises UserError if their tokenizer is not that of the data.
     """
-    source = pathlib.Path(config.training.init_from)
+    source = remote.local(config.training.init_from)
     if tokenizers.load(source / "tokenizer").hash != data.tokenizer.hash:
         raise UserError(
             f"training.init_from={source}: another vocabulary than the data's; set"

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 import tensorstore
+from etils import epath
 
 from armd_jax.config import Config
 from armd_jax.core.parameters import Params
@@ -84,7 +85,7 @@ def _verified(checkpointer: Checkpointer, part: str, target: Params, step: int) 
 class _Arrays:
     """Reads arrays of one step. Those that were read last stay in memory, as many as the largest one is large."""
 
-    def __init__(self, folder: pathlib.Path, part: str, target: Params, step: int) -> None:
+    def __init__(self, folder: epath.Path, part: str, target: Params, step: int) -> None:
         self._folder, self._part, self._target, self.step = folder, part, target, step
         flat = jax.tree_util.tree_leaves_with_path(target)
         self.leaves = {tuple(key.key for key in path): leaf for path, leaf in flat}
@@ -122,7 +123,9 @@ class _Arrays:
             # Before the next one is read, not after it, as TensorStore's own cache would do.
             while self._opened and sum(map(self._bytes, self._opened)) + self._bytes(path) > self._most:
                 self._opened.pop(next(iter(self._opened)))
-            files = {"driver": "file", "path": f"{self._folder}/"}
+            scheme, _, place = f"{self._folder}/".rpartition("://")
+            bucket, _, key = place.partition("/")
+            files = {"driver": "gcs", "bucket": bucket, "path": key} if scheme else {"driver": "file", "path": place}
             name = ".".join((self._part, *path))
             spec = {"driver": "zarr", "kvstore": {"driver": "ocdbt", "base": files, "path": f"{name}/"}}
             # What was decompressed is kept, because the layers of an array may all be in one piece of it.
