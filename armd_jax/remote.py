@@ -211,7 +211,9 @@ class Copy:
     def store(self) -> None:
         """Stores what changed in the copy since it was fetched or stored. Raises UserError if it cannot be stored."""
         with self._lock, self.told():
-            here = {path.relative_to(self.folder).as_posix(): path for path in self.folder.rglob("*") if path.is_file()}
+            # Not `rglob`, which fails if Orbax removes a folder meanwhile.
+            found = [pathlib.Path(root) / file for root, _, names in os.walk(self.folder) for file in names]
+            here = {path.relative_to(self.folder).as_posix(): path for path in found}
             here = {name: path for name, path in here.items() if self._is_copied(name)}
             for name in sorted(self._stored.keys() - here.keys(), key=_turn, reverse=True):
                 with contextlib.suppress(FileNotFoundError):

@@ -5,6 +5,7 @@ TensorStore and leases need. It can also fail: a share of all requests with 503,
 Run it as a program: `python tests/object_store.py PORT [SHARE_OF_503] [--deny-writes]`.
 """
 
+import contextlib
 import io
 import random
 import re
@@ -45,10 +46,8 @@ class Handler(server.RequestHandler):
         self._generation = ""
         now = "0"
         if bucket and name:
-            try:
+            with contextlib.suppress(NotFound):
                 now = self.storage.get_file_obj(bucket, name)["generation"]
-            except NotFound:
-                pass
             if query.get("ifGenerationMatch", [now])[0] != now:
                 self._refuse(412)
                 return
@@ -59,8 +58,8 @@ class Handler(server.RequestHandler):
         server.Router(self).handle(method)
 
     def _refuse(self, status: int) -> None:
-        length = int(self.headers.get("content-length", 0))
-        self.rfile.read(length) if not isinstance(self.rfile, io.BytesIO) else None
+        if not isinstance(self.rfile, io.BytesIO):  # what is left unread would be cut off with an error
+            self.rfile.read(int(self.headers.get("content-length", 0)))
         self.send_response(status)
         self.send_header("Content-Length", "0")
         self.end_headers()

@@ -9,6 +9,8 @@ import shutil
 import socket
 from collections.abc import Generator
 
+import jax
+
 from armd_jax import config as configs
 from armd_jax import files, remote
 from armd_jax.config import Config
@@ -126,6 +128,10 @@ def other_data(workdir: pathlib.Path, what: str, changes: str, own: PreparedData
 
 def check_writable(workdir: pathlib.Path) -> None:
     """Raises UserError if the workdir cannot be written. Creates nothing."""
+    copy = remote.copy_of(workdir)
+    if copy is not None and copy.scheme == "s3" and jax.process_count() > 1:
+        # Orbax writes to gs:// itself. To s3:// it does not, and one machine has no whole checkpoint to store there.
+        raise UserError(f"--workdir={copy.address}: in s3:// a run has one process; use a gs:// or a shared folder")
     if reason := files.unwritable(workdir):
         raise UserError(f"--workdir={workdir}: {reason}")
 
