@@ -16,7 +16,7 @@ from typing import Any, TypeGuard, assert_never
 
 import ml_collections
 
-from armd_jax import files, names, order_config, typed
+from armd_jax import files, names, order_config, remote, typed
 from armd_jax.errors import UserError
 from armd_jax.order_config import OrderConfig
 
@@ -28,6 +28,7 @@ _weights = functools.partial(typed.field, shapes_weights=True)
 # The field may differ when a run is continued. Every other field is part of what the run is.
 _free = functools.partial(typed.field, may_change=True)
 _path = functools.partial(typed.field, check=files.check_local)  # the field names files on this machine
+_place = functools.partial(typed.field, check=remote.check_place)  # or a folder in object storage
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,12 +148,12 @@ def _is_plain(kind: names.AttentionKind) -> TypeGuard[names.PlainAttention]:
 class DataConfig:
     """Where text comes from and how it becomes rows of tokens."""
 
-    path: str = _path("")  # a file, a folder, a glob, or "tfds:NAME" for a TFDS dataset; empty: the embedded corpus
+    path: str = _place("")  # a file, a folder, a glob, or "tfds:NAME" for a TFDS dataset; empty: the embedded corpus
     text_field: str = "text"  # the field of .jsonl objects and TFDS examples that holds the text
     # Whether words in the names of files and folders, such as train, valid and test, give the splits.
     split_by_name: bool = _field(True)
     tfds_data_dir: str = _path("", may_change=True, optional=True)  # where TFDS datasets are; empty: TFDS's own default
-    tokenizer: str = _path("sentencepiece")  # that (trained on the text), "bytes", or a folder of vocabulary files
+    tokenizer: str = _place("sentencepiece")  # that (trained on the text), "bytes", or a folder of vocabulary files
     vocab_size: int = _field(2048, at_least=1)  # of a tokenizer that is trained
     valid_fraction: float = _field(0.05, fraction="open")  # held out for validation if the source brings no such split
     test_fraction: float = _field(0.05, fraction="open")
@@ -216,7 +217,7 @@ class TrainingConfig:
     after_skipped: names.AfterSkipped = _free("rollback")
     # Likewise if its loss exceeds the average of its phase and number of streams by so many nats per token; 0: never.
     spike_nats: float = _field(0.0, at_least=0)
-    init_from: str = _path("", optional=True)  # fine-tuning: a run or an export whose weights training starts from
+    init_from: str = _place("", optional=True)  # fine-tuning: a run or an export whose weights training starts from
     tensorboard: bool = _free(True)  # write TensorBoard files if tensorboardX is installed
     wandb_project: str = _free("", optional=True)
 

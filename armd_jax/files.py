@@ -34,7 +34,7 @@ def not_local(path: str | os.PathLike[str]) -> str:
         return ""
     return (
         f"{address[1]} begins the address of something that is not on this machine, and only paths on this machine can"
-        " be used: mount it or copy it, and give that path"
+        " be used here: mount it or copy it, and give that path"
     )
 
 

@@ -1,4 +1,4 @@
-"""Addresses such as gs://bucket/run are not paths: every argument and every field that takes a path says so."""
+"""Addresses are not paths: what can be neither read nor written there says so, see also test_object_storage.py."""
 
 import argparse
 import dataclasses
@@ -20,34 +20,34 @@ EVAL = "eval --run=here"
 # Command lines, and the argument or the field that the one line must name. Every row has one address.
 COMMANDS = [
     ("prepare --source=gs://bucket/*.jsonl --out=new", "--source"),
-    ("prepare --out=gs://bucket/prepared", "--out"),
+    ("prepare --out=hdfs://host:9000/prepared", "--out"),
     (f"{PREPARE} --tokenizer=hf://gpt2", "--tokenizer"),
     ("train --config=https://example.org/experiment.py --workdir=new", "--config"),
-    ("train --config={smoke} --workdir=gs://bucket/run", "--workdir"),
-    ("train --config={smoke} --workdir=s3://bucket/run", "--workdir"),
-    ("train --config={smoke} --workdir=gs:/bucket/run", "--workdir"),  # what pathlib makes of gs://
-    (f"{TRAIN} --config.data.path=gs://bucket/text.jsonl", "data.path"),
+    ("train --config={smoke} --workdir=hdfs://host/run", "--workdir"),
+    ("train --config={smoke} --workdir=az://bucket/run", "--workdir"),
+    ("train --config={smoke} --workdir=hdfs:/host/run", "--workdir"),  # what pathlib makes of hdfs://
+    (f"{TRAIN} --config.data.path=abfss://bucket/text.jsonl", "data.path"),
     (f"{TRAIN} --config.data.path=tfds:gs://bucket/lm1b/1.0.0", "data.path"),
     (f"{TRAIN} --config.data.path=file:///text.jsonl", "data.path"),
     (f"{TRAIN} --config.data.tfds_data_dir=gs://bucket/tfds", "data.tfds_data_dir"),
     (f"{TRAIN} --config.data.tokenizer=https://example.org/gpt2", "data.tokenizer"),
     (f"{TRAIN} --config.data.cache_dir=hdfs://host:9000/prepared", "data.cache_dir"),
     (f"{TRAIN} --config.training.init_from=abfss://container@account/run", "training.init_from"),
-    ("eval --run=gs://bucket/run", "--run"),
+    ("eval --run=hdfs://host/run", "--run"),
     (f"{EVAL} --data=s3a://bucket/text.txt", "--data"),
-    (f"{EVAL} --out=s3://bucket/figures", "--out"),
-    (f"{EVAL} --tasks=own --include-path=gs://bucket/tasks", "--include-path"),
+    (f"{EVAL} --out=s3a://bucket/figures", "--out"),
+    (f"{EVAL} --tasks=own --include-path=https://example.org/tasks", "--include-path"),
     ("sample --run=S3://bucket/run", "--run"),
-    ("sample --run=here --out=gs://bucket/samples", "--out"),
+    ("sample --run=here --out=hdfs://host/samples", "--out"),
     ("sample --run=here --prompts=gs://bucket/prompts.jsonl --out=new", "--prompts"),
-    ("export --run=gs://bucket/run --out=new", "--run"),
-    ("export --run=here --out=gs://bucket/export", "--out"),
+    ("export --run=hdfs://host/run --out=new", "--run"),
+    ("export --run=here --out=https://example.org/export", "--out"),
     ("import --from=hf://openai-community/gpt2 --out=new", "--from"),
-    ("import --from=here --out=gs://bucket/export", "--out"),
+    ("import --from=here --out=az://bucket/export", "--out"),
     ("checkpoints --run=dbfs:/mnt/run", "--run"),
-    ("report --run=gs://bucket/run", "--run"),
-    ("report --run=here --out=gs://bucket/report", "--out"),
-    ("serve --run=gs://bucket/run", "--run"),
+    ("report --run=abfss://bucket/run", "--run"),
+    ("report --run=here --out=hdfs://host/report", "--out"),
+    ("serve --run=hdfs://host/run", "--run"),
     ("compile --topology=v5e:4x4 --config=gs://bucket/experiment.py", "--config"),
     ("compile --topology=v5e:4x4 --config={smoke} --dump-hlo=gs://bucket/program.txt", "--dump-hlo"),
 ]
@@ -107,6 +107,6 @@ def test_what_may_be_a_path_is_left_alone(path):
 
 def test_load_refuses_an_address():
     """From Python too, where pathlib has made `gs:/bucket` of it already."""
-    for address in ("gs://bucket/run", pathlib.Path("gs://bucket/run")):
-        with pytest.raises(UserError, match="path='gs:/.*only paths on this machine"):
+    for address in ("hdfs://host/run", pathlib.Path("hdfs://host/run")):
+        with pytest.raises(UserError, match="path='hdfs:/.*only paths on this machine"):
             armd.load(address)

@@ -24,15 +24,16 @@ GROUND = {
     "files": {"errors"},
     "streams": set(),
     "order_config": {"errors", "typed", "names"},
-    "config": {"errors", "typed", "files", "names", "order_config"},
+    "remote": {"errors", "files"},
+    "config": {"errors", "typed", "files", "names", "order_config", "remote"},
     "experiment_file": {"errors", "config"},
 }
 # The rooms, and what each may import beside itself. Nobody imports `cli`.
 MATHEMATICS = {"errors", "typed", "names", "order_config", "config", "core"}
-READERS = MATHEMATICS | {"files", "data"}
+READERS = MATHEMATICS | {"files", "remote", "data"}
 ALLOWED = {
     "core": MATHEMATICS,
-    "data": {"errors", "typed", "files", "names", "config", "data"},
+    "data": {"errors", "typed", "files", "remote", "names", "config", "data"},
     "training": READERS | {"streams", "training"},
     "inference": READERS | {"inference"},
     "evaluation": READERS | {"training", "inference", "interop", "evaluation"},

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from armd_jax import files, typed
+from armd_jax import files, remote, typed
 from armd_jax.config import Config, MeshConfig, from_config_dict
 from armd_jax.errors import UserError, shown
 from armd_jax.experiment_file import apply_overrides, load_config_file
@@ -21,8 +21,31 @@ def local(text: str) -> str:
 
 
 def folder(text: str) -> pathlib.Path:
-    """The type of a folder argument. An empty one, as from an unset shell variable, would be the current folder."""
-    return _path(text, "folder")
+    """The type of an argument that names a folder to read.
+
+    An empty one, as from an unset shell variable, would be the current folder. For an address in object storage it
+    gives the folder of its copy.
+    """
+    return _folder(text, "read")
+
+
+def out_folder(text: str) -> pathlib.Path:
+    """The type of an argument that names a folder to write into."""
+    return _folder(text, "write")
+
+
+def new_folder(text: str) -> pathlib.Path:
+    """The type of an argument that names a folder to make."""
+    return _folder(text, "new")
+
+
+def workdir(text: str) -> pathlib.Path:
+    """The type of the argument that names the folder of a training."""
+    return _folder(text, "run")
+
+
+def _folder(text: str, use: remote.Use) -> pathlib.Path:
+    return remote.copy_for(text, use) if remote.is_address(text) else _path(text, "folder")
 
 
 def file(text: str) -> pathlib.Path:
@@ -90,7 +113,9 @@ def read_config(args: argparse.Namespace, overrides: Sequence[str]) -> Config:
 
 def add_out(parser: argparse.ArgumentParser, what: str, more: str = "") -> None:
     """`--out`, for whoever wants what is kept of the results in another place than the run. more: for its help."""
-    parser.add_argument("--out", default=None, type=folder, help=f"folder to write {what} into; default: the run{more}")
+    parser.add_argument(
+        "--out", default=None, type=out_folder, help=f"folder to write {what} into; default: the run{more}"
+    )
 
 
 def check_out(args: argparse.Namespace) -> None:
@@ -118,7 +143,7 @@ def check_seed(seed: int) -> None:
 
 def show(args: argparse.Namespace, result: Any, text: str) -> int:
     """Prints the result as text, or with `--json` as one JSON object. Returns exit code 0."""
-    print(typed.to_json(result) if args.json else text, flush=True)
+    print(remote.spelled(typed.to_json(result) if args.json else text), flush=True)
     return 0
 
 
@@ -146,6 +171,6 @@ def show_and_keep(args: argparse.Namespace, result: Any, text: str, keep: pathli
 def failed(reason: str, code: int = 2) -> int:
     """Prints one line `error: …` on stderr and returns the exit code."""
     # The text of a command line may not be UTF-8, and what cannot be encoded must not become a traceback.
-    line = " ".join(reason.split()).encode(errors="backslashreplace").decode()
+    line = " ".join(remote.spelled(reason).split()).encode(errors="backslashreplace").decode()
     print(f"error: {line}", file=sys.stderr)
     return code

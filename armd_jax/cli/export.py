@@ -7,7 +7,7 @@ from typing import Any, assert_never
 
 from armd_jax import config as configs
 from armd_jax import typed
-from armd_jax.cli.arguments import add_run, folder, on_cpu, show
+from armd_jax.cli.arguments import add_run, new_folder, on_cpu, show
 from armd_jax.config import Config
 from armd_jax.errors import UserError
 from armd_jax.names import ExportCode, ExportDtype, ExportFormat
@@ -19,7 +19,7 @@ IF_MEMORY_RUNS_OUT = "the largest array of the weights has to fit twice; use a m
 def add(parser: argparse.ArgumentParser) -> None:
     """Declares the arguments."""
     add_run(parser, mesh=False)
-    parser.add_argument("--out", required=True, type=folder, help="folder to write; must not exist")
+    parser.add_argument("--out", required=True, type=new_folder, help="folder to write; must not exist")
     parser.add_argument(
         "--format",
         default="armd",

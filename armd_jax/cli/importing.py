@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Sequence
 from typing import get_args
 
-from armd_jax.cli.arguments import folder, on_cpu, show
+from armd_jax.cli.arguments import folder, new_folder, on_cpu, show
 from armd_jax.names import ImportAggregator
 
 HELP = "Make an ARMD of a pretrained autoregressive model: a Hugging Face folder, a GGUF file, or a run."
@@ -20,7 +20,7 @@ def add(parser: argparse.ArgumentParser) -> None:
         type=folder,
         help="a Hugging Face folder, a .gguf file, or a run",
     )
-    parser.add_argument("--out", required=True, type=folder, help="folder to write; must not exist")
+    parser.add_argument("--out", required=True, type=new_folder, help="folder to write; must not exist")
     parser.add_argument(
         "--two-stream",
         type=int,

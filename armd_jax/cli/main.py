@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from armd_jax import files, streams
+from armd_jax import files, remote, streams
 from armd_jax.cli import checkpoints, compilation_cache, export, importing, prepare, report, sample, serve, train
 from armd_jax.cli import compile as compile_verb
 from armd_jax.cli import eval as eval_verb
@@ -50,6 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             return _run(argv, output=both[0])
         finally:
+            remote.forget_all()
             for stream in both:
                 stream.let_go()
 
@@ -81,7 +82,10 @@ def _run_verb(args: argparse.Namespace, rest: Sequence[str]) -> int:
     verb = VERBS[args.verb]
     compilation_cache.settle()  # before a verb imports JAX
     try:
-        return verb.run(args, rest)
+        remote.fetch_all()
+        code = verb.run(args, rest)
+        remote.store_all()
+        return code
     except Exception as error:
         asked = out_of_memory(error)
         if asked is None:

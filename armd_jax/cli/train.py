@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Sequence
 
 from armd_jax import typed
-from armd_jax.cli.arguments import add_config, failed, folder, read_config, show
+from armd_jax.cli.arguments import add_config, failed, read_config, show, workdir
 from armd_jax.config import Config
 from armd_jax.errors import UserError
 from armd_jax.names import Switch
@@ -19,7 +19,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     """Declares the arguments."""
     add_config(parser)
     parser.set_defaults(result_is_printed=False)  # the result of a training is its folder, whoever reads the last line
-    parser.add_argument("--workdir", required=True, type=folder, help="folder of the run")
+    parser.add_argument("--workdir", required=True, type=workdir, help="folder of the run")
     parser.add_argument(
         "--debug-nans", action="store_true", help="stop at the operation that first gives NaN, and name it; slow"
     )
@@ -69,13 +69,14 @@ def _train(args: argparse.Namespace, config: Config) -> int:
     import jax
 
     from armd_jax.interop import fine_tuning
-    from armd_jax.training import train, workdir
+    from armd_jax.training import train
+    from armd_jax.training import workdir as workdirs
     from armd_jax.training.faults import RunFailed
     from armd_jax.training.preemption import STOPPED
 
     start = fine_tuning.initial_params if config.training.init_from else None
     try:
-        if start and workdir.begun(args.workdir) is None:
+        if start and workdirs.begun(args.workdir) is None:
             fine_tuning.check_source(config)
         result = train.train(config, args.workdir, start, debug_nans=args.debug_nans, rewarm_steps=args.rewarm)
     except RunFailed as error:

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Iterable
 from pathlib import Path
 
+from armd_jax import remote
 from armd_jax.config import DataConfig, is_named_tokenizer
 from armd_jax.data import tokenizers
 from armd_jax.data.corpora import Corpus
@@ -17,8 +18,10 @@ def folder_of(path: str) -> Path | None:
 
     A manifest.json alone does not make one, because other programs write files of that name beside text.
     """
-    folder = Path(path)
+    folder = remote.local(path)
     is_one = bool(path) and (folder / MANIFEST_FILE).is_file() and (folder / TOKENIZER_FOLDER).is_dir()
+    if remote.is_address(path) and not is_one:
+        raise UserError(f"data.path={path!r}: no prepared data there; only such are read from object storage")
     return folder if is_one else None
 
 
@@ -36,9 +39,9 @@ def open_chosen(folder: Path, config: DataConfig, length: int) -> tuple[Prepared
             f"data.path={config.path!r}: its rows have {manifest.row_length} tokens, but model.max_length={length};"
             f" set model.max_length={manifest.row_length}, or prepare the text with --length={length}"
         )
-    own = str(folder / TOKENIZER_FOLDER)
+    own = remote.spelled(str(folder / TOKENIZER_FOLDER))
     default = (config.tokenizer, config.vocab_size) == (DataConfig.tokenizer, DataConfig.vocab_size)
-    here = is_named_tokenizer(config.tokenizer) or Path(config.tokenizer).exists()
+    here = is_named_tokenizer(config.tokenizer) or remote.local(config.tokenizer).exists()
     fits = here and made_with(config, manifest.tokenizer)
     if here and not fits and not default:
         identity = manifest.tokenizer

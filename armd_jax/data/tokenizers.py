@@ -15,7 +15,7 @@ from typing import Any, assert_never
 
 import sentencepiece
 
-from armd_jax import files, typed
+from armd_jax import files, remote, typed
 from armd_jax.config import DataConfig, is_named_tokenizer
 from armd_jax.data.sentencepiece_training import SPACE_MARK, train_model
 from armd_jax.data.tokenizer_metadata import CONFIG_FILE, parse_json
@@ -364,7 +364,7 @@ def request_of(config: DataConfig) -> str:
     holds no tokenizer.
     """
     if not is_named_tokenizer(config.tokenizer):
-        tokenizer = load(Path(config.tokenizer))
+        tokenizer = load(remote.local(config.tokenizer))
         return f"{tokenizer.kind} {tokenizer.hash}"
     match config.tokenizer:
         case "sentencepiece":
@@ -381,7 +381,7 @@ def ready_made(config: DataConfig) -> Tokenizer | None:
     Raises UserError if a folder is asked for that holds no tokenizer.
     """
     if not is_named_tokenizer(config.tokenizer):
-        return load(Path(config.tokenizer))
+        return load(remote.local(config.tokenizer))
     match config.tokenizer:
         case "sentencepiece":
             return None

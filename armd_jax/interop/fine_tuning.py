@@ -5,6 +5,7 @@ import pathlib
 from jax.sharding import Mesh
 
 from armd_jax import config as configs
+from armd_jax import remote
 from armd_jax.config import Config
 from armd_jax.core.parameters import Params
 from armd_jax.data import prepared, tokenizers
@@ -19,7 +20,7 @@ def check_source(config: Config) -> None:
     It reads only configs and tokenizers, so that a mistake is found before any text is prepared. Whether a tokenizer
     that is yet to be trained becomes the same one, `initial_params` finds out: on little text it is smaller than asked.
     """
-    source = pathlib.Path(config.training.init_from)
+    source = remote.local(config.training.init_from)
     model = configs.read(source).model
     for name in configs.weight_fields():
         theirs, ours = getattr(model, name), getattr(config.model, name)
@@ -40,7 +41,7 @@ def initial_params(config: Config, data: PreparedData, mesh: Mesh) -> Params:
 
     Raises UserError if their tokenizer is not that of the data.
     """
-    source = pathlib.Path(config.training.init_from)
+    source = remote.local(config.training.init_from)
     if tokenizers.load(source / "tokenizer").hash != data.tokenizer.hash:
         raise _other_vocabulary(source)
     return load(source, mesh=mesh).params

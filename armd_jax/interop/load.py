@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from armd_jax import config as configs
-from armd_jax import files
+from armd_jax import files, remote
 from armd_jax.config import Config, ModelConfig
 from armd_jax.core.parameters import Params
 from armd_jax.data import tokenizers
@@ -35,8 +35,8 @@ def load(path: str | os.PathLike[str], ema: bool = True, mesh: Mesh | None = Non
     mesh: spread the weights over it as in training; None puts them on one device.
     Raises UserError if `path` is neither a run nor an export, or if its model cannot be divided over the mesh.
     """
-    files.check_local(path, "path")
-    folder = pathlib.Path(path)
+    remote.check_place(path, "path")
+    folder = remote.local(path)
     exported = _exported(folder)
     if exported is not None:
         if mesh is None:

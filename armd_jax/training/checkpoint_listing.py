@@ -1,12 +1,13 @@
 """What `armd checkpoints` lists: every checkpoint of a run, read and verified."""
 
 import dataclasses
-import os
 import pathlib
 
 import jax
+from etils import epath
 
 from armd_jax import config as configs
+from armd_jax import remote
 from armd_jax.errors import UserError
 from armd_jax.training import checkpoints
 from armd_jax.training import state as states
@@ -32,11 +33,16 @@ def inspect(run: pathlib.Path) -> list[Found]:
         target = states.abstract(config, checkpoints.one_device())
         parameters = sum(leaf.size for leaf in jax.tree.leaves(target.params))
         for step in checkpointer.steps():
-            folder = run / "checkpoints" / str(step)
-            size = sum(os.path.getsize(file) for file in folder.rglob("*") if file.is_file())
+            size = _bytes(remote.checkpoint_folder(run) / str(step))
             try:
                 state = checkpointer.restore(step, target)
                 found.append(Found(step, size, parameters, state.ema is not None, int(state.skipped), ""))
             except UserError as error:
                 found.append(Found(step, size, 0, False, 0, str(error)))
     return found
+
+
+def _bytes(folder: epath.Path) -> int:
+    """The size of all files of a folder."""
+    sizes = (_bytes(path) if path.is_dir() else path.stat().length for path in folder.iterdir())
+    return sum(sizes)

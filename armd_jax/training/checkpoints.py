@@ -5,10 +5,10 @@ flipped bytes without an error and lists an emptied folder as the newest step. A
 only if it can be read, has the arrays that the config asks for, and every digest is that of what was saved.
 """
 
+import contextlib
 import dataclasses
 import logging
 import pathlib
-import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -18,10 +18,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from orbax.checkpoint import checkpoint_managers
 
+from armd_jax import remote
 from armd_jax.config import Config
 from armd_jax.core.parameters import Params
 from armd_jax.errors import UserError, out_of_memory
@@ -33,8 +35,6 @@ OnFault = Callable[[int, str], None]  # (step, reason)
 # What is restored of a checkpoint: the whole state, or some of its fields by their names.
 Wanted = TypeVar("Wanted", bound=TrainState | dict[str, Params])
 _Read = TypeVar("_Read")
-
-_UNFINISHED = ".orbax-checkpoint-tmp"  # what Orbax adds to the name of a checkpoint until it is whole
 
 
 class Checkpointer:
@@ -49,7 +49,7 @@ class Checkpointer:
         on_failed_save: OnFault | None = None,
     ) -> None:
         """on_saved, on_failed_save: called when a save has ended, with its step, at the next call of this object."""
-        self._workdir, self._read_only = workdir, read_only
+        self._folder_of_steps, self._read_only = remote.checkpoint_folder(workdir), read_only
         self._on_saved, self._on_failed_save = on_saved, on_failed_save
         self._begun: int | None = None  # the step of the save that may still be under way
         self._last_failed = False
@@ -62,7 +62,7 @@ class Checkpointer:
         if training.keep_every:
             keep.append(checkpoint_managers.EveryNSteps(training.keep_every))
         self._manager = ocp.CheckpointManager(
-            (workdir / "checkpoints").absolute(),
+            self._folder_of_steps,
             options=ocp.CheckpointManagerOptions(
                 save_decision_policy=checkpoint_managers.FixedIntervalPolicy(training.checkpoint_every),
                 preservation_policy=checkpoint_managers.AnyPreservationPolicy(keep),
@@ -138,11 +138,12 @@ class Checkpointer:
         """Removes what saves left that failed or were killed: it could keep a disk full for ever."""
         if jax.process_index() == 0:
             for _ in range(20):  # another part of a failed save may still be writing
-                left = list((self._workdir / "checkpoints").glob(f"*{_UNFINISHED}*"))
+                left = remote.unfinished(self._folder_of_steps)
                 if not left:
                     break
                 for folder in left:
-                    shutil.rmtree(folder, ignore_errors=True)
+                    with contextlib.suppress(OSError):
+                        folder.rmtree(missing_ok=True)
                 time.sleep(0.1)
 
     def steps(self) -> list[int]:
@@ -189,7 +190,7 @@ class Checkpointer:
         finally:
             handler.close()
 
-    def described(self, step: int, target: dict[str, Params]) -> tuple[pathlib.Path, dict[str, int]]:
+    def described(self, step: int, target: dict[str, Params]) -> tuple[epath.Path, dict[str, int]]:
         """The folder of a step's arrays, and the digest of each by its name, without reading one.
 
         Raises UserError if the arrays of `target` are not there, or not in its shapes.
@@ -203,8 +204,8 @@ class Checkpointer:
                 raise
             raise UserError(f"{self._folder(step)}: {line(error)}") from error
 
-    def _folder(self, step: int) -> pathlib.Path:
-        return pathlib.Path(self._manager.directory) / str(step)
+    def _folder(self, step: int) -> epath.Path:
+        return self._folder_of_steps / str(step)
 
     def _as_stored(self, step: int, target: Wanted) -> Wanted:
         """`target` as it is stored: older runs have one average of all losses.
@@ -264,11 +265,11 @@ class Checkpointer:
 
     def _move_aside(self, damaged: list[int]) -> None:
         if jax.process_index() == 0:
-            aside = self._workdir / "damaged"
+            aside = self._folder_of_steps.parent / "damaged"
             aside.mkdir(exist_ok=True)
             for step in damaged:
-                shutil.rmtree(aside / str(step), ignore_errors=True)
-                shutil.move(self._workdir / "checkpoints" / str(step), aside / str(step))
+                (aside / str(step)).rmtree(missing_ok=True)
+                self._folder(step).rename(aside / str(step))
         multihost_utils.sync_global_devices("damaged checkpoints moved")
         self._manager.reload()
 
@@ -364,7 +365,7 @@ def _restore_newest(run: pathlib.Path, config: Config, target: Wanted) -> Wanted
 def reading(run: pathlib.Path, config: Config) -> Checkpointer:
     """The checkpoints of a run, to read them. Raises UserError if there is no folder of them."""
     logging.getLogger("absl").setLevel(logging.ERROR)
-    if not (run / "checkpoints").is_dir():
+    if not remote.checkpoint_folder(run).is_dir():
         raise UserError(f"{run}: has no checkpoints yet")
     return Checkpointer(run, config, read_only=True)
 

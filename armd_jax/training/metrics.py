@@ -11,6 +11,7 @@ from typing import Any, Literal
 from armd_jax import files, typed
 from armd_jax.config import Config
 from armd_jax.errors import UserError
+from armd_jax.training import lease
 
 Event = Literal["start", "resume", "save", "save_failed", "skip", "skip_update", "rollback", "stop", "end"]
 Tell = Callable[[str], None]  # says one line to whoever watches the run
@@ -68,6 +69,7 @@ class MetricWriter:
 
     def __init__(self, workdir: pathlib.Path, config: Config, step: int, tell: Tell) -> None:
         self._tell = tell
+        self._lease = lease.of(workdir)
         files.keep_first_rows(workdir / "metrics.jsonl", lambda row: row["step"] <= step)
         self._metrics, self._events = (_Rows(workdir / name, tell) for name in ("metrics.jsonl", "events.jsonl"))
         self._tensorboard: Any = None
@@ -124,6 +126,16 @@ class MetricWriter:
     def sync(self) -> None:
         """Puts the rows on disk, so that no checkpoint is newer than the metrics from before it, if the disk allows."""
         self._metrics.write(to_disk=True)
+        self._store()
+
+    def _store(self) -> None:
+        if self._lease is not None:
+            try:
+                self._lease.store()
+            except UserError as error:
+                if self._lease.lost:
+                    raise
+                self._tell(f"{error}; what is written about the run waits until it can be stored")
 
     def close(self) -> None:
         self._metrics.close()

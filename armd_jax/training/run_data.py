@@ -13,6 +13,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from armd_jax import config as configs
+from armd_jax import remote
 from armd_jax.config import Config
 from armd_jax.data import loader, packing, prepared, tokenizers
 from armd_jax.data import manifest as manifests
@@ -124,7 +125,9 @@ def own_rows(run: pathlib.Path, config: Config) -> PreparedData | None:
             raise manifest
     chosen = prepared.folder_of(config.data.path)
     cache = [pathlib.Path(config.data.cache_dir)] if config.data.cache_dir else []
-    return prepared.open_rows([*last, *cache, *([chosen] if chosen is not None else [])], trained.digest)
+    return prepared.open_rows(
+        [*map(remote.local, last), *cache, *([chosen] if chosen is not None else [])], trained.digest
+    )
 
 
 def prepare_together(
@@ -172,7 +175,7 @@ def with_vocabulary(config: Config, tokenizer: Tokenizer, old: Config | None = N
     if old is not None:
         before = old.model.vocab_size
     elif config.training.init_from:
-        before = configs.read(pathlib.Path(config.training.init_from)).model.vocab_size
+        before = configs.read(remote.local(config.training.init_from)).model.vocab_size
     size = max(before, tokenizer.vocab_size)  # if `before` is smaller, this is another tokenizer, which is refused
     if config.model.vocab_size not in (0, size):
         whose = "the data's tokenizer has" if size == tokenizer.vocab_size else "the weights to start from have"

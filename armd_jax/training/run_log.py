@@ -10,6 +10,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
+from armd_jax import remote
 from armd_jax.config import Config
 from armd_jax.core import flops
 from armd_jax.core.parameters import Params
@@ -64,7 +65,7 @@ class RunLog:
     def tell(self, text: str) -> None:
         """A line on stderr that leaves the bar whole."""
         if jax.process_index() == 0:
-            tqdm.write(text, file=sys.stderr)
+            tqdm.write(remote.spelled(text), file=sys.stderr)
 
     def damaged(self, at: int, reason: str) -> None:
         self.tell(f"checkpoint {at} is damaged and was skipped: {reason}")
@@ -87,9 +88,13 @@ class RunLog:
         self.flush()
         if self._skipped and not force:  # a rollback needs the checkpoint from before, and these would push it out
             return
+        self.sync()
+        checkpointer.save(state, done, force)
+
+    def sync(self) -> None:
+        """Puts all that was written on disk, or into the bucket of the run."""
         if self._writer:
             self._writer.sync()
-        checkpointer.save(state, done, force)
 
     def read(self, done: int, metrics: step.Metrics) -> int:
         """Takes a step's metrics. Returns how many updates in a row had been skipped as of the step before it."""

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 import tensorstore
+from etils import epath
 
 from armd_jax import files
 from armd_jax.config import Config
@@ -88,7 +89,7 @@ def _verified(checkpointer: Checkpointer, part: str, target: Params, step: int) 
 class _Arrays:
     """Reads arrays of one step. Those that were read last stay in memory, as many as the largest one is large."""
 
-    def __init__(self, folder: pathlib.Path, layout: dict[str, Any], part: str, target: Params, step: int) -> None:
+    def __init__(self, folder: epath.Path, layout: dict[str, Any], part: str, target: Params, step: int) -> None:
         """layout: what Orbax noted of how it writes arrays."""
         self._folder, self._layout, self._part, self._target, self.step = folder, layout, part, target, step
         flat = jax.tree_util.tree_leaves_with_path(target)
@@ -130,9 +131,9 @@ class _Arrays:
             while self._opened and sum(map(self._bytes, self._opened)) + self._bytes(path) > self._most:
                 self._opened.pop(next(iter(self._opened)))
             name = ".".join((self._part, *path))
-            place: dict[str, Any] = {"driver": "file", "path": f"{self._folder}/{name}/"}
+            place = _place(f"{self._folder}/{name}/")
             if self._layout.get("use_ocdbt", True):
-                place = {"driver": "ocdbt", "base": {"driver": "file", "path": f"{self._folder}/"}, "path": f"{name}/"}
+                place = {"driver": "ocdbt", "base": _place(f"{self._folder}/"), "path": f"{name}/"}
             spec = {"driver": "zarr3" if self._layout.get("use_zarr3") else "zarr", "kvstore": place}
             # What was decompressed is kept, because the layers of an array may all be in one piece of it.
             cache = tensorstore.Context({"cache_pool": {"total_bytes_limit": self._bytes(path) + _SPARE}})
@@ -144,3 +145,12 @@ class _Arrays:
     def _bytes(self, path: tuple[str, ...]) -> int:
         leaf = self.leaves[path]
         return int(leaf.size * leaf.dtype.itemsize)
+
+
+def _place(path: str) -> dict[str, Any]:
+    """A folder as TensorStore names it."""
+    scheme, _, place = path.rpartition("://")
+    if not scheme:
+        return {"driver": "file", "path": path}
+    bucket, _, key = place.partition("/")
+    return {"driver": "gcs", "bucket": bucket, "path": key}

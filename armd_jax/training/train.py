@@ -12,7 +12,7 @@ import jax
 from jax.sharding import Mesh
 
 from armd_jax import config as configs
-from armd_jax import streams
+from armd_jax import remote, streams
 from armd_jax.config import Config
 from armd_jax.core.parameters import Params
 from armd_jax.data.packing import PreparedData
@@ -113,8 +113,14 @@ def train(
                 print(parameter_table(state.params), file=sys.stderr)
         log.open(stack, workdir if primary else None, first_step, int(state.skipped))
         changes = {"changes": going_on.changes} if going_on.changes else {}
-        begun = {"time": time.time(), "data": data.digest, "rows": str(data.folder.resolve()), **changes}
+        begun = {
+            "time": time.time(),
+            "data": data.digest,
+            "rows": remote.spelled(str(data.folder.resolve())),
+            **changes,
+        }
         log.event("resume" if resumed else "start", first_step, **begun)
+        log.sync()
         if changes:
             log.tell(f"step {first_step}: {going_on.changes}")
 

@@ -9,12 +9,15 @@ import shutil
 import socket
 from collections.abc import Generator
 
+import jax
+
 from armd_jax import config as configs
-from armd_jax import files
+from armd_jax import files, remote
 from armd_jax.config import Config
 from armd_jax.data import tokenizers
 from armd_jax.data.packing import PreparedData
 from armd_jax.errors import UserError
+from armd_jax.training import lease
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,9 +45,7 @@ def begun(workdir: pathlib.Path) -> Config | None:
             f"--workdir={workdir}: holds an export, not a run; to start from its weights, use another folder and"
             f" training.init_from={str(workdir)!r}"
         )
-    checkpoints = workdir / "checkpoints"
-    saved = checkpoints.is_dir() and any(path.name.isdecimal() for path in checkpoints.iterdir())
-    return old if saved else None
+    return old if remote.saved_steps(workdir) else None
 
 
 def begin(workdir: pathlib.Path, config: Config, data: PreparedData, resumed: bool) -> None:
@@ -127,6 +128,10 @@ def other_data(workdir: pathlib.Path, what: str, changes: str, own: PreparedData
 
 def check_writable(workdir: pathlib.Path) -> None:
     """Raises UserError if the workdir cannot be written. Creates nothing."""
+    copy = remote.copy_of(workdir)
+    if copy is not None and copy.scheme == "s3" and jax.process_count() > 1:
+        # Orbax writes to gs:// itself. To s3:// it does not, and one machine has no whole checkpoint to store there.
+        raise UserError(f"--workdir={copy.address}: in s3:// a run has one process; use a gs:// or a shared folder")
     if reason := files.unwritable(workdir):
         raise UserError(f"--workdir={workdir}: {reason}")
 
@@ -138,6 +143,11 @@ def locked(workdir: pathlib.Path) -> Generator[None]:
     The kernel drops the lock of a process that dies, however it dies, so a stale lock is never in the way.
     Raises UserError if another training holds it already.
     """
+    if (copy := remote.copy_of(workdir)) is not None:
+        workdir.mkdir(exist_ok=True)
+        with lease.held(copy):
+            yield
+        return
     made = [folder for folder in (workdir, *workdir.parents) if not folder.exists()]
     path = workdir / ".lock"
     while True:
