@@ -199,8 +199,7 @@ class TrainingConfig:
     num_steps: int = _free(400_000, at_least=1)
     batch_size: int = _field(512, at_least=1)  # rows per step, over all devices
     microbatches: int = _field(1, at_least=1)  # gradient accumulation: the batch is cut into this many parts
-    # Gradients of matrices are summed over rows and devices in float32, or in the dtype of the activations.
-    gradient_sums: names.GradientSums = _free("float32")
+    gradient_sums: names.GradientSums = _free("float32")  # of matrices, over rows and devices: their dtype
     z_loss: float = _field(0.0, at_least=0)  # weight of the squared log-partition of the logits in the loss
     seed: int = _field(0, at_least=0)
     log_every: int = _free(50, at_least=1)
