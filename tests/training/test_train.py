@@ -32,6 +32,7 @@ from armd_jax.training import (
     sharding,
     state,
     step,
+    stopwatch,
     train,
     validation,
 )
@@ -56,15 +57,12 @@ def _config(corpus: pathlib.Path, **training: Any) -> Config:
 def _rows(workdir: pathlib.Path) -> list[dict[str, float]]:
     """metrics.jsonl without the speed."""
     rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    return [
-        {name: value for name, value in row.items() if name not in ("train/tokens_per_second", "train/mfu")}
-        for row in rows
-    ]
+    return [{name: value for name, value in row.items() if name not in run_log.SPEED} for row in rows]
 
 
 def _events(workdir: pathlib.Path) -> list[tuple[str, int]]:
     rows = [json.loads(line) for line in (workdir / "events.jsonl").read_text().splitlines()]
-    return [(row["event"], row["step"]) for row in rows]
+    return [(row["event"], row["step"]) for row in rows if row["event"] != "spent"]
 
 
 def _files(folder: pathlib.Path) -> dict[str, bytes]:
@@ -475,7 +473,7 @@ def test_the_rate_is_of_training_alone(monkeypatch):
     now = [0.0]
     monkeypatch.setattr(run_log.time, "perf_counter", lambda: now[0])
     config = configs.from_config_dict({"training": {"batch_size": 2, "log_every": 1, "tensorboard": False}})
-    log, rates = run_log.RunLog(config, progress=False), []
+    log, rates = run_log.RunLog(config, False, stopwatch.Stopwatch()), []
     with contextlib.ExitStack() as stack:
         log.open(stack, None, 0, 0)
         log._writer = types.SimpleNamespace(write=lambda _, values: rates.append(values.get("train/tokens_per_second")))
