@@ -215,6 +215,8 @@ class TrainingConfig:
     # Likewise if its loss exceeds the average of its phase and number of streams by so many nats per token; 0: never.
     spike_nats: float = _field(0.0, at_least=0)
     init_from: str = _path("", optional=True)  # fine-tuning: a run or an export whose weights training starts from
+    # (first, count): jax.profiler traces so many steps from `first` on, counted from 1; empty: none.
+    profile: tuple[int, ...] = _free((), check=typed.check_span)
     tensorboard: bool = _free(True)  # write TensorBoard files if tensorboardX is installed
     wandb_project: str = _free("", optional=True)
 

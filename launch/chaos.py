@@ -108,7 +108,7 @@ def compare(one: Summary, other: Summary) -> str:
 def time_spent(run: Run, wall_seconds: float) -> str:
     """What the events of a run say of its time, in words. Raises Broken if that is not its wall-clock within 1%.
 
-    wall_seconds: from the start of its first process to the end of its last one, as measured from outside.
+    wall_seconds: from the start of its first process to the event `end` of its last one, as seen from outside.
     """
     from armd_jax.training import goodput
 
@@ -168,7 +168,7 @@ def main(argv: list[str] | None = None) -> int:
             print(f"  {number + 1:>3} {name:<40} last step {broken.last_step()}", flush=True)
         if end(broken.start()):
             raise Broken(f"the last process failed; see {broken.log}")
-        spent = time_spent(broken, time.time() - started)
+        spent = time_spent(broken, (broken.workdir / "events.jsonl").stat().st_mtime - started)
 
         expected = Summary.of(unbroken)
         result = compare(expected, Summary.of(broken))

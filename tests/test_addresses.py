@@ -46,6 +46,7 @@ COMMANDS = [
     ("import --from=here --out=gs://bucket/export", "--out"),
     ("checkpoints --run=dbfs:/mnt/run", "--run"),
     ("report --run=gs://bucket/run", "--run"),
+    ("profile --run=gs://bucket/run", "--run"),
     ("report --run=here --out=gs://bucket/report", "--out"),
     ("serve --run=gs://bucket/run", "--run"),
     ("compile --topology=v5e:4x4 --config=gs://bucket/experiment.py", "--config"),

@@ -53,7 +53,7 @@ class RunLog:
         self._pending: tuple[int, step.Metrics] | None = None
         self._skipped = 0  # updates skipped in a row, as of the last step that was read
         self._last_row: _Moment | None = None
-        # When a step was last known to run, how long there had been no batch by then; None before the first step.
+        # When the device last had work for certain, and how long there had been no batch by then; None before step 1.
         self._busy: tuple[float, float] | None = None
         self._without_work = 0.0
         self._next_spent = 0.0
@@ -146,10 +146,11 @@ class RunLog:
         if self._busy is None:
             return
         newest: Any = self._pending[1]["train/skipped"] if self._pending is not None else None
+        now, waited = time.perf_counter(), self._without_batch()
         if newest is None or newest.is_ready():  # JAX's types do not know `is_ready`
-            since, without_batch = self._busy
-            waited = self._without_batch() - without_batch
-            self._without_work += max(time.perf_counter() - since - waited, 0.0)
+            since, waited_then = self._busy
+            self._without_work += max(now - since - (waited - waited_then), 0.0)
+        self._busy = (now, waited)
 
     def _without_batch(self) -> float:
         return self._watch.seconds().get("waiting", 0.0)

@@ -21,6 +21,7 @@ from armd_jax.training import workdir as workdirs
 from armd_jax.training.continuation import Continuation
 from armd_jax.training.faults import RunFailed
 from armd_jax.training.preemption import Preemption
+from armd_jax.training.profiling import Profiler
 from armd_jax.training.recovery import Recovery
 from armd_jax.training.run_log import RunLog, parameter_table
 from armd_jax.training.state import TrainState
@@ -128,6 +129,8 @@ def train(
         evaluate = Validation(placement.for_evaluation(config, mesh), data)
         recover = Recovery(placed, data, workdir, checkpointer, target, log)
         preemption = stack.enter_context(Preemption())
+        wanted = config.training.profile
+        profiler = stack.enter_context(Profiler(workdir if primary else None, wanted, watch, log.tell))
         done, stopped = first_step, False
         batches = stack.enter_context(run_data.global_batches(config, data, mesh, first_step))
         watch.now("waiting")
@@ -135,7 +138,9 @@ def train(
             done = number + 1
             watch.now("compiling" if number == first_step else "training")
             log.before_step()
+            profiler.before(done)
             state, metrics = train_step(state, tokens_BN)
+            profiler.after(done, metrics)
             watch.now("training")
             if log.read(done, metrics) > config.training.max_skipped:
                 with watch.during("restoring"):

@@ -1,14 +1,17 @@
 """Where the wall-clock of a run went, from its events alone."""
 
+import contextlib
 import os
 import subprocess
 import sys
 import time
+import types
 
 import pytest
 
+from armd_jax import config as configs
 from armd_jax import typed
-from armd_jax.training import goodput, stopwatch
+from armd_jax.training import goodput, run_log, stopwatch
 from armd_jax.training.stopwatch import Stopwatch
 
 
@@ -94,6 +97,51 @@ def test_a_stopwatch_counts_every_moment_once():
     assert seconds["preparing"] >= 0.03 and seconds["saving"] >= 0.01 and seconds["starting"] >= 5.02
     assert seconds["training"] < 0.02
     assert watch.elapsed() == pytest.approx(time.time() - began, abs=0.02)
+
+
+class _Metric(float):
+    """A number on a device, which may still be computed."""
+
+    ready = True
+
+    def is_ready(self) -> bool:
+        return self.ready
+
+
+def test_waits_are_fractions_of_the_time_between_rows(monkeypatch):
+    """Each step of 1 s: 0.2 s without a batch, and 0.3 s of other work on the host, which counts if the device is done.
+
+    All steps but step 3 are done before the next is dispatched. An evaluation counts for nothing.
+    """
+    now, rows = [0.0], []
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    config = configs.from_config_dict({"training": {"batch_size": 2, "log_every": 1, "tensorboard": False}})
+    watch = Stopwatch()
+    log = run_log.RunLog(config, False, watch)
+    with contextlib.ExitStack() as stack:
+        log.open(stack, None, 0, 0)
+        log._writer = types.SimpleNamespace(write=lambda at, values: rows.append(values), event=lambda *_, **__: None)
+        for done in range(1, 6):
+            watch.now("waiting")
+            now[0] += 0.2
+            watch.now("training")
+            log.before_step()
+            metric = _Metric(0.0)
+            metric.ready = done != 3
+            now[0] += 0.5
+            log.read(done, {"train/loss": 1.0, "train/grad_norm": 1.0, "train/skipped": metric})
+            now[0] += 0.3
+            if done == 4:
+                log.flush()
+                now[0] += 100.0
+                log.evaluated(done, {})
+        log.flush()
+    waits = [(row.get("train/data_wait"), row.get("train/host_wait")) for row in rows]
+    assert waits[0] == (None, None)
+    # Between rows 1 and 2 step 3 is dispatched, after step 2 was done; between rows 2 and 3 step 4, with 3 under way.
+    assert waits[1] == pytest.approx((0.2, 0.3)) and waits[2] == pytest.approx((0.2, 0.0))
+    assert waits[3] == pytest.approx((0.0, 0.0))  # from row 3 to the evaluation, no step was dispatched
+    assert waits[4] == pytest.approx((0.2, 0.0))
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/stat"), reason="only Linux tells when a process began")
