@@ -19,9 +19,17 @@ from armd_jax.training.checkpoints import Checkpointer
 from armd_jax.training.metrics import Event, MetricWriter
 from armd_jax.training.state import TrainState
 from armd_jax.training.stopwatch import Stopwatch
+from armd_jax.training.stragglers import Stragglers
 
 # What a row of metrics.jsonl says of speed: in two runs that are otherwise equal to the last bit, it differs.
-SPEED = ("train/tokens_per_second", "train/mfu", "train/data_wait", "train/host_wait")
+SPEED = (
+    "train/tokens_per_second",
+    "train/mfu",
+    "train/data_wait",
+    "train/host_wait",
+    "train/slowest_process",
+    "train/behind",
+)
 # How often `spent` is written: after this part of the life of the process, but with at least and at most so many
 # seconds between two of them. Whoever kills the process takes no more with it.
 _PART, _SHORTEST, _LONGEST = 0.01, 0.5, 60.0
@@ -29,12 +37,16 @@ _PART, _SHORTEST, _LONGEST = 0.01, 0.5, 60.0
 
 @dataclasses.dataclass(frozen=True)
 class _Moment:
-    """When a row was made: the step, the time, and for how long there had been no batch, and no work for the device."""
+    """When a row was made: the step and the time, in seconds as all that follows.
+
+    For how long there had been no batch, no work for the device, and for how long the host did not wait for the device.
+    """
 
     step: int
     time: float
     without_batch: float
     without_work: float
+    on_host: float
 
 
 class RunLog:
@@ -56,6 +68,9 @@ class RunLog:
         # When the device last had work for certain, and how long there had been no batch by then; None before step 1.
         self._busy: tuple[float, float] | None = None
         self._without_work = 0.0
+        self._host_since: float | None = None  # since when the host has waited for no device, as far as not counted yet
+        self._on_host = 0.0
+        self._stragglers = Stragglers()
         self._next_spent = 0.0
         self._done, self._ended = 0, False
         self._shown: dict[str, str] = {}
@@ -143,6 +158,7 @@ class RunLog:
 
     def before_step(self) -> None:
         """To be called before a step is dispatched. Finds out, without waiting, whether the device ran out of work."""
+        self._count_host()
         if self._busy is None:
             return
         newest: Any = self._pending[1]["train/skipped"] if self._pending is not None else None
@@ -152,11 +168,17 @@ class RunLog:
             self._without_work += max(now - since - (waited - waited_then), 0.0)
         self._busy = (now, waited)
 
+    def _count_host(self) -> None:
+        now = time.perf_counter()
+        self._on_host += 0.0 if self._host_since is None else now - self._host_since
+        self._host_since = now
+
     def _without_batch(self) -> float:
         return self._watch.seconds().get("waiting", 0.0)
 
     def read(self, done: int, metrics: step.Metrics) -> int:
         """Takes a step's metrics. Returns how many updates in a row had been skipped as of the step before it."""
+        self._host_since = time.perf_counter()  # a CPU computes the step while it is dispatched
         self.flush()
         self._pending = (done, metrics)
         return self._skipped
@@ -171,8 +193,10 @@ class RunLog:
         if self._pending is None:
             return
         (done, metrics), self._pending = self._pending, None
+        self._count_host()
         self._skipped = int(metrics["train/skipped"])  # waits until the device is done with that step
-        self._busy = (time.perf_counter(), self._without_batch())
+        self._host_since = time.perf_counter()
+        self._busy = (self._host_since, self._without_batch())
         due = done % self._every == 0 or done in (1, self._last)
         if not (due or self._skipped):
             return
@@ -192,6 +216,8 @@ class RunLog:
             values["train/tokens_per_second"] = rate
             values["train/data_wait"] = (now.without_batch - last.without_batch) / seconds
             values["train/host_wait"] = (now.without_work - last.without_work) / seconds
+            steps = done - last.step
+            values |= self._stragglers.note((now.on_host - last.on_host) / steps, seconds / steps)
             self._shown["tokens/s"] = f"{rate:,.0f}"
             utilization = flops.utilization(self._config.model, rate, jax.devices()[0].device_kind, jax.device_count())
             if utilization is not None:
@@ -204,10 +230,11 @@ class RunLog:
             self._writer.write(done, values)
 
     def _moment(self, done: int) -> _Moment:
-        return _Moment(done, time.perf_counter(), self._without_batch(), self._without_work)
+        return _Moment(done, time.perf_counter(), self._without_batch(), self._without_work, self._on_host)
 
     def evaluated(self, done: int, values: dict[str, float]) -> None:
         self._last_row = self._moment(done)  # evaluation does not count into the training rate
+        self._host_since = self._last_row.time
         self._busy = (self._last_row.time, self._last_row.without_batch)
         if values:
             self._shown["eval"] = f"{values['eval/nll']:.4f}"
