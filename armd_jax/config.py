@@ -84,8 +84,7 @@ class ModelConfig:
     rope_original_length: int = _weights(8192, at_least=1)
     # Positions of a learned table that is added to both streams in place of RoPE, as in GPT-2. 0: RoPE.
     learned_positions: int = _weights(0, at_least=0)
-    # Where the row that predicts a token stands: at the token's own position, or one earlier, where an autoregressive
-    # model predicts it from. Weights of such a model fit `previous`.
+    # Where the row that predicts a token stands: at its position, or one earlier, as in an autoregressive model.
     prediction_position: names.PredictionPosition = _weights("own")
     dtype: names.Dtype = "auto"  # of activations. auto: bfloat16 on accelerators, float32 on CPU
     # What the backward pass computes again instead of keeping: nothing, all but matrix products, or whole layers.
@@ -217,6 +216,7 @@ class TrainingConfig:
     # Likewise if its loss exceeds the average of its phase and number of streams by so many nats per token; 0: never.
     spike_nats: float = _field(0.0, at_least=0)
     init_from: str = _place("", optional=True)  # fine-tuning: a run or an export whose weights training starts from
+    profile: tuple[int, ...] = _free((), check=typed.check_span)  # (first, count): steps that jax.profiler traces
     tensorboard: bool = _free(True)  # write TensorBoard files if tensorboardX is installed
     wandb_project: str = _free("", optional=True)
 

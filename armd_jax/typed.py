@@ -12,7 +12,7 @@ import math
 import re
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple, TypeVar
 
 from armd_jax.errors import UserError, nearest, shown
@@ -120,6 +120,12 @@ def check_choice(literal: Any, value: str, where: str) -> None:
     known = choices(literal)
     if value not in known:
         raise UserError(f"{where}={shown(value)} is not known{nearest(value, known)}")
+
+
+def check_span(value: Sequence[int], where: str) -> None:
+    """Raises UserError if `value` is neither empty nor (first, count), both from 1."""
+    if value and (len(value) != 2 or min(value) < 1):
+        raise UserError(f"{where}={tuple(value)}: expected two numbers from 1, the first and how many, such as 100,5")
 
 
 def check_text(value: str, where: str) -> None:

@@ -83,14 +83,14 @@ class Summary:
         import numpy as np
 
         from armd_jax import config as configs
-        from armd_jax.training import checkpoints
+        from armd_jax.training import checkpoints, run_log
 
         state = checkpoints.restore_for_inference(run.workdir, configs.read(run.workdir))
         leaves = jax.tree_util.tree_leaves_with_path(state)
-        rows, rates = run.rows("metrics.jsonl"), ("train/tokens_per_second", "train/mfu", "train/ar_mfu")
+        rows = run.rows("metrics.jsonl")
         return Summary(
             {jax.tree_util.keystr(path): np.asarray(leaf).tobytes() for path, leaf in leaves},
-            [{name: value for name, value in row.items() if name not in rates} for row in rows],
+            [{name: value for name, value in row.items() if name not in run_log.SPEED} for row in rows],
         )
 
 
@@ -103,6 +103,20 @@ def compare(one: Summary, other: Summary) -> str:
         at = next((a["step"] for a, b in zip(one.rows, other.rows, strict=False) if a != b), "the end")
         raise Broken(f"metrics.jsonl differs from the unbroken run's at step {at}")
     return f"{len(one.state)} arrays and {len(one.rows)} rows of metrics equal, bit for bit"
+
+
+def time_spent(run: Run, wall_seconds: float) -> str:
+    """What the events of a run say of its time, in words. Raises Broken if that is not its wall-clock within 1%.
+
+    wall_seconds: from the start of its first process to the event `end` of its last one, as seen from outside.
+    """
+    from armd_jax.training import goodput
+
+    spent = goodput.of(run.rows("events.jsonl"))
+    if spent is None or abs(spent.wall_seconds - wall_seconds) > 0.01 * wall_seconds:
+        raise Broken(f"the run took {wall_seconds:.1f} s, but its events tell of {spent}")
+    shares = ", ".join(f"{name} {spent.share(name):.1%}" for name in spent.seconds if spent.seconds[name])
+    return f"{spent.wall_seconds:.1f} s of {wall_seconds:.1f} s, {spent.lost_steps} steps lost: {shares}"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -138,6 +152,7 @@ def main(argv: list[str] | None = None) -> int:
             raise Broken(f"the unbroken run failed; see {unbroken.log}")
 
         print(f"training {steps} steps under {args.kills} faults, seed {args.seed}", flush=True)
+        started = time.time()
         process = broken.start()  # until its first checkpoint is written, a run has nothing to come back to
         wait_until(process, "first checkpoint", lambda: bool(broken.checkpoints()))
         process.kill()
@@ -153,6 +168,7 @@ def main(argv: list[str] | None = None) -> int:
             print(f"  {number + 1:>3} {name:<40} last step {broken.last_step()}", flush=True)
         if end(broken.start()):
             raise Broken(f"the last process failed; see {broken.log}")
+        spent = time_spent(broken, (broken.workdir / "events.jsonl").stat().st_mtime - started)
 
         expected = Summary.of(unbroken)
         result = compare(expected, Summary.of(broken))
@@ -169,6 +185,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{name:<42} {survived[name]}")
     print(f"{'disk full to the end':<42} {disk}")
     print(f"{sum(survived.values())} faults in {time.monotonic() - began:.0f} s; {result}")
+    print(f"where the time went: {spent}")
     print(f"events: {', '.join(f'{count} {name}' for name, count in sorted(events.items()))}")
     return 0
 

@@ -116,7 +116,7 @@ def wait_for_steps(run: Run, process: subprocess.Popen[bytes], count: int) -> bo
     lives = run.lives()
     if not wait_until(process, "start of training", lambda: run.lives() > lives):
         return False
-    first = run.rows("events.jsonl")[-1]["step"]
+    first = [row["step"] for row in run.rows("events.jsonl") if row["event"] in ("start", "resume")][-1]
     return wait_until(process, f"step {first + count}", lambda: run.last_step() >= first + count)
 
 

@@ -66,6 +66,35 @@ MUTATIONS = (
         "return False",
         "training/test_step.py::test_gradients_are_summed_in_the_dtype_of_the_config",
     ),
+    # --- where time goes ----------------------------------------------------------------------------------------------
+    Mutation(
+        "steps that were trained again are lost",
+        "training/goodput.py",
+        "                piece.lose_beyond(step)",
+        "                pass",
+        "training/test_goodput.py::test_seconds_add_up_to_the_wall_clock",
+    ),
+    Mutation(
+        "an idle device is seen, and a busy one is not taken for idle",
+        "training/run_log.py",
+        "newest is None or newest.is_ready()",
+        "newest is not None",
+        "training/test_goodput.py::test_waits_are_fractions_of_the_time_between_rows",
+    ),
+    Mutation(
+        "a trace is whole or absent",
+        "training/profiling.py",
+        "                        raise _NotWhole",
+        "                        pass",
+        "training/test_profiling.py::test_a_killed_profile_leaves_nothing",
+    ),
+    Mutation(
+        "time inside an operation is counted once",
+        "compilation/operations.py",
+        "open_events[-1][2] -= duration",
+        "pass",
+        "compilation/test_operations.py::test_own_time_leaves_out_what_is_inside",
+    ),
     # --- updates ------------------------------------------------------------------------------------------------------
     Mutation(
         "an exported sampler draws nothing behind an end in one stream",

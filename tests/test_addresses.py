@@ -46,6 +46,7 @@ COMMANDS = [
     ("import --from=here --out=az://bucket/export", "--out"),
     ("checkpoints --run=dbfs:/mnt/run", "--run"),
     ("report --run=abfss://bucket/run", "--run"),
+    ("profile --run=hdfs://host/run", "--run"),
     ("report --run=here --out=hdfs://host/report", "--out"),
     ("serve --run=hdfs://host/run", "--run"),
     ("compile --topology=v5e:4x4 --config=gs://bucket/experiment.py", "--config"),

@@ -16,7 +16,18 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from armd_jax import files, remote, streams
-from armd_jax.cli import checkpoints, compilation_cache, export, importing, prepare, report, sample, serve, train
+from armd_jax.cli import (
+    checkpoints,
+    compilation_cache,
+    export,
+    importing,
+    prepare,
+    profile,
+    report,
+    sample,
+    serve,
+    train,
+)
 from armd_jax.cli import compile as compile_verb
 from armd_jax.cli import eval as eval_verb
 from armd_jax.cli.arguments import failed
@@ -31,6 +42,7 @@ VERBS = {
     "import": importing,
     "checkpoints": checkpoints,
     "report": report,
+    "profile": profile,
     "serve": serve,
     "compile": compile_verb,
 }

@@ -3,6 +3,7 @@
 import argparse
 from collections.abc import Sequence
 
+from armd_jax import files
 from armd_jax.cli.arguments import add_out, check_out, folder, show
 
 HELP = "Write report.html and its pictures into the run."
@@ -16,10 +17,12 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
-    """Writes the page and prints its path."""
+    """Writes the page and prints its path; with `--json` also where the time went, null if the run does not say."""
     del overrides
     check_out(args)
     from armd_jax.report import page
+    from armd_jax.training import goodput
 
     path = page.write(args.run, args.out)
-    return show(args, {"report": str(path)}, f"{path}")
+    spent = goodput.of(files.read_json_lines(args.run / "events.jsonl"))
+    return show(args, {"report": str(path), "goodput": spent}, f"{path}")

@@ -69,7 +69,7 @@ def _train(args: argparse.Namespace, config: Config) -> int:
     import jax
 
     from armd_jax.interop import fine_tuning
-    from armd_jax.training import train
+    from armd_jax.training import stopwatch, train
     from armd_jax.training import workdir as workdirs
     from armd_jax.training.faults import RunFailed
     from armd_jax.training.preemption import STOPPED
@@ -78,7 +78,14 @@ def _train(args: argparse.Namespace, config: Config) -> int:
     try:
         if start and workdirs.begun(args.workdir) is None:
             fine_tuning.check_source(config)
-        result = train.train(config, args.workdir, start, debug_nans=args.debug_nans, rewarm_steps=args.rewarm)
+        result = train.train(
+            config,
+            args.workdir,
+            start,
+            debug_nans=args.debug_nans,
+            rewarm_steps=args.rewarm,
+            began=stopwatch.process_began(),
+        )
     except RunFailed as error:
         return failed(str(error), 1)
     at = int(result.state.step)

@@ -18,7 +18,9 @@ from armd_jax.core import task as tasks
 from armd_jax.errors import UserError
 from armd_jax.evaluation import results
 from armd_jax.evaluation.results import Evaluation, Sample, Samples
-from armd_jax.report import bars, loss_curve, markup, masks, order_schedule, replay, sample_text
+from armd_jax.report import bars, loss_curve, markup, masks, order_schedule, replay, sample_text, time_spent
+from armd_jax.training import goodput
+from armd_jax.training.goodput import Goodput
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +50,7 @@ def write(run: pathlib.Path, out: pathlib.Path | None = None) -> pathlib.Path:
         _speed(drawn, where),
         _samples(drawn, where),
         _training(rows, config, f"--workdir={shlex.quote(str(run))}"),
+        *_time_spent(goodput.of(events)),
         *([_order_schedule(config), _masks()] if config.model.has_orders else []),
     ]
     name = run.resolve().name
@@ -265,6 +268,24 @@ def _training(rows: Sequence[dict[str, Any]], config: Config, where: str) -> _Se
         " the schedule."
     )
     return _Section(title + markup.figure(png, caption), {"loss.png": png})
+
+
+def _time_spent(spent: Goodput | None) -> list[_Section]:
+    """Nothing for a run that did not note its times, or took none."""
+    if spent is None or not spent.wall_seconds:
+        return []
+    cells = [
+        [time_spent.label(category), f"{seconds:,.1f}", f"{share:.1%}"]
+        for category, seconds, share in time_spent.spent(spent)
+    ]
+    cells.append(["wall-clock", f"{spent.wall_seconds:,.1f}", "100.0%"])
+    processes = f"{spent.processes:,} process{'es, one after another' if spent.processes > 1 else ''}"
+    lost = f"; {spent.lost_steps:,} steps had to be trained again" if spent.lost_steps else ""
+    png = time_spent.picture(spent)
+    caption = "The wall-clock of the run, from the start of its first process to the last that its processes noted."
+    html = markup.heading("Where the time went") + markup.note(f"{processes}{lost}.")
+    html += markup.figure(png, caption) + markup.table(["activity", "seconds", "of the wall-clock"], cells)
+    return [_Section(html, {"time.png": png})]
 
 
 def _order_schedule(config: Config) -> _Section:

@@ -13,7 +13,7 @@ from armd_jax.config import Config
 from armd_jax.errors import UserError
 from armd_jax.training import lease
 
-Event = Literal["start", "resume", "save", "save_failed", "skip", "skip_update", "rollback", "stop", "end"]
+Event = Literal["start", "resume", "save", "save_failed", "skip", "skip_update", "rollback", "spent", "stop", "end"]
 Tell = Callable[[str], None]  # says one line to whoever watches the run
 
 # Rows that wait for TensorBoard's thread. It waits for nobody to notice that it died: with a short queue, the next row

@@ -5,7 +5,6 @@ import dataclasses
 import logging
 import pathlib
 import sys
-import time
 from collections.abc import Callable
 
 import jax
@@ -22,9 +21,11 @@ from armd_jax.training import workdir as workdirs
 from armd_jax.training.continuation import Continuation
 from armd_jax.training.faults import RunFailed
 from armd_jax.training.preemption import Preemption
+from armd_jax.training.profiling import Profiler
 from armd_jax.training.recovery import Recovery
 from armd_jax.training.run_log import RunLog, parameter_table
 from armd_jax.training.state import TrainState
+from armd_jax.training.stopwatch import Stopwatch
 from armd_jax.training.validation import Validation
 
 # Makes the weights that a new run starts from, given its resolved config, its data and its mesh.
@@ -52,6 +53,7 @@ def train(
     progress: bool = True,
     debug_nans: bool = False,
     rewarm_steps: int | None = None,
+    began: float | None = None,
 ) -> Result:
     """Trains until `training.num_steps`, from the newest whole checkpoint in `workdir` if there is one.
 
@@ -61,12 +63,13 @@ def train(
         that is to blame.
     rewarm_steps: over how many steps the learning rate may rise if another number of steps would make it jump, 0 to let
         it jump. None: that is an error.
+    began: when the process began, in seconds since 1970, if the time until now counts as part of the run.
     Raises UserError if the input cannot work, and RunFailed if the run cannot go on by itself.
     """
     # Orbax writes several lines about every save, and tracebacks about one that failed, which is told in one line here.
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     workdir = workdir.absolute()
-    primary = jax.process_index() == 0
+    primary, watch = jax.process_index() == 0, Stopwatch(began)
     with contextlib.ExitStack() as stack:
         stack.enter_context(streams.forgiving())
         # --- config and data -------------------------------------------------------------------------------------
@@ -82,16 +85,18 @@ def train(
         if primary:
             stack.enter_context(workdirs.locked(workdir))
             stack.enter_context(workdirs.left_as_found(workdir))
-        data, config = run_data.prepare_together(config, workdir, progress, old)
+        with watch.during("preparing"):
+            data, config = run_data.prepare_together(config, workdir, progress, old)
         divisibility.check(config, mesh)
 
         # --- state: the newest checkpoint, else given weights, else random ones ------------------------------------
-        log = RunLog(config, primary and progress)
+        log = RunLog(config, primary and progress, watch)
         checkpointer = stack.enter_context(
             checkpoints.Checkpointer(workdir, config, on_saved=log.saved, on_failed_save=log.save_failed)
         )
         target = states.abstract(config, mesh)
-        state = checkpointer.restore_newest(target, log.damaged)
+        with watch.during("restoring"):
+            state = checkpointer.restore_newest(target, log.damaged)
         going_on = Continuation()
         resumed = state is not None
         if old is not None and state is not None:
@@ -113,13 +118,9 @@ def train(
                 print(parameter_table(state.params), file=sys.stderr)
         log.open(stack, workdir if primary else None, first_step, int(state.skipped))
         changes = {"changes": going_on.changes} if going_on.changes else {}
-        begun = {
-            "time": time.time(),
-            "data": data.digest,
-            "rows": remote.spelled(str(data.folder.resolve())),
-            **changes,
-        }
-        log.event("resume" if resumed else "start", first_step, **begun)
+        rows = remote.spelled(str(data.folder.resolve()))
+        begun = {"began": watch.began, "data": data.digest, "rows": rows, **changes}
+        log.timed_event("resume" if resumed else "start", first_step, **begun)
         log.sync()
         if changes:
             log.tell(f"step {first_step}: {going_on.changes}")
@@ -130,28 +131,41 @@ def train(
         evaluate = Validation(placement.for_evaluation(config, mesh), data)
         recover = Recovery(placed, data, workdir, checkpointer, target, log)
         preemption = stack.enter_context(Preemption())
+        wanted = config.training.profile
+        profiler = stack.enter_context(Profiler(workdir if primary else None, wanted, watch, log.tell))
         done, stopped = first_step, False
         batches = stack.enter_context(run_data.global_batches(config, data, mesh, first_step))
+        watch.now("waiting")
         for number, tokens_BN in batches:
             done = number + 1
+            watch.now("compiling" if number == first_step else "training")
+            log.before_step()
+            profiler.before(done)
             state, metrics = train_step(state, tokens_BN)
+            profiler.after(done, metrics)
+            watch.now("training")
             if log.read(done, metrics) > config.training.max_skipped:
-                state = recover(state, done)
+                with watch.during("restoring"):
+                    state = recover(state, done)
             if debug_nans and int(state.skipped):
                 raise RunFailed(f"step {done}: {faults.pinpoint(placed, state, number, tokens_BN)}")
             if config.training.eval_every and (done % config.training.eval_every == 0 or done == last_step):
                 log.flush()
-                log.evaluated(done, evaluate(state.eval_params))
+                with watch.during("evaluating"):
+                    log.evaluated(done, evaluate(state.eval_params))
             stopped = done < last_step and preemption.requested(done)
             log.save(checkpointer, state, done, force=stopped or done == last_step)
             checkpointer.poll()
             log.bar.update()
+            log.beat(done)
             if stopped or done == last_step:
                 break
+            watch.now("waiting")
         log.flush()
+        watch.now("saving")
         if not checkpointer.wait():
             kept = checkpointer.steps()
             left = f"the run can go on from step {kept[-1]}" if kept else "there is no earlier one to go on from"
             raise RunFailed(f"{workdir}: the checkpoint of step {done} could not be saved; {left}")
-        log.event("stop" if stopped else "end", done, time=time.time())
+        log.end("stop" if stopped else "end", done)
     return Result(state, config, done - first_step, stopped)

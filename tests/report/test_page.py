@@ -15,7 +15,7 @@ from armd_jax.report import bars, masks, order_schedule, page, style
 
 pytestmark = pytest.mark.slow
 
-PNGS = ("bits.png", "curriculum.png", "loss.png", "masks.png", "samples.png", "speed.png")
+PNGS = ("bits.png", "curriculum.png", "loss.png", "masks.png", "samples.png", "speed.png", "time.png")
 LENGTH = 16
 
 
@@ -89,7 +89,13 @@ def _make_run(folder: pathlib.Path) -> pathlib.Path:
     rows += [{"step": s, "eval/nll": 5.1 - s / 20, "eval/perplexity": 20.0} for s in (20, 40)]
     lines = [json.dumps(row) for row in rows] + ['{"step": 41, "train/n']
     (folder / "metrics.jsonl").write_text("\n".join(lines))
-    events = [{"event": "start", "step": 0}, {"event": "resume", "step": 20}, {"event": "end", "step": 40}]
+    events = [
+        {"event": "start", "step": 0, "time": 10.0, "began": 0.0, "seconds": {"starting": 10.0}},
+        {"event": "spent", "step": 20, "time": 60.0, "seconds": {"starting": 10.0, "training": 50.0}},
+        {"event": "spent", "step": 25, "time": 70.0, "seconds": {"starting": 10.0, "training": 60.0}},
+        {"event": "resume", "step": 20, "time": 105.0, "began": 95.0, "seconds": {"starting": 10.0}},
+        {"event": "end", "step": 40, "time": 200.0, "seconds": {"starting": 10.0, "training": 83.0, "waiting": 12.0}},
+    ]
     (folder / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
     _write_json(folder / "eval.json", _evaluation())
     samples = [_sample(streams) for streams in (1, 2, 4, 8)]
@@ -129,6 +135,11 @@ def test_page_is_complete_and_self_contained(reported):
         assert number in html, number
     for facts in ("40 of 40 training steps, resumed 1 time", "<td>16</td>", "<td>9</td>", "<td>7</td>"):
         assert facts in html, facts
+    spent = [("training", "133.0", "66.5%"), ("waiting for data", "12.0", "6.0%")]
+    spent += [("lost: steps that were trained again", "10.0", "5.0%"), ("wall-clock", "200.0", "100.0%")]
+    for row in spent:
+        assert "<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" in html, row
+    assert "2 processes, one after another; 5 steps had to be trained again." in html
     assert "a &lt;small&gt; machine" in html
     assert 'class="missing"' not in html
 

@@ -55,7 +55,7 @@ def poisoned(monkeypatch) -> set[int]:
 
 def _events(workdir: pathlib.Path) -> list[tuple[str, int]]:
     rows = [json.loads(line) for line in (workdir / "events.jsonl").read_text().splitlines()]
-    return [(row["event"], row["step"]) for row in rows]
+    return [(row["event"], row["step"]) for row in rows if row["event"] != "spent"]
 
 
 def _rows(workdir: pathlib.Path) -> dict[int, dict[str, float | None]]:

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from armd_jax import config as configs
-from armd_jax import order
+from armd_jax import files, order
 from armd_jax.cli import main as cli
 from armd_jax.config import Config, OptimizerConfig, TrainingConfig
 from armd_jax.core import objective, parameters
@@ -24,6 +24,7 @@ from armd_jax.errors import UserError
 from armd_jax.interop.load import load
 from armd_jax.training import (
     checkpoints,
+    goodput,
     metrics,
     optimizer,
     placement,
@@ -32,6 +33,7 @@ from armd_jax.training import (
     sharding,
     state,
     step,
+    stopwatch,
     train,
     validation,
 )
@@ -56,13 +58,12 @@ def _config(corpus: pathlib.Path, **training: Any) -> Config:
 def _rows(workdir: pathlib.Path) -> list[dict[str, float]]:
     """metrics.jsonl without the speed."""
     rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    rates = ("train/tokens_per_second", "train/mfu", "train/ar_mfu")
-    return [{name: value for name, value in row.items() if name not in rates} for row in rows]
+    return [{name: value for name, value in row.items() if name not in run_log.SPEED} for row in rows]
 
 
 def _events(workdir: pathlib.Path) -> list[tuple[str, int]]:
     rows = [json.loads(line) for line in (workdir / "events.jsonl").read_text().splitlines()]
-    return [(row["event"], row["step"]) for row in rows]
+    return [(row["event"], row["step"]) for row in rows if row["event"] != "spent"]
 
 
 def _files(folder: pathlib.Path) -> dict[str, bytes]:
@@ -92,7 +93,8 @@ def _power_cut(*_: Any) -> None:
 
 @pytest.mark.slow
 def test_resumed_run_equals_an_unbroken_one(tmp_path, monkeypatch, corpus, unbroken):
-    """With dropout 0.1, a run that died at step 12 and was started again ends bit for bit as one that never died."""
+    """With dropout 0.1, a run that died at step 12, in a profile, and was started again ends bit for bit as one that
+    never died and was not profiled. The profile of the second life is whole, and the steps of the first are lost."""
     write = metrics.MetricWriter.write
 
     def dying(self, number, values):
@@ -102,13 +104,17 @@ def test_resumed_run_equals_an_unbroken_one(tmp_path, monkeypatch, corpus, unbro
 
     with monkeypatch.context() as patch, pytest.raises(_PowerCut):
         patch.setattr(metrics.MetricWriter, "write", dying)
-        train.train(_config(corpus), tmp_path / "run", progress=False)
+        train.train(_config(corpus, profile=(11, 5)), tmp_path / "run", progress=False)
+    assert not list((tmp_path / "run" / "profile").iterdir())
     assert max(row["step"] for row in _rows(tmp_path / "run")) == 11
-    resumed = train.train(_config(corpus), tmp_path / "run", progress=False)
+    resumed = train.train(_config(corpus, profile=(11, 5)), tmp_path / "run", progress=False)
+    assert [trace.name for trace in (tmp_path / "run" / "profile").iterdir()] == ["step-11"]
     workdir, whole = unbroken
     assert (whole.steps_done, resumed.steps_done) == (20, 10)
     _assert_same_state(resumed.state, whole.state)
     assert _rows(tmp_path / "run") == _rows(workdir)
+    spent = goodput.of(files.read_json_lines(tmp_path / "run" / "events.jsonl"))
+    assert spent.processes == 2 and 1 <= spent.lost_steps <= 2 and spent.seconds["lost"] > 0
     assert [row["step"] for row in _rows(workdir) if "train/loss" in row] == list(range(1, 21))
     saves = [("save", at) for at in (5, 10, 15, 20)]
     assert _events(workdir) == [("start", 0), *saves, ("end", 20)]
@@ -497,7 +503,7 @@ def test_the_rate_is_of_training_alone(monkeypatch):
     now = [0.0]
     monkeypatch.setattr(run_log.time, "perf_counter", lambda: now[0])
     config = configs.from_config_dict({"training": {"batch_size": 2, "log_every": 1, "tensorboard": False}})
-    log, rates = run_log.RunLog(config, progress=False), []
+    log, rates = run_log.RunLog(config, False, stopwatch.Stopwatch()), []
     with contextlib.ExitStack() as stack:
         log.open(stack, None, 0, 0)
         log._writer = types.SimpleNamespace(write=lambda _, values: rates.append(values.get("train/tokens_per_second")))
