@@ -230,6 +230,20 @@ MUTATIONS = (
         "training/test_metrics.py::test_rows_wait_for_space",
     ),
     Mutation(
+        "what makes files count is stored last",
+        "remote.py",
+        "            for name in sorted(here, key=_turn):\n",
+        "            for name in sorted(here):\n",
+        "test_object_storage.py::test_what_makes_files_count_is_stored_last",
+    ),
+    Mutation(
+        "the lease of a living training is not taken",
+        "training/lease.py",
+        "        if now != first:\n",
+        "        if False:\n",
+        "test_object_storage.py::test_one_training_at_a_time",
+    ),
+    Mutation(
         "a line is appended whole or not at all",
         "files.py",
         "                file.truncate(size)\n",
