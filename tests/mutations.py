@@ -218,7 +218,7 @@ MUTATIONS = (
     Mutation(
         "what a failed save leaves is removed",
         "training/checkpoints.py",
-        "shutil.rmtree(folder, ignore_errors=True)",
+        "folder.rmtree(missing_ok=True)",
         "pass",
         "training/test_checkpoints.py::test_remains_of_killed_saves_are_removed_at_the_start",
     ),

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 
@@ -120,7 +121,7 @@ def test_killed_runs_go_on(tmp_path, smoke_config, smoke_run, corpus, stores):
             f"--config={smoke_config}",
             f"--config.data.path={corpus}",
         ]
-        environment = os.environ | _gcs(address)
+        environment = os.environ | _gcs(address) | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}  # as in smoke_run
         for kills in range(int(os.environ.get("ARMD_KILLS", "2"))):
             process = subprocess.Popen(
                 [*command, "--workdir=gs://bucket/run"], env=environment, stderr=subprocess.DEVNULL
@@ -145,10 +146,14 @@ def test_killed_runs_go_on(tmp_path, smoke_config, smoke_run, corpus, stores):
 
 
 def _object(address: str, name: str) -> bytes:
-    for _ in range(100):  # some requests fail on purpose
-        with contextlib.suppress(OSError), urllib.request.urlopen(f"{address}/bucket/{name}") as answer:
-            return answer.read()
-    return b""
+    while True:
+        try:
+            with urllib.request.urlopen(f"{address}/bucket/{name}") as answer:
+                return answer.read()
+        except urllib.error.HTTPError as error:
+            if error.code == 404:
+                return b""
+            assert error.code == 503  # some requests fail on purpose
 
 
 def _saves(address: str) -> int:
