@@ -14,6 +14,7 @@ DATA = ["pyarrow>=16", "backports.zstd>=1; python_version < '3.14'"]
 EVAL = ["lm-eval>=0.4.12"]
 IMPORT = ["gguf>=0.19", "protobuf>=4"]
 SERVE = ["starlette>=1.0", "uvicorn>=0.30", "prometheus_client>=0.20"]
+CLOUD = ["gcsfs>=2026.9", "s3fs>=2026.9"]
 STABLEHLO = ["flatbuffers>=24"]  # what `jax.export` writes and reads files with
 
 setup(
@@ -40,6 +41,7 @@ setup(
         "tfds": ["tensorflow-datasets>=4.9.7"],
         "tensorboard": ["tensorboardX>=2.6"],
         "wandb": ["wandb>=0.17"],
+        "cloud": CLOUD,
         "serve": SERVE,
         "data": DATA,
         "import": IMPORT,
@@ -52,6 +54,9 @@ setup(
             *IMPORT,
             *EVAL,
             *STABLEHLO,
+            *CLOUD,
+            "gcp-storage-emulator>=2026.7",
+            "moto[server]>=5.2",
             "openai>=1.50",
             "playwright>=1.40",
             "pytest>=8",

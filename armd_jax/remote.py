@@ -12,6 +12,7 @@ Checkpoints in gs:// are not copied: Orbax reads and writes them there itself (`
 
 import atexit
 import contextlib
+import fcntl
 import os
 import pathlib
 import re
@@ -20,6 +21,7 @@ import shutil
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from typing import Any, Literal, assert_never
 
@@ -35,6 +37,8 @@ _ADDRESS = re.compile(r"(gs|s3):/+([a-z0-9][a-z0-9._-]+)((?:/+[^/]+)*)/*", re.DO
 _MARKERS = ("_CHECKPOINT_METADATA", "manifest.json", "config.json")  # stored last, in this order
 _UNFINISHED = ".orbax-checkpoint-tmp"
 _COMMITTED = "commit_success.txt"
+_PREFIX = "armd-copy-"
+_JUST_MADE = 60  # seconds in which a process may have made a folder but not locked it yet
 _AT_ONCE = 1 << 25  # bytes: a file up to this size is read before it is sent, so that it may grow meanwhile
 _NEED_EXTRA = {"gs": "gcsfs", "s3": "s3fs"}
 
@@ -127,6 +131,7 @@ def forget_all() -> None:
     """Removes all copies."""
     for copy in _copies.values():
         shutil.rmtree(copy.folder.parent, ignore_errors=True)
+        os.close(copy.handle)
     _copies.clear()
 
 
@@ -154,7 +159,16 @@ def unfinished(checkpoints: Any) -> list[Any]:
         return []
     if not is_address(checkpoints):
         return list(checkpoints.glob(f"*{_UNFINISHED}*"))
-    return [step for step in checkpoints.iterdir() if not (step / _COMMITTED).exists()]
+    left = [step for step in checkpoints.iterdir() if not (step / _COMMITTED).exists()]
+    for step in left:
+        metadata = step / "_CHECKPOINT_METADATA"
+        whole = metadata.exists() and re.search(r'"commit_timestamp_nsecs": ?\d', metadata.read_text())
+        if whole and not (step / "state" / _COMMITTED).exists():
+            raise UserError(
+                f"{step}: was written on a disk and copied here, where it does not count as whole, because the file"
+                f" {_COMMITTED} is missing; use the run on a disk, or armd export --out=gs://…"
+            )
+    return left
 
 
 def saved_steps(run: pathlib.Path) -> list[int]:
@@ -170,7 +184,11 @@ class Copy:
 
     def __init__(self, scheme: Scheme, address: str, use: Use) -> None:
         self.scheme, self.address, self.use = scheme, address, use
-        self.folder = pathlib.Path(tempfile.mkdtemp(prefix="armd-copy-")) / address.rsplit("/", 1)[-1]
+        _remove_abandoned()
+        parent = pathlib.Path(tempfile.mkdtemp(prefix=_PREFIX))
+        self.handle = os.open(parent, os.O_RDONLY)
+        fcntl.flock(self.handle, fcntl.LOCK_EX)
+        self.folder = parent / address.rsplit("/", 1)[-1]
         self._root = address.split("://", 1)[1]
         self._lock = threading.RLock()
         self._there: dict[str, object] = {}  # the version of each object that was fetched; None: stored by us
@@ -202,7 +220,10 @@ class Copy:
                 if path.exists() and self._there.get(name) == version:
                     continue
                 path.parent.mkdir(parents=True, exist_ok=True)
-                self.files.get_file(f"{self._root}/{name}", str(path))
+                try:
+                    self.files.get_file(f"{self._root}/{name}", str(path))
+                except FileNotFoundError:  # removed since, as old checkpoints are
+                    continue
                 self._there[name], self._stored[name] = version, _stamp(path)
             for name in self._there.keys() - found.keys():
                 (self.folder / name).unlink(missing_ok=True)
@@ -304,6 +325,20 @@ class Copy:
             raise UserError(f"{self.address}: {_reason(error)}") from error
 
 
+def _remove_abandoned() -> None:
+    """Removes the copies of processes that were killed. A living one holds a lock on each of its own."""
+    for left in pathlib.Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"):
+        with contextlib.suppress(OSError):  # it is locked, already gone, or another user's
+            if time.time() - left.stat().st_mtime < _JUST_MADE:
+                continue
+            handle = os.open(left, os.O_RDONLY)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(left, ignore_errors=True)
+            finally:
+                os.close(handle)
+
+
 def _stamp(path: pathlib.Path) -> tuple[int, int]:
     found = path.stat()
     return found.st_size, found.st_mtime_ns
@@ -322,8 +357,8 @@ def _reason(error: Exception) -> str:
     text = f"{type(error).__name__} {error}".lower()
     if "credential" in text or "anonymous caller" in text:
         return f"no credentials for it ({detail})"
-    if isinstance(error, PermissionError) or any(word in text for word in ("forbidden", "access denied", "401", "403")):
+    if isinstance(error, PermissionError) or re.search(r"forbidden|access denied|\b40[13]\b", text):
         return f"access is denied ({detail})"
-    if isinstance(error, FileNotFoundError) or "nosuchbucket" in text or "404" in text:
+    if isinstance(error, FileNotFoundError) or re.search(r"nosuchbucket|\b404\b", text):
         return f"there is no such bucket or object ({detail})"
     return f"cannot be reached ({type(error).__name__}: {detail})"

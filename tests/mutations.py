@@ -276,7 +276,7 @@ MUTATIONS = (
     Mutation(
         "what a failed save leaves is removed",
         "training/checkpoints.py",
-        "shutil.rmtree(folder, ignore_errors=True)",
+        "folder.rmtree(missing_ok=True)",
         "pass",
         "training/test_checkpoints.py::test_remains_of_killed_saves_are_removed_at_the_start",
     ),
@@ -286,6 +286,20 @@ MUTATIONS = (
         "            if not self._failing:\n",
         "            self._waiting = []\n            if not self._failing:\n",
         "training/test_metrics.py::test_rows_wait_for_space",
+    ),
+    Mutation(
+        "what makes files count is stored last",
+        "remote.py",
+        "            for name in sorted(here, key=_turn):\n",
+        "            for name in sorted(here):\n",
+        "test_object_storage.py::test_what_makes_files_count_is_stored_last",
+    ),
+    Mutation(
+        "the lease of a living training is not taken",
+        "training/lease.py",
+        "        if now != first:\n",
+        "        if False:\n",
+        "test_object_storage.py::test_one_training_at_a_time",
     ),
     Mutation(
         "a line is appended whole or not at all",

@@ -17,7 +17,7 @@ FOLDERS = (".", ".github", "armd_jax", "experiments", "experiments/benchmarks", 
 PAGES = [page for folder in FOLDERS for page in sorted((ROOT / folder).glob("*.md"))]
 NOTEBOOK = ROOT / "experiments/tour.ipynb"
 # Modules beside the rooms.
-GROUND = {"errors", "typed", "names", "files", "streams", "order_config", "config", "experiment_file"}
+GROUND = {"errors", "typed", "names", "files", "remote", "streams", "order_config", "config", "experiment_file"}
 
 
 def _name(page: pathlib.Path) -> str:

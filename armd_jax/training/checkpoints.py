@@ -365,8 +365,10 @@ def _restore_newest(run: pathlib.Path, config: Config, target: Wanted) -> Wanted
 def reading(run: pathlib.Path, config: Config) -> Checkpointer:
     """The checkpoints of a run, to read them. Raises UserError if there is no folder of them."""
     logging.getLogger("absl").setLevel(logging.ERROR)
-    if not remote.checkpoint_folder(run).is_dir():
+    folder = remote.checkpoint_folder(run)
+    if not folder.is_dir():
         raise UserError(f"{run}: has no checkpoints yet")
+    remote.unfinished(folder)  # says if they are of a kind that does not count there
     return Checkpointer(run, config, read_only=True)
 
 

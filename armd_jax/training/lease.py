@@ -32,12 +32,15 @@ class Lease:
         self._copy, self._number, self._token = copy, number, token
         self._beats = 0
         self._over = threading.Event()
+        self._last = time.monotonic()
         self.lost = False
         self._thread = threading.Thread(target=self._beat_on, name="lease", daemon=True)
         self._thread.start()
 
     def store(self) -> None:
         """Stores what changed in the run. Raises UserError if it cannot be stored or the lease is lost."""
+        if time.monotonic() - self._last > LEASE / 2:
+            self._check()  # whoever was stalled for long may have been taken for dead
         if self.lost:
             raise UserError(f"{self._copy.address}: another training has taken over this run")
         self._copy.store()
@@ -51,18 +54,17 @@ class Lease:
             self._copy.write_small(_name(self._number), _content(self._token, self._beats, _RELEASED))
 
     def _beat_on(self) -> None:
-        last = time.monotonic()
-        while not self._over.wait(BEAT):
+        while not self._over.wait(BEAT) and not self.lost:
             with contextlib.suppress(UserError):  # the store may be back at the next beat
-                if self._copy.read_small(_name(self._number + 1)) is not None:
-                    self.lost = True
-                    return
-                self._beats += 1
-                self._copy.write_small(_name(self._number), _content(self._token, self._beats))
-                last = time.monotonic()
-                self._copy.store()
-            if time.monotonic() - last > LEASE:
-                self.lost = True  # others may think by now that this process has died
+                self._check()
+                if not self.lost:
+                    self._beats += 1
+                    self._copy.write_small(_name(self._number), _content(self._token, self._beats))
+                    self._last = time.monotonic()
+                    self._copy.store()
+
+    def _check(self) -> None:
+        self.lost = self.lost or self._copy.read_small(_name(self._number + 1)) is not None
 
 
 _held: dict[str, Lease] = {}
