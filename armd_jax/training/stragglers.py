@@ -1,8 +1,8 @@
 """Which of several processes the others wait for, as far as its host is to blame.
 
 All processes of a job finish a step together, because their devices wait for one another inside it. What tells them
-apart is the time of the host outside of that: fetching a batch, saving, or a CPU that something else uses. Every process
-notes it at every row of metrics, in the key-value store of JAX's coordinator: no device waits for it.
+apart is the time of the host outside of that: fetching a batch, saving, or a CPU that something else uses. Every
+process notes it at every row of metrics, in the key-value store of JAX's coordinator: no device waits for it.
 """
 
 import contextlib
