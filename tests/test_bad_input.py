@@ -241,6 +241,7 @@ COMMAND_LINES = [
     (TRAIN + "--distributed=on --num-processes=0", r"num-processes"),
     ("report", r"required: --run"),
     ("report --run=run --bogus", r"unknown argument '--bogus'"),
+    ("profile --run=run --rows=0", r"--rows=0: must be at least 1"),
 ]
 
 CONFIGS = [
@@ -423,6 +424,8 @@ OTHER_FILES = [
     ("eval --run=run-link", r"test-00000.array_record: this shard is a link out of its folder"),
     (AGAIN.replace("=run ", "=run-shard "), r"test-00000.array_record: this shard is damaged"),
     (AGAIN.replace("=run ", "=run-manifest "), r"is not the name of a shard"),
+    ("profile --run=missing", r"missing: there is no such folder"),
+    ("profile --run=nothing", r"neither a training run nor an export \(it has no config.json\)"),
     ("report --run=missing", r"missing: there is no such folder"),
     ("report --run=nothing", r"neither a training run nor an export \(it has no config.json\)"),
     ("report --run=run-deep-config", r"cannot be read as JSON"),

@@ -135,7 +135,7 @@ def test_train_with_any_overrides(monkeypatch, empty, smoke_config, words):
     assert os.listdir(empty) == []
 
 
-VERBS = ["prepare", "train", "eval", "sample", "export", "import", "report"]
+VERBS = ["prepare", "train", "eval", "sample", "export", "import", "report", "profile"]
 FLAGS = ["--source", "--out", "--tokenizer", "--vocab-size", "--length", "--text-field", "--skip-damaged", "--config"]
 FLAGS += ["--workdir", "--run", "--no-ema", "--split", "--data", "--streams", "--draws", "--batch", "--seed", "--json"]
 FLAGS += ["--temperature", "--top-k", "--top-p", "--prompt", "--suffix", "--help", "-h", "--config.model.width"]

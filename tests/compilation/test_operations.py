@@ -1,10 +1,18 @@
 """The tables of `armd profile`: times of a trace, and costs of a program."""
 
+import json
+
+import jax
+import jax.numpy as jnp
 import pytest
 
+from armd_jax import config as configs
+from armd_jax.cli import main as cli
 from armd_jax.compilation import costs, operations
 from armd_jax.compilation.hlo import Program
 from armd_jax.errors import UserError
+from armd_jax.training.profiling import Profiler
+from armd_jax.training.stopwatch import Stopwatch
 
 PROGRAM = """HloModule m
 
@@ -56,3 +64,40 @@ def test_a_file_that_is_no_trace_is_one_line(tmp_path, content):
     with pytest.raises(UserError, match=r"vm\.xplane\.pb: ") as error:
         operations.traced(file)
     assert "\n" not in str(error.value)
+
+
+def test_the_verb_prints_the_newest_trace(tmp_path, capsys):
+    """As a table whose last row has what does not fit, and as JSON with everything; shares add up to one."""
+    (tmp_path / "config.json").write_text(configs.to_json(configs.Config()))
+    step = jax.jit(lambda x_DD: jnp.sort(jnp.tanh(x_DD @ x_DD), axis=0))
+    x_DD = step(jnp.ones((64, 64)))
+    with Profiler(tmp_path, (2, 3), Stopwatch(), lambda text: None) as profiler:
+        for number in range(1, 6):
+            profiler.before(number)
+            x_DD = step(x_DD)
+            profiler.after(number, x_DD)
+    assert cli.main(["profile", f"--run={tmp_path}", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert "/profile/step-2/" in found["trace"]
+    assert sum(row["share"] for row in found["operations"]) == pytest.approx(1.0)
+    kinds = {row["kind"]: row["count"] for row in found["operations"]}
+    assert len(kinds) > 1 and kinds["sort"] == 3
+    assert cli.main(["profile", f"--run={tmp_path}", "--rows=1"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 4 and lines[-1].startswith(f"{len(kinds) - 1} others ")
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("quick_compilation")
+def test_without_a_trace_the_verb_prints_costs(tmp_path, capsys):
+    """Of the training step as compiled here: bytes of everything, and FLOPs of matrix products alone."""
+    values = configs.default_config_dict()
+    values.model.update(vocab_size=9, max_length=8, num_layers=1, two_stream_layers=0, width=16, num_heads=2)
+    values.order.update(kind="left_to_right", sbp_steps=0)
+    values.training.update(batch_size=4)
+    (tmp_path / "config.json").write_text(configs.to_json(configs.from_config_dict(values)))
+    assert cli.main(["profile", f"--run={tmp_path}", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    rows = {row["kind"]: row for row in found["operations"]}
+    assert found["trace"] is None and rows["fusion"]["bytes"] > 0 and rows["dot"]["flops"] > 0
+    assert {kind for kind, row in rows.items() if row["flops"]} <= {"dot", "convolution"}

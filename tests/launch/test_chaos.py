@@ -27,6 +27,7 @@ def test_a_run_survives_what_is_done_to_it(tmp_path):
     assert done.returncode == 0, done.stderr
     assert re.search(r"8 faults in \d+ s; \d+ arrays and \d+ rows of metrics equal, bit for bit", done.stdout)
     assert re.search(r"disk full to the end +(SKIPPED: no tmpfs|\d+ arrays and \d+ rows of metrics equal)", done.stdout)
+    assert re.search(r"where the time went: [\d.]+ s of [\d.]+ s, \d+ steps lost: training ", done.stdout)  # within 1%
     events = done.stdout.splitlines()[-1]
     assert "1 start" in events and "1 end" in events and " skip" in events and " save_failed" in events
     assert int(re.search(r"(\d+) stop", events)[1]) >= 3
