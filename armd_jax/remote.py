@@ -165,8 +165,8 @@ def unfinished(checkpoints: Any) -> list[Any]:
         whole = metadata.exists() and re.search(r'"commit_timestamp_nsecs": ?\d', metadata.read_text())
         if whole and not (step / "state" / _COMMITTED).exists():
             raise UserError(
-                f"{step}: was written on a disk and copied here, where it does not count as whole, because the file"
-                f" {_COMMITTED} is missing; use the run on a disk, or armd export --out=gs://…"
+                f"{step}: does not count as whole, because its files {_COMMITTED} are missing; copy the run"
+                " once more, with all of them, or use it on a disk"
             )
     return left
 
