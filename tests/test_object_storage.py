@@ -20,7 +20,7 @@ import pytest
 from armd_jax import files, remote
 from armd_jax.cli import main as cli
 from armd_jax.errors import UserError
-from armd_jax.training import lease
+from armd_jax.training import lease, run_log
 
 NEEDED = ("gcsfs", "s3fs", "gcp_storage_emulator", "moto")
 if not all(map(importlib.util.find_spec, NEEDED)):
@@ -78,7 +78,7 @@ def bucket(request, stores) -> Iterator[str]:
 
 def _metrics(file: pathlib.Path) -> list[dict[str, object]]:
     rows = files.read_json_lines(file)
-    return [{name: row[name] for name in row if name not in ("train/tokens_per_second", "train/mfu")} for row in rows]
+    return [{name: row[name] for name in row if name not in run_log.SPEED} for row in rows]
 
 
 @pytest.mark.slow
