@@ -66,6 +66,7 @@ def test_a_file_that_is_no_trace_is_one_line(tmp_path, content):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.profiler
 def test_the_verb_prints_the_newest_trace(tmp_path, capsys):
     """As a table whose last row has what does not fit, and as JSON with everything; shares add up to one."""
     (tmp_path / "config.json").write_text(configs.to_json(configs.Config()))

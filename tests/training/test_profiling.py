@@ -7,11 +7,14 @@ import signal
 
 import jax
 import jax.numpy as jnp
+import pytest
 
 from armd_jax.compilation import operations
 from armd_jax.training import profiling
 from armd_jax.training.profiling import Profiler
 from armd_jax.training.stopwatch import Stopwatch
+
+pytestmark = pytest.mark.profiler
 
 
 @jax.jit

@@ -92,6 +92,7 @@ def _power_cut(*_: Any) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.profiler
 def test_resumed_run_equals_an_unbroken_one(tmp_path, monkeypatch, corpus, unbroken):
     """With dropout 0.1, a run that died at step 12, in a profile, and was started again ends bit for bit as one that
     never died and was not profiled. The profile of the second life is whole, and the steps of the first are lost."""
