@@ -25,7 +25,7 @@ mypy --no-incremental  # its cache misses a match that a new name made incomplet
 python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "${kept}not profiler" "$@" || none=$?
 # The profiler of JAX crashes in a process in which other tests have compiled for TPUs or imported TensorFlow.
 python -m pytest -m "${kept}profiler" "$@" || alone=$?
-# 5: no test was chosen, as by the name of a file. Both may not be.
+# Exit code 5: none of these tests was chosen, as if a file was named. That is an error only if both choose none.
 if [ "${none:-0}" -ne 0 ] && { [ "$none" -ne 5 ] || [ "${alone:-0}" -ne 0 ]; }; then exit "$none"; fi
 if [ "${alone:-0}" -ne 0 ] && [ "$alone" -ne 5 ]; then exit "$alone"; fi
 if [ "$whole" = yes ] && newer=$(newer_python); then

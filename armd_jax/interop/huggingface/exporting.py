@@ -1,8 +1,7 @@
 """`armd export --format=huggingface`: a folder that Hugging Face transformers loads.
 
 A model that is exactly one of transformers' own networks is written as that (`native`). Any other brings code in
-PyTorch, the files of `template`, and is loaded with trust_remote_code. Weights are read and
-written one at a time.
+PyTorch, the files of `template`, and is loaded with trust_remote_code. Weights are read and written one at a time.
 """
 
 import dataclasses
