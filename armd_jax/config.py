@@ -16,7 +16,8 @@ from typing import Any, TypeGuard, assert_never
 
 import ml_collections
 
-from armd_jax import files, names, order_config, remote, typed
+from armd_jax import data_config, files, names, order_config, remote, typed
+from armd_jax.data_config import DataConfig
 from armd_jax.errors import UserError
 from armd_jax.order_config import OrderConfig
 
@@ -27,7 +28,6 @@ _field = typed.field
 _weights = functools.partial(typed.field, shapes_weights=True)
 # The field may differ when a run is continued. Every other field is part of what the run is.
 _free = functools.partial(typed.field, may_change=True)
-_path = functools.partial(typed.field, check=files.check_local)  # the field names files on this machine
 _place = functools.partial(typed.field, check=remote.check_place)  # or a folder in object storage
 
 
@@ -141,29 +141,6 @@ class ModelConfig:
 
 def _is_plain(kind: names.AttentionKind) -> TypeGuard[names.PlainAttention]:
     return kind in typed.choices(names.PlainAttention)
-
-
-@dataclasses.dataclass(frozen=True)
-class DataConfig:
-    """Where text comes from and how it becomes rows of tokens."""
-
-    path: str = _place("")  # a file, a folder, a glob, or "tfds:NAME" for a TFDS dataset; empty: the embedded corpus
-    text_field: str = "text"  # the field of .jsonl objects and TFDS examples that holds the text
-    # Whether words in the names of files and folders, such as train, valid and test, give the splits.
-    split_by_name: bool = _field(True)
-    tfds_data_dir: str = _path("", may_change=True, optional=True)  # where TFDS datasets are; empty: TFDS's own default
-    tokenizer: str = _place("sentencepiece")  # that (trained on the text), "bytes", or a folder of vocabulary files
-    vocab_size: int = _field(2048, at_least=1)  # of a tokenizer that is trained
-    valid_fraction: float = _field(0.05, fraction="open")  # held out for validation if the source brings no such split
-    test_fraction: float = _field(0.05, fraction="open")
-    shard_rows: int = _field(8192, at_least=1)  # rows per file
-    cache_dir: str = _path("", may_change=True, optional=True)  # where prepared data are kept; empty: <workdir>/data
-    damaged: names.Damaged = "error"  # whether a document that is not text is an error, or is skipped and counted
-
-
-def is_named_tokenizer(tokenizer: str) -> TypeGuard[names.NamedTokenizer]:
-    """Whether `data.tokenizer` names a kind of tokenizer. If not, it is a folder of vocabulary files."""
-    return tokenizer in typed.choices(names.NamedTokenizer)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -358,9 +335,8 @@ def check(config: Config) -> None:
     check_model(config.model)
     for section in dataclasses.fields(config):
         typed.check(getattr(config, section.name), section.name)
-    data, order, training = config.data, config.order, config.training
-    if data.valid_fraction + data.test_fraction >= 1:
-        raise UserError("data.valid_fraction + data.test_fraction: must leave something to train on")
+    order, training = config.order, config.training
+    data_config.check(config.data)
     if config.model.has_orders:
         order_config.check(order, config.model.max_length, training.num_steps, config.model.attention)
     else:

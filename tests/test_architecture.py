@@ -25,15 +25,16 @@ GROUND = {
     "streams": set(),
     "order_config": {"errors", "typed", "names"},
     "remote": {"errors", "files"},
-    "config": {"errors", "typed", "files", "names", "order_config", "remote"},
+    "data_config": {"errors", "typed", "files", "names", "remote"},
+    "config": {"errors", "typed", "files", "names", "order_config", "data_config", "remote"},
     "experiment_file": {"errors", "config"},
 }
 # The rooms, and what each may import beside itself. Nobody imports `cli`.
 MATHEMATICS = {"errors", "typed", "names", "order_config", "config", "core"}
-READERS = MATHEMATICS | {"files", "remote", "data"}
+READERS = MATHEMATICS | {"files", "remote", "data_config", "data"}
 ALLOWED = {
     "core": MATHEMATICS,
-    "data": {"errors", "typed", "files", "remote", "names", "config", "data"},
+    "data": {"errors", "typed", "files", "remote", "names", "data_config", "config", "data"},
     "training": READERS | {"streams", "training"},
     "inference": READERS | {"inference"},
     "evaluation": READERS | {"training", "inference", "interop", "evaluation"},

@@ -14,10 +14,10 @@ import functools
 from collections.abc import Callable, Iterator
 from typing import Literal, assert_never
 
-from armd_jax.config import DataConfig
 from armd_jax.data import embedded, text_files, tfds
 from armd_jax.data.reading import Documents, KnownFiles, LeftOut, Selection, Source, SourceFile
 from armd_jax.data.splits import SPLITS, Division
+from armd_jax.data_config import DataConfig
 from armd_jax.errors import UserError
 from armd_jax.names import Damaged, Split
 

@@ -21,7 +21,6 @@ import numpy as np
 from tqdm import tqdm
 
 from armd_jax import typed
-from armd_jax.config import DataConfig
 from armd_jax.data import batching, encoding, tokenizers
 from armd_jax.data import progress as progress_notes
 from armd_jax.data.batching import Tally
@@ -44,6 +43,7 @@ from armd_jax.data.progress import Part, Progress
 from armd_jax.data.reading import LeftOut
 from armd_jax.data.shards import PackedRows, ShardWriter, check_shard
 from armd_jax.data.tokenizers import Tokenizer
+from armd_jax.data_config import DataConfig
 from armd_jax.errors import UserError
 from armd_jax.names import Split
 

@@ -18,7 +18,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 
-from armd_jax.config import DataConfig
 from armd_jax.data import found_files, tables
 from armd_jax.data.reading import (
     KnownFiles,
@@ -32,6 +31,7 @@ from armd_jax.data.reading import (
     hash_file,
 )
 from armd_jax.data.splits import SPLITS, splits_named
+from armd_jax.data_config import DataConfig
 from armd_jax.errors import UserError
 from armd_jax.names import Split
 

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from armd_jax.config import DataConfig
 from armd_jax.data.reading import Reader, Selection, Source, TextOrError, decode_utf8
 from armd_jax.data.splits import SPLIT_NAMES
+from armd_jax.data_config import DataConfig
 from armd_jax.errors import UserError
 from armd_jax.names import Split
 

@@ -16,12 +16,12 @@ from typing import Any, assert_never
 import sentencepiece
 
 from armd_jax import files, remote, typed
-from armd_jax.config import DataConfig, is_named_tokenizer
 from armd_jax.data.sentencepiece_training import SPACE_MARK, train_model
 from armd_jax.data.tokenizer_metadata import CONFIG_FILE, parse_json
 from armd_jax.data.vocabulary_building import CUT, build
 from armd_jax.data.vocabulary_folders import VOCABULARY_FILES, read_saved, read_vocabulary, settings_file
 from armd_jax.data.vocabulary_settings import MODEL_FILE, PLAIN, Settings, Vocabulary
+from armd_jax.data_config import DataConfig, is_named_tokenizer
 from armd_jax.errors import UserError, shown
 from armd_jax.names import NamedTokenizer, TokenizerKind, VocabularyTokenizerKind
 

@@ -5,11 +5,12 @@ import pathlib
 from collections.abc import Sequence
 from typing import assert_never
 
-from armd_jax.config import Config, is_named_tokenizer
+from armd_jax.config import Config
 from armd_jax.data import manifest as manifests
 from armd_jax.data import packing, prepared
 from armd_jax.data.corpora import open_corpus, source_kind
 from armd_jax.data.packing import PreparedData
+from armd_jax.data_config import is_named_tokenizer
 from armd_jax.errors import UserError
 from armd_jax.names import Split
 from armd_jax.training import run_data

@@ -3,8 +3,8 @@
 import pytest
 
 from armd_jax import typed
-from armd_jax.config import DataConfig
 from armd_jax.data.corpora import SourceKind, open_corpus, source_kind
+from armd_jax.data_config import DataConfig
 from armd_jax.errors import UserError
 
 # For every kind of source, values of `data.path` that mean it.

@@ -6,9 +6,9 @@ import sys
 
 import pytest
 
-from armd_jax.config import DataConfig
 from armd_jax.data import embedded as embedded_module
 from armd_jax.data.corpora import open_corpus
+from armd_jax.data_config import DataConfig
 from armd_jax.errors import UserError
 
 
@@ -34,7 +34,7 @@ def test_embedded_corpus_is_sizeable_unique_and_split_by_share(embedded):
 def test_embedded_corpus_does_not_depend_on_the_process_and_imports_nothing():
     program = (
         "import sys\n"
-        "from armd_jax.config import DataConfig\n"
+        "from armd_jax.data_config import DataConfig\n"
         "from armd_jax.data.corpora import open_corpus\n"
         "c = open_corpus(DataConfig())\n"
         "import hashlib\n"

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 from armd_jax.cli import main as cli
-from armd_jax.config import DataConfig
 from armd_jax.data import batching, encoding, packing, tokenizers
+from armd_jax.data_config import DataConfig
 from armd_jax.errors import UserError
 
 pytestmark = pytest.mark.slow

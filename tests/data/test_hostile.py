@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from armd_jax.cli import main as cli
-from armd_jax.config import DataConfig
 from armd_jax.data import batching, loader, manifest, packing, tokenizers
 from armd_jax.data.corpora import open_corpus
 from armd_jax.data.reading import LeftOut
 from armd_jax.data.sentencepiece_training import train_model
+from armd_jax.data_config import DataConfig
 from armd_jax.errors import UserError
 
 LENGTH = 32

@@ -6,9 +6,9 @@ import time
 import numpy as np
 import pytest
 
-from armd_jax.config import DataConfig
 from armd_jax.data import loader, packing
 from armd_jax.data.loader import batch_indices, eval_batches, train_batches
+from armd_jax.data_config import DataConfig
 from armd_jax.errors import UserError
 
 LENGTH, BATCH = 16, 6

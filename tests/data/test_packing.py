@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 
 from armd_jax.cli import main as cli
-from armd_jax.config import DataConfig
 from armd_jax.data import batching, building, packing, text_files, tokenizers
 from armd_jax.data.corpora import open_corpus
 from armd_jax.data.sentencepiece_training import train_model
 from armd_jax.data.tokenizers import SentencePieceTokenizer
+from armd_jax.data_config import DataConfig
 from armd_jax.errors import UserError
 
 LENGTH = 32
@@ -256,7 +256,7 @@ def test_what_a_killed_preparation_left_is_no_data(config, tmp_path):
     """It is not taken for prepared data, and the next preparation of the same removes what it cannot go on with."""
     program = (
         "import os, sys\n"
-        "from armd_jax.config import DataConfig\n"
+        "from armd_jax.data_config import DataConfig\n"
         "from armd_jax.data import packing\n"
         "from pathlib import Path\n"
         "packing.write_manifest = lambda *a: os._exit(9)  # killed when only the manifest is not written\n"
@@ -280,7 +280,7 @@ def test_what_a_killed_preparation_left_is_no_data(config, tmp_path):
 _KILLED = """
 import os, signal, sys
 from pathlib import Path
-from armd_jax.config import DataConfig
+from armd_jax.data_config import DataConfig
 from armd_jax.data import batching, packing, progress
 
 batching.BATCH_CHARACTERS, after, real = 700, int(sys.argv[2]), progress.Progress.write

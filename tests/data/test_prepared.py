@@ -7,8 +7,8 @@ import shutil
 
 import pytest
 
-from armd_jax.config import DataConfig
 from armd_jax.data import packing, prepared, tokenizers
+from armd_jax.data_config import DataConfig
 from armd_jax.errors import UserError
 
 LENGTH = 32

@@ -2,11 +2,11 @@
 
 import pytest
 
-from armd_jax.config import DataConfig
 from armd_jax.data import sentencepiece_training
 from armd_jax.data.corpora import open_corpus
 from armd_jax.data.sentencepiece_training import train_model
 from armd_jax.data.tokenizers import SentencePieceTokenizer
+from armd_jax.data_config import DataConfig
 from armd_jax.errors import UserError
 
 

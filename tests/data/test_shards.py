@@ -3,8 +3,8 @@
 import gc
 import weakref
 
-from armd_jax.config import DataConfig
 from armd_jax.data import packing
+from armd_jax.data_config import DataConfig
 
 
 def test_rows_are_freed_as_soon_as_nobody_holds_them(tmp_path, corpus):

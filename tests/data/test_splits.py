@@ -6,9 +6,9 @@ import json
 import pytest
 
 from armd_jax import typed
-from armd_jax.config import DataConfig
 from armd_jax.data.corpora import open_corpus
 from armd_jax.data.splits import SPLIT_NAMES, SPLITS
+from armd_jax.data_config import DataConfig
 from armd_jax.errors import UserError
 from armd_jax.names import Split
 

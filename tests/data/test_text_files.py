@@ -14,10 +14,10 @@ import pyarrow.parquet
 import pytest
 
 from armd_jax.cli import main as cli
-from armd_jax.config import DataConfig
 from armd_jax.data import tables, text_files
 from armd_jax.data.corpora import open_corpus
 from armd_jax.data.splits import SPLITS
+from armd_jax.data_config import DataConfig
 from armd_jax.errors import UserError
 
 TEXT = "  one\r\n\ttwo  \n\n\u2581 caf\u00e9 \U0001f600"

@@ -9,7 +9,7 @@ def test_tfds_dataset_is_read_without_tensorflow(tmp_path):
 import sys
 import numpy as np
 import tensorflow_datasets as tfds
-from armd_jax.config import DataConfig
+from armd_jax.data_config import DataConfig
 from armd_jax.errors import UserError
 from armd_jax.data.corpora import open_corpus
 

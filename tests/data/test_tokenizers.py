@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from armd_jax import typed
-from armd_jax.config import DataConfig
 from armd_jax.data import tokenizers
 from armd_jax.data.corpora import open_corpus
 from armd_jax.data.sentencepiece_training import train_model
+from armd_jax.data_config import DataConfig
 from armd_jax.errors import UserError
 from armd_jax.names import NamedTokenizer, TokenizerKind
 

@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from armd_jax.config import DataConfig, ModelConfig
+from armd_jax.config import ModelConfig
 from armd_jax.core import parameters
 from armd_jax.data import packing
+from armd_jax.data_config import DataConfig
 from armd_jax.inference.language_model import LanguageModel
 
 LENGTH = 16

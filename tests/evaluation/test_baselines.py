@@ -8,8 +8,8 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from armd_jax.config import DataConfig
 from armd_jax.data import loader, packing
+from armd_jax.data_config import DataConfig
 from armd_jax.evaluation import baselines
 from armd_jax.evaluation.baselines import Baselines
 

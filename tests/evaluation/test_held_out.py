@@ -9,9 +9,10 @@ import types
 import pytest
 
 from armd_jax import files
-from armd_jax.config import Config, DataConfig, ModelConfig
+from armd_jax.config import Config, ModelConfig
 from armd_jax.data import packing, text_files, tokenizers
 from armd_jax.data.packing import PreparedData
+from armd_jax.data_config import DataConfig
 from armd_jax.errors import UserError
 from armd_jax.evaluation import held_out
 

@@ -15,9 +15,10 @@ import safetensors.numpy
 import armd_jax as armd
 from armd_jax import config as configs
 from armd_jax import order
-from armd_jax.config import Config, DataConfig, ModelConfig
+from armd_jax.config import Config, ModelConfig
 from armd_jax.core import parameters
 from armd_jax.data import tokenizers
+from armd_jax.data_config import DataConfig
 from armd_jax.errors import UserError
 from armd_jax.inference.language_model import LanguageModel
 from armd_jax.interop import load, readable

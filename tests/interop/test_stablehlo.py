@@ -19,8 +19,9 @@ import pytest
 import armd_jax as armd
 from armd_jax import order
 from armd_jax.cli import main as cli
-from armd_jax.config import DataConfig, ModelConfig
+from armd_jax.config import ModelConfig
 from armd_jax.data import tokenizers
+from armd_jax.data_config import DataConfig
 from armd_jax.inference.language_model import LanguageModel
 from armd_jax.interop import readable, stablehlo
 

@@ -10,8 +10,9 @@ import pytest
 from armd_jax import config as configs
 from armd_jax import files
 from armd_jax.cli import main as cli
-from armd_jax.config import Config, DataConfig
+from armd_jax.config import Config
 from armd_jax.data import packing, tokenizers
+from armd_jax.data_config import DataConfig
 from armd_jax.errors import UserError
 from armd_jax.training import workdir as workdirs
 
