@@ -17,7 +17,8 @@ FOLDERS = (".", ".github", "armd_jax", "experiments", "experiments/benchmarks", 
 PAGES = [page for folder in FOLDERS for page in sorted((ROOT / folder).glob("*.md"))]
 NOTEBOOK = ROOT / "experiments/tour.ipynb"
 # Modules beside the rooms.
-GROUND = {"errors", "typed", "names", "files", "remote", "streams", "order_config", "config", "experiment_file"}
+SECTIONS = {"order_config", "data_config"}
+GROUND = {"errors", "typed", "names", "files", "remote", "streams", "config", "experiment_file"} | SECTIONS
 
 
 def _name(page: pathlib.Path) -> str:
