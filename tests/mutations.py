@@ -210,6 +210,13 @@ MUTATIONS = (
         "test_order_config.py::test_drawn_blocks_have_no_pattern",
     ),
     Mutation(
+        "devices share the work of the aggregator",
+        "training/sharding.py",
+        '"targets": "tensor",',
+        '"targets": None,',
+        "training/test_sharding.py::test_no_work_is_done_twice",
+    ),
+    Mutation(
         "long gradients are cut",
         "training/optimizer.py",
         "if settings.clip_norm else update",

@@ -20,4 +20,5 @@ PARAMETERS: dict[str, Axes] = {
     "right": (None, "embed"),
 }
 ROWS: Axes = ("batch", "length", "embed")
+FIRST_ROWS: Axes = ("batch", "targets", "embed")  # as the aggregator makes them, each for itself
 LOGITS: Axes = ("batch", "length", "vocab")

@@ -61,6 +61,7 @@ def residual_stream(
     g_BGD: Any = aggregator.apply(
         {"params": params.get("aggregator", {})}, rows, x_BXD, tuple(near), state, cache is not None
     )
+    g_BGD = context.constrain(g_BGD, axes.FIRST_ROWS)
     aggregate = None if state is None else aggregator.state_after(rows, x_BXD, state)
     # The aggregator adds up vectors of tokens alone. Learned positions come in behind it.
     g_positions_BG = rows.g_positions_BG - prediction_offset(config)

@@ -33,6 +33,7 @@ USE_RULES: dict[str | None, str | tuple[str, ...] | None] = {
     **PARAM_RULES,
     "batch": BATCH_AXES,
     "length": None,
+    "targets": "tensor",
     "embed": None,
 }
 
@@ -112,7 +113,10 @@ def constrain(mesh: Mesh) -> Constrain:
     """What tells the network's activations how to lie on the mesh."""
 
     def apply(array: jax.Array, axes: Axes) -> jax.Array:
-        spec = PartitionSpec(*(USE_RULES[axis] for axis in axes))
+        rules = dict(USE_RULES)
+        if "targets" in axes and array.shape[axes.index("targets")] % mesh.shape["tensor"]:
+            rules["targets"] = None  # rows may have any length, and XLA only cuts into equal parts
+        spec = PartitionSpec(*(rules[axis] for axis in axes))
         return jax.lax.with_sharding_constraint(array, NamedSharding(mesh, spec))
 
     return no_constraint if mesh.size == 1 else apply

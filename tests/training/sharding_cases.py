@@ -47,7 +47,9 @@ def main(out: str) -> None:
         if name == "flash":
             program = str(jax.make_jaxpr(gradients)(now.params, first))
             results["flash/kernels"] = np.asarray(program.count("pallas_call["))
-        for path, leaf in jax.tree_util.tree_leaves_with_path(jax.jit(gradients)(now.params, first)):
+        compiled = jax.jit(gradients).lower(now.params, first).compile()
+        results[f"{name}/flops"] = np.asarray(compiled.cost_analysis()["flops"])
+        for path, leaf in jax.tree_util.tree_leaves_with_path(compiled(now.params, first)):
             results[f"{name}/gradient{jax.tree_util.keystr(path)}"] = np.asarray(leaf)
         here = sharding.rows_here(mesh, BATCH)
         results[f"{name}/batch"] = np.asarray(sharding.global_rows(mesh, BATCH, here, tokens[0][here]) == first)

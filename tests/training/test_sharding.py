@@ -47,6 +47,12 @@ def test_meshes_train_like_one_device(results, mesh, share):
     assert len(results["one/losses"]) == 20 and results["one/losses"][-1] < results["one/losses"][0] - 0.3
 
 
+def test_no_work_is_done_twice(results):
+    """Every device does an eighth of the floating-point operations, those of the aggregator included."""
+    for name in ("data", "fsdp", "mixed", "tensor"):
+        assert results[f"{name}/flops"] < 1.1 * results["one/flops"] / 8, name
+
+
 def test_a_denoiser_trains_on_a_mesh_like_on_one_device(results):
     """Its masks are drawn for the whole batch, so that 20 losses agree to 1e-4."""
     one, mixed = results["denoiser/one"], results["denoiser/mixed"]
