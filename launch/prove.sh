@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Compiles every preset for its TPU slice, on a machine without a TPU, and prints what it needs and at best reaches. With
-# --scaling, compiles one config with one batch for 16, 256 and 512 chips instead. The exit code is 0 only if all fit
-# their chips and use the attention kernel. Takes 17 minutes on two cores, --scaling 9. Needs libtpu (Linux, x86).
+# --scaling, compiles one config for 16, 256 and 512 chips instead: with one batch (strong scaling), and with a batch
+# that grows with the chips (weak scaling). The exit code is 0 only if all fit their chips and use the attention kernel.
+# Takes 17 minutes on two cores, --scaling 15. Needs libtpu (Linux, x86).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 OUT=${OUT:-build/prove}
@@ -12,17 +13,20 @@ RUNS=(
     "owt_1_3b --topology=v5e:16x16 --slices=2"
     "owt_7b --topology=v5p:8x8x8"
 )
-# On 512 chips, each has one row of the batch. There can be no microbatches, and so the others have none either.
+# The first three have one batch of 512 rows, one row for each of 512 chips. There can be no microbatches then, and so the
+# others have none either. The first and the last two have 32 rows for each chip.
 SCALING=(
     "owt_small --topology=v5e:4x4 --config.training.microbatches=1"
     "owt_small --topology=v5e:16x16 --config.training.microbatches=1"
     "owt_small --topology=v5e:16x16 --slices=2 --config.training.microbatches=1"
+    "owt_small --topology=v5e:16x16 --config.training.microbatches=1 --config.training.batch_size=8192"
+    "owt_small --topology=v5e:16x16 --slices=2 --config.training.microbatches=1 --config.training.batch_size=16384"
 )
 DRY_RUN=
 for option in "$@"; do
     case $option in
         --help)
-            sed -n '2,4s/^# //p' launch/prove.sh
+            sed -n '2,5s/^# //p' launch/prove.sh
             echo "usage: bash launch/prove.sh [--scaling] [--dry-run]    OUT=build/prove names the result folder"
             exit 0
             ;;
@@ -62,9 +66,9 @@ if table == "presets":
           " | bound: MFU | bound: AR MFU | limit | chip-hours, bound to published efficiency | compiled in s |")
     print("|---|---|---|---|---|---|---|---|---|---|---|---|---|")
 else:
-    print("| chips | slice | mesh | TFLOPs per chip | peak GiB per chip | collectives sent, MiB per chip | of these"
+    print("| chips | tokens per step | slice | mesh | TFLOPs per chip | peak GiB per chip | collectives sent, MiB per chip | of these"
           " between slices | bound: step ms | bound: MFU | bound: AR MFU | limit |")
-    print("|---|---|---|---|---|---|---|---|---|---|---|")
+    print("|---|---|---|---|---|---|---|---|---|---|---|---|")
 for file in files:
     name = pathlib.Path(file).stem.split("-")[-1]
     text = pathlib.Path(file).read_text()
@@ -93,7 +97,8 @@ for file in files:
         continue
     sent = sum(c["sent_bytes"] for c in r["collectives"]) / 2**20
     between = sum(c["sent_bytes"] for c in r["collectives"] if c["between_slices"]) / 2**20
+    tokens = r["bill"]["tokens"] / r["bill"]["steps"]
     work = r["executed_flops"] / r["chips"] / 1e12
-    print(f"| {r['chips']} | {place} | {mesh} | {work:.1f} | {peak} | {sent:.0f} | {between:.0f} | {speed} |")
+    print(f"| {r['chips']} | {tokens:,.0f} | {place} | {mesh} | {work:.1f} | {peak} | {sent:.0f} | {between:.0f} | {speed} |")
 sys.exit(0 if good else 1)
 PYTHON

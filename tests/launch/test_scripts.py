@@ -59,15 +59,16 @@ def test_a_newer_python_beside_an_older_one(tmp_path, present, chosen, newer):
 
 
 def test_prove_scales_one_config():
-    """The commands of --scaling differ only in the slice: 16, 256 and 512 chips."""
+    """--scaling compiles one config for 16, 256 and 512 chips, with one batch and with 32 rows for each chip."""
     command = ["bash", ROOT / "launch" / "prove.sh", "--dry-run", "--scaling"]
     lines = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
-    chips, others = [], set()
+    sizes, others = [], set()
     for line in lines:
         words = dict(word.split("=") for word in line.split() if "=" in word)
-        chips.append(topology.parse(words.pop("--topology"), int(words.pop("--slices", 1))).chips)
+        chips = topology.parse(words.pop("--topology"), int(words.pop("--slices", 1))).chips
+        sizes.append((chips, int(words.pop("--config.training.batch_size", 512))))
         others.add(tuple(words.items()))
-    assert chips == [16, 256, 512] and len(others) == 1
+    assert sizes == [(16, 512), (256, 512), (512, 512), (256, 32 * 256), (512, 32 * 512)] and len(others) == 1
 
 
 def test_prove_names_every_preset():
