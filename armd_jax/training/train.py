@@ -141,7 +141,8 @@ def train(
             watch.now("compiling" if number == first_step else "training")
             log.before_step()
             profiler.before(done)
-            state, metrics = train_step(state, tokens_BN)
+            with jax.profiler.StepTraceAnnotation("train", step_num=done):  # tells a trace its steps
+                state, metrics = train_step(state, tokens_BN)
             profiler.after(done, metrics)
             watch.now("training")
             if log.read(done, metrics) > config.training.max_skipped:

@@ -28,6 +28,7 @@ from armd_jax.training import (
     metrics,
     optimizer,
     placement,
+    profiling,
     run_data,
     run_log,
     sharding,
@@ -110,6 +111,9 @@ def test_resumed_run_equals_an_unbroken_one(tmp_path, monkeypatch, corpus, unbro
     assert max(row["step"] for row in _rows(tmp_path / "run")) == 11
     resumed = train.train(_config(corpus, profile=(11, 5)), tmp_path / "run", progress=False)
     assert [trace.name for trace in (tmp_path / "run" / "profile").iterdir()] == ["step-11"]
+    data = jax.profiler.ProfileData.from_file(str(profiling.newest(tmp_path / "run")))
+    events = [event for plane in data.planes for line in plane.lines for event in line.events]
+    assert [dict(event.stats)["step_num"] for event in events if event.name == "train"] == [11, 12, 13, 14, 15]
     workdir, whole = unbroken
     assert (whole.steps_done, resumed.steps_done) == (20, 10)
     _assert_same_state(resumed.state, whole.state)
