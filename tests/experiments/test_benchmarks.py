@@ -7,6 +7,7 @@ import pytest
 pytestmark = pytest.mark.slow
 
 TINY = ["--layers=2", "--two-stream=1", "--width=16", "--heads=2", "--length=16", "--vocab=32", "--no-hf"]
+SMOKE = ["--config=experiments/quickstart.py:smoke", "--config.model.width=16", "--config.model.max_length=16"]
 
 
 @pytest.mark.parametrize(
@@ -15,6 +16,7 @@ TINY = ["--layers=2", "--two-stream=1", "--width=16", "--heads=2", "--length=16"
         ("train_step.py", [*TINY, "--batch=2", "--pairs=2"], "step_ratio_armd_ar"),
         ("decode.py", [*TINY, "--batches=1", "--streams", "1", "2", "--repeats=1"], "decode"),
         ("attention.py", ["--lengths", "16", "--batch=1", "--heads=1", "--chunk=8", "--turns=2"], "results"),
+        ("mfu.py", [*SMOKE, "--rows=2", "--vocab=32", "--product=16", "--turns=1"], "models"),
     ],
 )
 def test_benchmark_prints_its_figures(run_benchmark, script, flags, key):
@@ -36,8 +38,10 @@ def test_attention_ratios_are_to_the_chunked_case(run_benchmark):
     assert all(row["milliseconds"] > 0 for row in rows)
 
 
-@pytest.mark.parametrize("script", ["train_step.py", "attention.py"])
-def test_a_benchmark_of_nothing_is_an_error(run_benchmark, script):
+@pytest.mark.parametrize(
+    "flags", [["train_step.py", "--batch=0"], ["attention.py", "--batch=0"], ["mfu.py", *SMOKE, "--rows=0"]]
+)
+def test_a_benchmark_of_nothing_is_an_error(run_benchmark, flags):
     """An empty batch is an error of one line without a traceback."""
-    found = run_benchmark(script, "--batch=0")
+    found = run_benchmark(*flags)
     assert found.returncode != 0 and found.stderr.startswith("error: ") and "Traceback" not in found.stderr
