@@ -4,8 +4,8 @@ Command:   armd train --config=experiments/owt_1_3b.py --config.data.path=GLOB -
                --workdir=runs/owt_1_3b
            GLOB matches .jsonl(.gz) shards with a `text` field; GPT2 is a folder with vocab.json and merges.txt.
 Hardware:  two slices of a TPU v5e-256, the weights replicated over the slices and sharded inside each. Not run yet.
-           `armd compile --topology=v5e:16x16 --slices=2`: peak 3.5 of 16 GiB per chip, predicted 128 ms per step at
-           best (94% MFU, limited by compute).
+           `armd compile --topology=v5e:16x16 --slices=2`: peak 3.5 of 16 GiB per chip, predicted 131 ms per step at
+           best (91% MFU, limited by compute).
 """
 
 from ml_collections import ConfigDict

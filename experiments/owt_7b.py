@@ -4,8 +4,8 @@ Command:   armd train --config=experiments/owt_7b.py --config.data.path=GLOB --c
                --workdir=runs/owt_7b
            GLOB matches .jsonl(.gz) shards with a `text` field; GPT2 is a folder with vocab.json and merges.txt.
 Hardware:  a TPU v5p of 8 x 8 x 8 chips. Not run yet. `armd compile --topology=v5p:8x8x8`: peak 35.7 of 95 GiB per
-           chip, predicted 1118 ms per step at best (96% MFU, limited by compute); with remat "full" 8.9 GiB and
-           1385 ms.
+           chip, predicted 1134 ms per step at best (94% MFU, limited by compute); with remat "full" 9.0 GiB and
+           1411 ms.
 """
 
 from ml_collections import ConfigDict

@@ -2,7 +2,7 @@
 # Compiles every preset for its TPU slice, on a machine without a TPU, and prints what it needs and at best reaches. With
 # --scaling, compiles one config for 16, 256 and 512 chips instead: with one batch (strong scaling), and with a batch
 # that grows with the chips (weak scaling). The exit code is 0 only if all fit their chips and use the attention kernel.
-# Takes 17 minutes on two cores, --scaling 15. Needs libtpu (Linux, x86).
+# Takes 10 minutes on two cores, --scaling 20. Needs libtpu (Linux, x86).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 OUT=${OUT:-build/prove}
