@@ -333,15 +333,15 @@ MUTATIONS = (
     Mutation(
         "every epoch is a permutation of its own",
         "data/loader.py",
-        "SeedSequence([seed, epoch]).generate_state(1)",
-        "SeedSequence([seed, 0]).generate_state(1)",
+        "SeedSequence([seed, epoch, source]).generate_state(1)",
+        "SeedSequence([seed, 0, source]).generate_state(1)",
         "data/test_loader.py::test_every_epoch_is_a_permutation_of_its_own",
     ),
     Mutation(
         "the padding of the last row is not scored",
         "data/loader.py",
-        "places_BN < num_tokens",
-        "places_BN <= num_tokens",
+        "np.arange(data.length) < num_tokens",
+        "np.arange(data.length) <= num_tokens",
         "data/test_loader.py::test_evaluation_sees_every_token_once",
     ),
     Mutation(
