@@ -98,7 +98,7 @@ def _again(config: Config, old: Config, workdir: pathlib.Path, progress: bool) -
     """
     changes, root = workdirs.data_changes(old, config), _root(config, workdir)
     own = own_rows(workdir, old)
-    if isinstance(own, Mixture):
+    if isinstance(own, Mixture) or len(old.data.mixture) > 1:  # text that is prepared here is one folder
         raise workdirs.other_data(workdir, "on a mixture", changes, None)
     known = dict(manifests.known_files(root)) | dict(manifests.known_files(own.folder) if own is not None else {})
     try:
