@@ -2,7 +2,8 @@
 
 import dataclasses
 import pathlib
-from typing import assert_never
+from collections.abc import Iterable
+from typing import Any, assert_never
 
 import jax.numpy as jnp
 
@@ -83,7 +84,6 @@ class Recovery:
         """Writes which steps failed, their rows of the training data, and the first tensor that was not finite."""
         config, mesh = self._placement.config, self._placement.mesh
         size, seed = config.training.batch_size, config.training.seed
-        found = {str(at + 1): loader.batch_rows(self._data, at, size, seed) for at in range(first, end)}
         with run_data.global_batches(config, self._data, mesh, first) as batches:
             _, tokens_BN = next(batches)
         at_first = dataclasses.replace(state, step=jnp.full_like(state.step, first))
@@ -91,9 +91,16 @@ class Recovery:
             "first_step": first + 1,
             "last_step": end,
             "first_non_finite": faults.first_non_finite(self._placement, at_first, tokens_BN),
-            "batch_rows": {at: rows.tolist() for at, (_, rows) in found.items()},
+            **rows_of(self._data, range(first, end), size, seed),
         }
-        folders = [remote.spelled(str(source.folder)) for source in sources_of(self._data)]
-        if len(folders) > 1:
-            report["batch_folders"] = {at: [folders[n] for n in numbers] for at, (numbers, _) in found.items()}
         return faults.write_report(self._workdir, first + 1, report)
+
+
+def rows_of(data: Data, steps: Iterable[int], batch_size: int, seed: int) -> dict[str, dict[str, list[Any]]]:
+    """What a report says of batches, by their number from 1: the training rows, and of a mixture their folders too."""
+    found = {str(at + 1): loader.batch_rows(data, at, batch_size, seed) for at in steps}
+    rows = {"batch_rows": {at: rows.tolist() for at, (_, rows) in found.items()}}
+    folders = [remote.spelled(str(source.folder)) for source in sources_of(data)]
+    if len(folders) > 1:
+        rows["batch_folders"] = {at: [folders[number] for number in numbers] for at, (numbers, _) in found.items()}
+    return rows

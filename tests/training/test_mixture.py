@@ -16,11 +16,12 @@ from armd_jax import config as configs
 from armd_jax import files
 from armd_jax.cli import main as cli
 from armd_jax.config import Config
-from armd_jax.data import packing
+from armd_jax.data import loader, packing
 from armd_jax.data_config import DataConfig
 from armd_jax.errors import UserError
 from armd_jax.interop import fine_tuning
-from armd_jax.training import metrics, placement, recovery, run_data, run_log, sharding, train
+from armd_jax.report import page
+from armd_jax.training import metrics, recovery, run_data, run_log, train
 from armd_jax.training import workdir as workdirs
 
 LENGTH = 16
@@ -64,8 +65,7 @@ def _rows(run: pathlib.Path) -> list[dict[str, float]]:
 @pytest.mark.usefixtures("quick_compilation")
 def test_a_run_on_a_mixture(place, monkeypatch, capsys):
     """It says what it is trained on. Killed and started again, from another folder, it ends bit for bit as an unbroken
-    one. Every source has a figure of its own. The run is scored, exported, reported on and started from, and a report
-    of a fault names the folder of every row."""
+    one. Every source has a figure of its own. The run is scored, exported, reported on and started from."""
     whole = train.train(_config(), place / "whole")
     assert "data.mixture: in 8 steps, 75.00% wiki (" in capsys.readouterr().err
     write = metrics.MetricWriter.write
@@ -103,16 +103,9 @@ def test_a_run_on_a_mixture(place, monkeypatch, capsys):
     data, _ = run_data.prepare(_config(), place / "run", progress=False)
     card = (place / "export" / "README.md").read_text()
     assert f"75.00% `wiki`, 25.00% `code`: {data.counts('train').documents:,} documents" in card
-    assert cli.main(["report", "--run=run"]) == 0
-    assert "text: 75.00% wiki, 25.00% code; tokenizer" in (place / "run" / "report.html").read_text()
+    facts = page._facts(configs.read(place / "run"), [], [])
+    assert "text: 75.00% wiki, 25.00% code; tokenizer: wiki/tokenizer" in facts
     fine_tuning.check_source(_config(init_from="run"))
-
-    mesh = sharding.make_mesh(again.config.mesh)
-    recover = recovery.Recovery(placement.for_training(again.config, mesh), data, place / "run", None, None, None)
-    report = json.loads(recover._report(again.state, 3, 5).read_text())
-    for at in ("4", "5"):
-        folders, rows = report["batch_folders"][at], report["batch_rows"][at]
-        assert len(rows) == 4 and sorted(folders) == ["code", "wiki", "wiki", "wiki"]
 
 
 def _begin(config: Config) -> pathlib.Path:
@@ -171,3 +164,17 @@ def test_processes_open_the_folders_themselves(place, monkeypatch):
     assert (other.digest, same) == (first.digest, resolved)
     with pytest.raises(UserError, match="process 1: its rows in wiki, code are not those of process 0: give"):
         run_data.prepare_together(_config(("wiki:1", "code:1")), place / "run", False, None)
+
+
+def test_a_report_of_a_fault_names_the_folder_of_every_row(place):
+    """A row number alone would not say which text it is. Of one folder, the numbers are enough."""
+    data, _ = run_data.prepare(_config(), place / "run", progress=False)
+    report = recovery.rows_of(data, (3, 4), 4, seed=0)
+    with loader.train_batches(data, 4, 0, start_step=3) as batches:
+        for at in ("4", "5"):
+            _, tokens = next(batches)
+            folders, rows = report["batch_folders"][at], report["batch_rows"][at]
+            assert sorted(folders) == ["code", "wiki", "wiki", "wiki"]
+            opened = {folder: packing.open_prepared(pathlib.Path(folder)).rows("train") for folder in folders}
+            assert (tokens == [opened[folder][row] for folder, row in zip(folders, rows, strict=True)]).all()
+    assert list(recovery.rows_of(data.sources[0], (3, 4), 4, seed=0)) == ["batch_rows"]
