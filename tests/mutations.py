@@ -349,7 +349,7 @@ MUTATIONS = (
         "data/loader.py",
         "_permutation([seed, epoch, source], num_rows)",
         "_permutation([seed, epoch, 0], num_rows)",
-        "data/test_mixture.py::test_every_source_has_epochs_of_its_own",
+        "data/test_mixture.py::test_sources_of_one_size_do_not_keep_step",
     ),
     Mutation(
         "a run does not go on with other shares of a mixture",
