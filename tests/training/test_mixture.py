@@ -19,6 +19,7 @@ from armd_jax.config import Config
 from armd_jax.data import loader, packing
 from armd_jax.data_config import DataConfig
 from armd_jax.errors import UserError
+from armd_jax.evaluation import held_out
 from armd_jax.interop import fine_tuning
 from armd_jax.report import page
 from armd_jax.training import metrics, recovery, run_data, run_log, train
@@ -150,6 +151,23 @@ def test_a_run_on_one_folder_may_name_it_either_way(place):
     chosen = dataclasses.replace(_config(()), data=DataConfig(path="wiki"))
     run = _begin(chosen)
     assert _go_on(run, _config(("wiki:1",)))[0].digest == _go_on(run, chosen)[0].digest
+
+
+def test_held_out_text_is_that_of_the_run(place):
+    """The validation texts of all folders. Where they hold other rows now, nothing is scored in their place."""
+    run = _begin(_config())
+    config = workdirs.begun(run)
+    found = held_out.find(run, config, "valid")
+    assert found.digest == workdirs.trained_on(run).digest and len(found.sources) == 2
+    shutil.rmtree("code")
+    with pytest.raises(UserError, match=r"^data.mixture: 'code' is no folder"):
+        held_out.find(run, config, "valid")
+    other = DataConfig(path="code.jsonl", tokenizer="bytes", valid_fraction=0.4)
+    packing.prepare_into(other, LENGTH, pathlib.Path("code"), progress=False)
+    with pytest.raises(UserError, match=r"^run: data.mixture names other rows than it was trained on; .* --data$"):
+        held_out.find(run, config, "valid")
+    os.remove("run/events.jsonl")  # as in an export, which does not say what it was trained on
+    assert len(held_out.find(run, config, "valid").sources) == 2
 
 
 def test_processes_open_the_folders_themselves(place, monkeypatch):
