@@ -81,9 +81,11 @@ def place_of(data: Data) -> str:
 
 
 def names_of(data: Data) -> tuple[str, ...]:
-    """A short name for each of `sources_of`: that of its folder, with its number if two folders have the same."""
+    """A short name for each of `sources_of`: that of its folder; each with its number if two have the same."""
     names = [Path(os.path.abspath(source.folder)).name for source in sources_of(data)]
-    return tuple(name if names.count(name) == 1 else f"{name}-{at + 1}" for at, name in enumerate(names))
+    if len(set(names)) == len(names):
+        return tuple(names)
+    return tuple(f"{name}-{at}" for at, name in enumerate(names, start=1))
 
 
 def open_chosen(config: DataConfig, length: int) -> tuple[Data, DataConfig]:

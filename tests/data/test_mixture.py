@@ -161,8 +161,10 @@ def test_data_are_found_by_their_digest(place, tmp_path, monkeypatch, mixed):
 def test_sources_have_short_names(place, tmp_path):
     shutil.copytree(place / "code", tmp_path / "wiki")
     data = packing.open_prepared(tmp_path / "wiki")
-    found = mixture.Mixture((packing.open_prepared(place / "wiki"), data), (Fraction(1, 2), Fraction(1, 2)))
-    assert mixture.names_of(found) == ("wiki-1", "wiki-2")
+    shutil.copytree(place / "maths", tmp_path / "wiki-1")
+    sources = *(packing.open_prepared(folder) for folder in (place / "wiki", tmp_path / "wiki-1")), data
+    found = mixture.Mixture(sources, (Fraction(1, 3),) * 3)
+    assert mixture.names_of(found) == ("wiki-1", "wiki-1-2", "wiki-3")
     assert mixture.names_of(_open(place)) == ("wiki", "code", "maths") and mixture.names_of(data) == ("wiki",)
 
 
