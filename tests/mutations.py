@@ -255,8 +255,8 @@ MUTATIONS = (
     Mutation(
         "the report has the rows of every failed batch",
         "training/recovery.py",
-        "for at in range(first, end)}",
-        "for at in range(first + 1, end)}",
+        "range(first, end), size",
+        "range(first + 1, end), size",
         "training/test_faults.py::test_rollback_to_the_last_good_checkpoint",
     ),
     Mutation(
@@ -340,15 +340,36 @@ MUTATIONS = (
     Mutation(
         "every epoch is a permutation of its own",
         "data/loader.py",
-        "SeedSequence([seed, epoch]).generate_state(1)",
-        "SeedSequence([seed, 0]).generate_state(1)",
+        "SeedSequence([seed, epoch, source]).generate_state(1)",
+        "SeedSequence([seed, 0, source]).generate_state(1)",
         "data/test_loader.py::test_every_epoch_is_a_permutation_of_its_own",
+    ),
+    Mutation(
+        "every stretch of the rows of a mixture has its shares",
+        "data/interleaving.py",
+        "else (node.right, place - before)",
+        "else (node.right, place)",
+        "data/test_interleaving.py::test_every_stretch_has_the_shares",
+    ),
+    Mutation(
+        "the sources of a mixture have permutations of their own",
+        "data/loader.py",
+        "_permutation([seed, epoch, source], num_rows)",
+        "_permutation([seed, epoch, 0], num_rows)",
+        "data/test_mixture.py::test_sources_of_one_size_do_not_keep_step",
+    ),
+    Mutation(
+        "a run does not go on with other shares of a mixture",
+        "data/mixture.py",
+        'f"{digest} {share}"',
+        'f"{digest}"',
+        "training/test_mixture.py::test_a_run_is_what_it_holds",
     ),
     Mutation(
         "the padding of the last row is not scored",
         "data/loader.py",
-        "places_BN < num_tokens",
-        "places_BN <= num_tokens",
+        "np.arange(data.length) < num_tokens",
+        "np.arange(data.length) <= num_tokens",
         "data/test_loader.py::test_evaluation_sees_every_token_once",
     ),
     Mutation(

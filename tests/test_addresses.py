@@ -29,6 +29,7 @@ COMMANDS = [
     (f"{TRAIN} --config.data.path=abfss://bucket/text.jsonl", "data.path"),
     (f"{TRAIN} --config.data.path=tfds:gs://bucket/lm1b/1.0.0", "data.path"),
     (f"{TRAIN} --config.data.path=file:///text.jsonl", "data.path"),
+    (f"{TRAIN} --config.data.mixture=file:///prepared:1", "data.mixture"),
     (f"{TRAIN} --config.data.tfds_data_dir=gs://bucket/tfds", "data.tfds_data_dir"),
     (f"{TRAIN} --config.data.tokenizer=https://example.org/gpt2", "data.tokenizer"),
     (f"{TRAIN} --config.data.cache_dir=hdfs://host:9000/prepared", "data.cache_dir"),

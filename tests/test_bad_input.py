@@ -284,6 +284,7 @@ CONFIGS = [
     ("order.streams=()", r"needs at least one number"),
     ("order.mix=contigous:0.1", r"order.mix='contigous' is not known; did you mean 'contiguous'"),
     ("order.mix=uniform:0.1,contiguous", r"order.mix='contiguous': expected a kind of order and its share"),
+    ("data.mixture=wiki:0.7,code", r"data.mixture='code': expected a prepared folder and its weight"),
     ("order.mix=uniform:0.5,contiguous:0.5", r"the shares add up to 1 and leave no steps"),
     ("order.kind=contiguous --config.order.max_block=65", r"max_block=65: cannot exceed model.max_length=64"),
     ("training.num_steps=0", r"training.num_steps=0"),

@@ -45,6 +45,7 @@ def _message(error: pytest.ExceptionInfo[UserError]) -> str:
         ("order.mix", "('contiguous:0.25',)", ("contiguous:0.25",)),
         ("order.mix", "()", ()),
         ("order.mix", "", ()),
+        ("data.mixture", "gs://b/wiki:0.7,/p/code:0.3", ("gs://b/wiki:0.7", "/p/code:0.3")),
         ("mesh.fsdp", "-1", -1),
     ],
 )

@@ -19,6 +19,8 @@ import pytest
 
 from armd_jax import files, remote
 from armd_jax.cli import main as cli
+from armd_jax.data import mixture
+from armd_jax.data_config import DataConfig
 from armd_jax.errors import UserError
 from armd_jax.training import lease, run_log
 
@@ -107,6 +109,27 @@ def test_a_run_in_a_bucket(tmp_path, capsys, smoke_config, smoke_run, corpus, bu
     assert (copy / "report.html").is_file()
     config = files.read_json(copy / "config.json")
     assert config["data"]["path"] == prepared and "armd-copy" not in json.dumps(config)
+
+
+def test_a_mixture_of_folders_in_a_bucket(tmp_path, bucket, corpus):
+    """Opened by their addresses, found again by them as a run notes them, and named by them in what a run keeps."""
+    lines = corpus.read_text().splitlines(keepends=True)
+    for name, part in {"a": lines[:30], "b": lines[30:]}.items():
+        (tmp_path / f"{name}.jsonl").write_text("".join(part))
+        command = ["prepare", f"--source={tmp_path / name}.jsonl", "--tokenizer=bytes", "--length=64"]
+        assert cli.main([*command, f"--out={bucket}/mixed/{name}"]) == 0
+        assert cli.main([*command, f"--out={tmp_path / name}"]) == 0
+    there = DataConfig(mixture=(f"{bucket}/mixed/a:3", f"{bucket}/mixed/b:1"))
+    here = DataConfig(mixture=(f"{tmp_path}/a:3", f"{tmp_path}/b:1"))
+    data, section = mixture.open_chosen(there, 64)
+    assert data.digest == mixture.open_chosen(here, 64)[0].digest and mixture.names_of(data) == ("a", "b")
+    assert section.tokenizer == f"{bucket}/mixed/a/tokenizer"
+    remote.forget_all()
+    noted = [pathlib.Path(f"{bucket}/mixed/{name}") for name in "ab"]
+    gone = DataConfig(mixture=("a:3", "b:1"))
+    assert mixture.find(gone, noted, data.digest).digest == data.digest
+    with pytest.raises(UserError, match=f"^data.mixture='{bucket}/mixed/c': no prepared data there"):
+        mixture.open_chosen(DataConfig(mixture=(f"{bucket}/mixed/c:1",)), 64)
 
 
 @pytest.mark.slow

@@ -100,6 +100,7 @@ def run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
 
     host_memory.settle()  # before JAX is imported
 
+    from armd_jax.data import mixture
     from armd_jax.evaluation import baselines, held_out, perplexity, results
     from armd_jax.interop.load import load
     from armd_jax.training import sharding
@@ -113,9 +114,11 @@ def run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
         if files.unwritable(rows):  # a run on a read-only file system: rows that nobody prepared live for this call
             rows = pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="armd-eval-")))
         data = held_out.find(args.run, config, args.split, args.data, rows)
-        # Beside the rows, unless it is only the run that says where they are: that must not choose where to write.
-        beside = data.folder / baselines.FILE
-        chosen = args.data is not None or data.folder.absolute().is_relative_to(args.run.absolute())
+        # Beside the rows, unless it is only the run that says where they are: that must not choose where to write. Of a
+        # mixture, which has no folder of its own, in the run.
+        folders = [source.folder for source in mixture.sources_of(data)]
+        beside = [folder / baselines.FILE for folder in folders if len(folders) == 1]
+        chosen = args.data is not None or all(f.absolute().is_relative_to(args.run.absolute()) for f in folders)
         found = perplexity.evaluate(
             lm,
             data,
@@ -127,7 +130,7 @@ def run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
             args.seed,
             mesh=mesh,
             with_baselines=not args.no_baselines,
-            kept_in=[beside] if chosen else [args.run / baselines.FILE, beside],
+            kept_in=beside if chosen and beside else [args.run / baselines.FILE, *beside],
         )
     keep = args.run if args.data is None else None
     return show_and_keep(args, found.as_dict(), perplexity.as_text(found), keep, results.EVALUATION_FILE)

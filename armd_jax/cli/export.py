@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any, assert_never
 
 from armd_jax import config as configs
-from armd_jax import typed
+from armd_jax import data_config, typed
 from armd_jax.cli.arguments import add_run, new_folder, on_cpu, show
 from armd_jax.config import Config
 from armd_jax.errors import UserError
@@ -134,9 +134,9 @@ def _facts(run: pathlib.Path, config: Config, step: int | None, average: bool) -
             for row in results.rows(evaluation)
         )
     if step is not None:
-        facts["data"] = _without_folders(config.data.path)
+        facts["data"] = data_config.described(config.data, _without_folders)
         if rows := run_data.own_rows(run, config):
-            counts = rows.manifest.splits["train"].counts
+            counts = rows.counts("train")
             facts["data"] += f": {counts.documents:,} documents, {counts.bytes:,} bytes, {counts.tokens:,} tokens"
         facts["start"] = pathlib.PurePath(config.training.init_from).name
         facts["orders"] = curriculum.describe(config.order)

@@ -1,13 +1,14 @@
 """Batches of prepared rows: a pure function of (seed, step) for training, every token exactly once for evaluation."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import grain
 import numpy as np
 from grain.experimental import index_shuffle
 
-from armd_jax.data.packing import PreparedData
+from armd_jax.data.interleaving import Interleaving
+from armd_jax.data.mixture import Data, shares_of, sources_of
 from armd_jax.data.shards import PackedRows
 
 PREFETCH_THREADS = 2
@@ -17,19 +18,40 @@ PREFETCH_BATCHES = 4
 FEW_ROWS = 1024
 
 
-def batch_indices(step: int, batch_size: int, seed: int, num_rows: int) -> np.ndarray:
-    """int64[batch_size]: the rows of training step `step`, over all processes.
+def batch_rows(data: Data, step: int, batch_size: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Where the rows of training step `step` come from, over all processes: the number of the source, and its row.
+
+    Both are int64[batch_size]. Every source has epochs of its own. Only full rows are used, because a partly filled
+    last row would train on padding.
+    """
+    numbers, places = Interleaving(shares_of(data))(step * batch_size + np.arange(batch_size))
+    rows = np.empty_like(places)
+    for number, source in enumerate(sources_of(data)):
+        here = numbers == number
+        if here.any():
+            rows[here] = rows_at(places[here], seed, number, source.counts("train").tokens // source.length)
+    return numbers, rows
+
+
+def rows_at(places: np.ndarray, seed: int, source: int, num_rows: int) -> np.ndarray:
+    """int64[places]: the rows at these ascending places of a source, which is known by its number.
 
     Epochs follow one another without a gap, so that a batch may hold the end of one and the start of the next. Every
     epoch is another permutation of all rows.
+
+    The first source has the number 0 and with it the permutations of a source that is the only one: zeros at the end of
+    what a `SeedSequence` is made of change nothing.
     """
-    places = step * batch_size + np.arange(batch_size)
     epochs, places = np.divmod(places, num_rows)
     if num_rows <= FEW_ROWS:
         first = int(epochs[0])  # the epochs of a batch follow one another
-        permutations = np.stack([_permutation(seed, epoch, num_rows) for epoch in range(first, int(epochs[-1]) + 1)])
+        every = range(first, int(epochs[-1]) + 1)
+        permutations = np.stack([_permutation([seed, epoch, source], num_rows) for epoch in every])
         return permutations[epochs - first, places]
-    seeds = {epoch: int(np.random.SeedSequence([seed, epoch]).generate_state(1)[0]) for epoch in map(int, set(epochs))}
+    seeds = {
+        epoch: int(np.random.SeedSequence([seed, epoch, source]).generate_state(1)[0])
+        for epoch in map(int, set(epochs))
+    }
     return np.array(
         [
             index_shuffle(int(place), max_index=num_rows - 1, seed=seeds[int(epoch)], rounds=4)
@@ -39,27 +61,26 @@ def batch_indices(step: int, batch_size: int, seed: int, num_rows: int) -> np.nd
     )
 
 
-def _permutation(seed: int, epoch: int, num_rows: int) -> np.ndarray:
+def _permutation(entropy: list[int], num_rows: int) -> np.ndarray:
     """int64[num_rows]: the rows of an epoch, sorted by a random number each. The same in every version of NumPy."""
-    return np.argsort(np.random.SeedSequence([seed, epoch]).generate_state(num_rows, np.uint64), kind="stable")
+    return np.argsort(np.random.SeedSequence(entropy).generate_state(num_rows, np.uint64), kind="stable")
 
 
 class _BatchSource:
     """A Grain data source whose item k is the whole batch of step k; faster than letting Grain gather single rows."""
 
-    def __init__(
-        self, rows: PackedRows, num_rows: int, batch_size: int, seed: int, start_step: int, part: np.ndarray | None
-    ) -> None:
-        self._rows, self._num_rows, self._batch_size = rows, num_rows, batch_size
-        self._seed, self._start_step = seed, start_step
+    def __init__(self, data: Data, batch_size: int, seed: int, start_step: int, part: np.ndarray | None) -> None:
+        self._data, self._batch_size, self._seed, self._start_step = data, batch_size, seed, start_step
+        self._rows = [source.rows("train") for source in sources_of(data)]
         self._part = slice(None) if part is None else part
 
     def __len__(self) -> int:
         return sys.maxsize
 
     def __getitem__(self, index: int) -> np.ndarray:
-        indices = batch_indices(self._start_step + index, self._batch_size, self._seed, self._num_rows)
-        return np.stack([self._rows[row] for row in indices[self._part]])
+        numbers, rows = batch_rows(self._data, self._start_step + index, self._batch_size, self._seed)
+        chosen = zip(numbers[self._part], rows[self._part], strict=True)
+        return np.stack([self._rows[number][row] for number, row in chosen])
 
 
 class TrainBatches:
@@ -89,7 +110,7 @@ class TrainBatches:
 
 
 def train_batches(
-    prepared: PreparedData,
+    data: Data,
     batch_size: int,
     seed: int,
     start_step: int = 0,
@@ -97,36 +118,38 @@ def train_batches(
 ) -> TrainBatches:
     """Training batches from `start_step` on: (step, tokens int32[batch_size, N]), read ahead.
 
-    Only full rows are used, because a partly filled last row would train on padding.
-
     part: int[rows], if given: which rows of the batch are read and returned. Every process reads its own part of the
       same global batch.
     """
-    num_rows = prepared.counts("train").tokens // prepared.length
-    return TrainBatches(_BatchSource(prepared.rows("train"), num_rows, batch_size, seed, start_step, part), start_step)
+    return TrainBatches(_BatchSource(data, batch_size, seed, start_step, part), start_step)
 
 
 def eval_batches(
-    prepared: PreparedData, split: str, batch_size: int, max_batches: int | None = None
+    data: Data, split: str, batch_size: int, max_batches: int | None = None
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Every row of `split` once, in order: (tokens int32[batch_size, N], valid bool[batch_size, N]).
 
     Every token of the split is valid exactly once. The padding of the last row and the rows that fill up the last batch
-    hold end-of-text and are not valid.
+    hold end-of-text and are not valid. Of a mixture, one source follows another, and each has a last row of its own.
 
     max_batches: return at most this many batches. None: all.
     Raises UserError if there is no such split.
     """
-    counts, rows = prepared.counts(split), prepared.rows(split)
-    starts = range(0, counts.rows, batch_size)
-    return (_eval_batch(prepared, rows, start, batch_size, counts.tokens) for start in starts[:max_batches])
+    starts = range(0, data.counts(split).rows, batch_size)
+    sources = [(source.rows(split), source.counts(split).tokens) for source in sources_of(data, split)]
+    return (_eval_batch(data, sources, start, batch_size) for start in starts[:max_batches])
 
 
 def _eval_batch(
-    prepared: PreparedData, rows: PackedRows, start: int, batch_size: int, num_tokens: int
+    data: Data, sources: Sequence[tuple[PackedRows, int]], start: int, batch_size: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    tokens_BN = np.full((batch_size, prepared.length), prepared.tokenizer.end_of_text, np.int32)
-    for row in range(start, min(start + batch_size, len(rows))):
-        tokens_BN[row - start] = rows[row]
-    places_BN = start * prepared.length + np.arange(tokens_BN.size).reshape(tokens_BN.shape)
-    return tokens_BN, places_BN < num_tokens
+    """The rows from `start` on. sources: the rows of each, and how many tokens they hold."""
+    tokens_BN = np.full((batch_size, data.length), data.tokenizer.end_of_text, np.int32)
+    valid_BN = np.zeros(tokens_BN.shape, bool)
+    first = -start  # where in the batch the first row of the source is, or would be
+    for rows, num_tokens in sources:
+        for row in range(max(-first, 0), min(batch_size - first, len(rows))):
+            tokens_BN[first + row] = rows[row]
+            valid_BN[first + row] = row * data.length + np.arange(data.length) < num_tokens
+        first += len(rows)
+    return tokens_BN, valid_BN

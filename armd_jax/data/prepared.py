@@ -13,30 +13,36 @@ from armd_jax.data_config import DataConfig, is_named_tokenizer
 from armd_jax.errors import UserError
 
 
-def folder_of(path: str) -> Path | None:
-    """The prepared folder that `data.path` names; None if it names anything else.
+def folder_of(path: str, field: str = "data.path") -> Path | None:
+    """The prepared folder that a path names; None if it names anything else.
 
     A manifest.json alone does not make one, because other programs write files of that name beside text.
+
+    field: that of the config that has the path.
+    Raises UserError if the path is an address where there is none.
     """
     folder = remote.local(path)
     is_one = bool(path) and (folder / MANIFEST_FILE).is_file() and (folder / TOKENIZER_FOLDER).is_dir()
     if remote.is_address(path) and not is_one:
-        raise UserError(f"data.path={path!r}: no prepared data there; only such are read from object storage")
+        raise UserError(f"{field}={path!r}: no prepared data there; only such are read from object storage")
     return folder if is_one else None
 
 
-def open_chosen(folder: Path, config: DataConfig, length: int) -> tuple[PreparedData, DataConfig]:
+def open_chosen(
+    folder: Path, config: DataConfig, length: int, field: str = "data.path"
+) -> tuple[PreparedData, DataConfig]:
     """The prepared folder that `config.path` names, and the config with the tokenizer of its rows.
 
     The folder brings its splits and its tokenizer, and needs no text. `data.tokenizer` may stay at its default. If it
     names a folder that is not on this machine, it says nothing about the rows either.
 
+    field: that of the user's config that names it.
     Raises UserError if the rows do not have `length` tokens, or were made with another tokenizer than `config` names.
     """
     manifest = read_manifest(folder)
     if manifest.row_length != length:
         raise UserError(
-            f"data.path={config.path!r}: its rows have {manifest.row_length} tokens, but model.max_length={length};"
+            f"{field}={config.path!r}: its rows have {manifest.row_length} tokens, but model.max_length={length};"
             f" set model.max_length={manifest.row_length}, or prepare the text with --length={length}"
         )
     own = remote.spelled(str(folder / TOKENIZER_FOLDER))
@@ -46,7 +52,7 @@ def open_chosen(folder: Path, config: DataConfig, length: int) -> tuple[Prepared
     if here and not fits and not default:
         identity = manifest.tokenizer
         raise UserError(
-            f"data.path={config.path!r}: its rows were made with another tokenizer ({identity.kind},"
+            f"{field}={config.path!r}: its rows were made with another tokenizer ({identity.kind},"
             f" {identity.vocab_size} tokens) than data.tokenizer={config.tokenizer!r}; set data.tokenizer={own!r}, or"
             " prepare the text with that tokenizer"
         )

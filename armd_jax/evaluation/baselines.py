@@ -14,7 +14,7 @@ import numpy as np
 
 from armd_jax import files, typed
 from armd_jax.data import loader
-from armd_jax.data.packing import PreparedData
+from armd_jax.data.mixture import Data, sources_of
 from armd_jax.errors import UserError
 
 FILE = "baselines.json"
@@ -42,7 +42,7 @@ class Baselines:
     that can be written; if none can, it is measured again next time.
     """
 
-    def __init__(self, data: PreparedData, kept_in: Sequence[Path] = ()) -> None:
+    def __init__(self, data: Data, kept_in: Sequence[Path] = ()) -> None:
         self._data, self._kept_in = data, kept_in
         found = [kept for file in kept_in if (kept := _read(file, data)) is not None]
         self._kept = found[0] if found else None
@@ -84,7 +84,7 @@ class Baselines:
         return kept
 
 
-def _read(file: Path, data: PreparedData) -> _Kept | None:
+def _read(file: Path, data: Data) -> _Kept | None:
     """What the file knows of these data. None if there is no such file, if it is damaged, or is about other data."""
     try:
         kept = typed.build(_Kept, files.read_json(file)) if file.is_file() else None
@@ -95,13 +95,14 @@ def _read(file: Path, data: PreparedData) -> _Kept | None:
     return kept if min(kept.unigrams) >= 0 and sum(kept.unigrams) == data.counts("train").tokens else None
 
 
-def _digest(data: PreparedData, split: str) -> str:
+def _digest(data: Data, split: str) -> str:
     """sha256 of the rows of the split."""
-    shards = [shard.sha256 for name, part in data.manifest.splits.items() if name == split for shard in part.shards]
+    every = [item for source in sources_of(data) for item in source.manifest.splits.items()]
+    shards = [shard.sha256 for name, part in every if name == split for shard in part.shards]
     return hashlib.sha256("\0".join(shards).encode()).hexdigest()
 
 
-def _count(data: PreparedData, split: str) -> np.ndarray:
+def _count(data: Data, split: str) -> np.ndarray:
     """float64[vocabulary]: how often each token occurs in the split."""
     size = data.tokenizer.vocab_size
     counts = np.zeros(size)
@@ -110,7 +111,7 @@ def _count(data: PreparedData, split: str) -> np.ndarray:
     return counts
 
 
-def _compress(data: PreparedData, split: str) -> float:
+def _compress(data: Data, split: str) -> float:
     """Bits per byte of the split's text, compressed after the training text."""
     texts = []
     for name in ("train", split):

@@ -7,8 +7,9 @@ from typing import assert_never
 
 from armd_jax.config import Config
 from armd_jax.data import manifest as manifests
-from armd_jax.data import packing, prepared
+from armd_jax.data import mixture, packing, prepared
 from armd_jax.data.corpora import open_corpus, source_kind
+from armd_jax.data.mixture import Data
 from armd_jax.data.packing import PreparedData
 from armd_jax.data_config import is_named_tokenizer
 from armd_jax.errors import UserError
@@ -26,7 +27,7 @@ def chosen_split(split: Split | None, there: Sequence[Split]) -> Split:
 
 def find(
     run: pathlib.Path, config: Config, split: Split | None, source: str | None = None, rows: pathlib.Path | None = None
-) -> PreparedData:
+) -> Data:
     """The rows of a run, or other text as rows of the run's tokens.
 
     A run's own rows are taken wherever they lie (`run_data.own_rows`), and the text is not looked at. If they are gone,
@@ -46,7 +47,11 @@ def find(
     written.
     """
     data = run_data.own_rows(run, config) if source is None else None
-    if data is None:
+    if data is None and source is None and config.data.mixture:
+        data, _ = mixture.open_chosen(config.data, config.model.max_length)
+        if workdirs.trained_on(run) is not None:
+            raise UserError(f"{run}: data.mixture names other rows than it was trained on; give the text with --data")
+    elif data is None:
         path = config.data.path if source is None else source
         chosen = prepared.folder_of(path)
         data = packing.open_prepared(chosen) if chosen else _from_text(run, config, split, source, rows)

@@ -28,7 +28,7 @@ from armd_jax.core.order import Order
 from armd_jax.core.parameters import Params
 from armd_jax.data import loader
 from armd_jax.data.manifest import Counts
-from armd_jax.data.packing import PreparedData
+from armd_jax.data.mixture import Data, place_of
 from armd_jax.errors import UserError
 from armd_jax.evaluation import baselines, results
 from armd_jax.evaluation.results import Elbo, Evaluation, RandomOrders, Score
@@ -68,7 +68,7 @@ def under_order(make_order: MakeOrder) -> MakeTask:
 
 def total_nats(
     lm: LanguageModel,
-    data: PreparedData,
+    data: Data,
     split: str,
     make_task: MakeTask,
     batch_size: int = 16,
@@ -82,7 +82,7 @@ def total_nats(
     of compiled functions.
     """
     key = jax.random.key(seed)
-    steps = -(-data.num_rows(split) // batch_size)
+    steps = -(-data.counts(split).rows // batch_size)
     total = 0.0
     batches = loader.eval_batches(data, split, batch_size)
     for number, (tokens, valid) in enumerate(tqdm(batches, progress, steps, disable=progress is None, leave=False)):
@@ -127,7 +127,7 @@ _bounding_order = functools.cache(curriculum.bounding_order)
 
 def evaluate(
     lm: LanguageModel,
-    data: PreparedData,
+    data: Data,
     split: str,
     streams: Sequence[int] = (2, 4, 8),
     draws: int = 1,
@@ -210,18 +210,18 @@ def evaluate(
     )
 
 
-def check_data(lm: LanguageModel, data: PreparedData) -> None:
+def check_data(lm: LanguageModel, data: Data) -> None:
     """Raises UserError if the model was made for another vocabulary or for shorter rows than the data's."""
     if data.length > lm.config.max_length:
         raise UserError(
-            f"{data.folder}: rows of {data.length} tokens are longer than the model's"
+            f"{place_of(data)}: rows of {data.length} tokens are longer than the model's"
             f" max_length={lm.config.max_length}; prepare the text at that length"
         )
     theirs = data.tokenizer
     if lm.config.vocab_size < theirs.vocab_size or (lm.tokenizer is not None and lm.tokenizer.hash != theirs.hash):
         raise UserError(
             f"the checkpoint was made for another vocabulary ({lm.config.vocab_size} tokens) than the data in"
-            f" {data.folder} ({theirs.vocab_size} tokens): prepare the text with the checkpoint's tokenizer folder"
+            f" {place_of(data)} ({theirs.vocab_size} tokens): prepare the text with the checkpoint's tokenizer folder"
         )
 
 

@@ -9,7 +9,7 @@ from armd_jax import remote
 from armd_jax.config import Config
 from armd_jax.core.parameters import Params
 from armd_jax.data import prepared, tokenizers
-from armd_jax.data.packing import PreparedData
+from armd_jax.data.mixture import Data
 from armd_jax.errors import UserError
 from armd_jax.interop.load import load
 
@@ -26,7 +26,7 @@ def check_source(config: Config) -> None:
         theirs, ours = getattr(model, name), getattr(config.model, name)
         if theirs != ours:
             raise UserError(f"training.init_from={source}: model.{name} is {theirs!r} there, {ours!r} here")
-    if prepared.folder_of(config.data.path) is None:
+    if not config.data.mixture and prepared.folder_of(config.data.path) is None:
         there, here = tokenizers.load(source / "tokenizer"), tokenizers.ready_made(config.data)
         if here is None:
             fits = config.data.tokenizer == there.kind and config.data.vocab_size >= there.vocab_size
@@ -36,7 +36,7 @@ def check_source(config: Config) -> None:
             raise _other_vocabulary(source)
 
 
-def initial_params(config: Config, data: PreparedData, mesh: Mesh) -> Params:
+def initial_params(config: Config, data: Data, mesh: Mesh) -> Params:
     """The weights of `training.init_from`, spread over the mesh.
 
     Raises UserError if their tokenizer is not that of the data.

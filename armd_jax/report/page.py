@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any, assert_never
 
 from armd_jax import config as configs
-from armd_jax import files
+from armd_jax import data_config, files
 from armd_jax.config import Config
 from armd_jax.core import task as tasks
 from armd_jax.errors import UserError
@@ -105,7 +105,7 @@ def _facts(config: Config, rows: Sequence[dict[str, Any]], events: Sequence[dict
         f"{model.num_layers} layers{two_stream}, width {model.width},"
         f" {model.num_heads} heads, rows of {model.max_length} tokens",
         f"{tasks.of(config).describe}; batches of {training.batch_size} rows",
-        f"text: {config.data.path or 'the embedded corpus'}; tokenizer: {config.data.tokenizer}",
+        f"text: {data_config.described(config.data) or 'the embedded corpus'}; tokenizer: {config.data.tokenizer}",
     ]
 
 

@@ -2,12 +2,14 @@
 
 import dataclasses
 import pathlib
-from typing import assert_never
+from collections.abc import Iterable
+from typing import Any, assert_never
 
 import jax.numpy as jnp
 
+from armd_jax import remote
 from armd_jax.data import loader
-from armd_jax.data.packing import PreparedData
+from armd_jax.data.mixture import Data, sources_of
 from armd_jax.training import faults, run_data
 from armd_jax.training.checkpoints import Checkpointer
 from armd_jax.training.faults import RunFailed
@@ -22,7 +24,7 @@ class Recovery:
     def __init__(
         self,
         placement: Placement,
-        data: PreparedData,
+        data: Data,
         workdir: pathlib.Path,
         checkpointer: Checkpointer,
         target: TrainState,
@@ -81,9 +83,7 @@ class Recovery:
     def _report(self, state: TrainState, first: int, end: int) -> pathlib.Path:
         """Writes which steps failed, their rows of the training data, and the first tensor that was not finite."""
         config, mesh = self._placement.config, self._placement.mesh
-        num_rows = self._data.counts("train").tokens // self._data.length
         size, seed = config.training.batch_size, config.training.seed
-        rows = {str(at + 1): loader.batch_indices(at, size, seed, num_rows).tolist() for at in range(first, end)}
         with run_data.global_batches(config, self._data, mesh, first) as batches:
             _, tokens_BN = next(batches)
         at_first = dataclasses.replace(state, step=jnp.full_like(state.step, first))
@@ -91,6 +91,16 @@ class Recovery:
             "first_step": first + 1,
             "last_step": end,
             "first_non_finite": faults.first_non_finite(self._placement, at_first, tokens_BN),
-            "batch_rows": rows,
+            **rows_of(self._data, range(first, end), size, seed),
         }
         return faults.write_report(self._workdir, first + 1, report)
+
+
+def rows_of(data: Data, steps: Iterable[int], batch_size: int, seed: int) -> dict[str, dict[str, list[Any]]]:
+    """What a report says of batches, by their number from 1: the training rows, and of a mixture their folders too."""
+    found = {str(at + 1): loader.batch_rows(data, at, batch_size, seed) for at in steps}
+    rows = {"batch_rows": {at: rows.tolist() for at, (_, rows) in found.items()}}
+    folders = [remote.spelled(str(source.folder)) for source in sources_of(data)]
+    if len(folders) > 1:
+        rows["batch_folders"] = {at: [folders[number] for number in numbers] for at, (numbers, _) in found.items()}
+    return rows

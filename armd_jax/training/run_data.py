@@ -15,11 +15,13 @@ from jax.sharding import Mesh
 from armd_jax import config as configs
 from armd_jax import remote
 from armd_jax.config import Config
-from armd_jax.data import loader, packing, prepared, tokenizers
+from armd_jax.data import loader, mixture, packing, prepared, tokenizers
 from armd_jax.data import manifest as manifests
 from armd_jax.data.corpora import open_corpus
+from armd_jax.data.mixture import Data, Mixture
 from armd_jax.data.packing import PreparedData
 from armd_jax.data.tokenizers import Tokenizer
+from armd_jax.data_config import DataConfig
 from armd_jax.errors import UserError
 from armd_jax.training import sharding
 from armd_jax.training import workdir as workdirs
@@ -29,17 +31,20 @@ _LONGEST = 8192  # bytes of a digest and a path
 
 def prepare(
     config: Config, workdir: pathlib.Path, progress: bool = True, old: Config | None = None
-) -> tuple[PreparedData, Config]:
+) -> tuple[Data, Config]:
     """The prepared data of the config, made now if they are not there yet, and the config with what they decide.
 
-    The latter are the vocabulary size, and the tokenizer if `data.path` is a prepared folder.
+    The latter are the vocabulary size, and the tokenizer if `data.path` or `data.mixture` names prepared folders.
 
     progress: say on stderr what is done.
     old: the config of the run that goes on in the workdir. Its data may have another name now, but not another content.
     Raises UserError if the data cannot be prepared, or are not those that the run was trained on.
     """
     length = config.model.max_length
-    if (chosen := prepared.folder_of(config.data.path)) is not None:
+    data: Data
+    if config.data.mixture:
+        data, config = _mixed(config, workdir, progress, old)
+    elif (chosen := prepared.folder_of(config.data.path)) is not None:
         data, section = prepared.open_chosen(chosen, config.data, length)
         config = dataclasses.replace(config, data=section)
         if old is not None:
@@ -52,8 +57,32 @@ def prepare(
             with_vocabulary(config, tokenizer, old)  # a mistake is found before any text is prepared
         data = packing.prepare(config.data, length, _root(config, workdir), progress=progress)
     config = with_vocabulary(config, data.tokenizer, old)
+    if progress and isinstance(data, Mixture):
+        print(mixture.described(data, config.training.num_steps, config.training.batch_size), file=sys.stderr)
     if old is not None and progress and (changes := workdirs.data_changes(old, config)):
         print(f"{workdir}: goes on with the same rows and the same tokenizer ({changes})", file=sys.stderr)
+    return data, config
+
+
+def _mixed(config: Config, workdir: pathlib.Path, progress: bool, old: Config | None) -> tuple[Data, Config]:
+    """What `data.mixture` names, and the config with its tokenizer. `_again` is the same for other data."""
+    try:
+        data, section = mixture.open_chosen(config.data, config.model.max_length)
+    except UserError as error:
+        if old is None:
+            raise
+        if config.data.tokenizer == DataConfig.tokenizer:  # the default stands for that of the rows
+            section = dataclasses.replace(config.data, tokenizer=old.data.tokenizer)
+            config = dataclasses.replace(config, data=section)
+        own = own_rows(workdir, old) if not workdirs.data_changes(old, config) else None
+        if own is None:
+            raise
+        if progress:
+            print(f"{error}; the run goes on with its own rows in {mixture.place_of(own)}", file=sys.stderr)
+        return own, config
+    config = dataclasses.replace(config, data=section)
+    if old is not None:
+        workdirs.check_same_data(workdir, data, workdirs.data_changes(old, config))
     return data, config
 
 
@@ -69,6 +98,8 @@ def _again(config: Config, old: Config, workdir: pathlib.Path, progress: bool) -
     """
     changes, root = workdirs.data_changes(old, config), _root(config, workdir)
     own = own_rows(workdir, old)
+    if isinstance(own, Mixture) or len(old.data.mixture) > 1:  # text that is prepared here is one folder
+        raise workdirs.other_data(workdir, "on a mixture", changes, None)
     known = dict(manifests.known_files(root)) | dict(manifests.known_files(own.folder) if own is not None else {})
     try:
         same_tokenizer = own is None or prepared.made_with(config.data, own.manifest.tokenizer)
@@ -105,7 +136,7 @@ def _again(config: Config, old: Config, workdir: pathlib.Path, progress: bool) -
     return data
 
 
-def own_rows(run: pathlib.Path, config: Config) -> PreparedData | None:
+def own_rows(run: pathlib.Path, config: Config) -> Data | None:
     """The rows that a run was trained on, wherever they lie; None if they are gone, or the run does not say which.
 
     They are known by their digest, so it does not matter how the config spells where they came from. They are looked
@@ -115,7 +146,9 @@ def own_rows(run: pathlib.Path, config: Config) -> PreparedData | None:
     trained = workdirs.trained_on(run)
     if trained is None:
         return None
-    last = [] if trained.folder is None else [trained.folder]
+    if config.data.mixture:
+        return mixture.find(config.data, trained.folders, trained.digest)
+    last = trained.folders
     # Its name comes first: other folders may have the same training rows, but other held-out ones.
     inside = prepared.open_rows([*(run / "data" / folder.name for folder in last), run / "data"], trained.digest)
     if inside is not None:
@@ -130,9 +163,7 @@ def own_rows(run: pathlib.Path, config: Config) -> PreparedData | None:
     )
 
 
-def prepare_together(
-    config: Config, workdir: pathlib.Path, progress: bool, old: Config | None
-) -> tuple[PreparedData, Config]:
+def prepare_together(config: Config, workdir: pathlib.Path, progress: bool, old: Config | None) -> tuple[Data, Config]:
     """`prepare` in every process. Only the first one reads text; the others open the folder that it made or found.
 
     On a machine that cannot see this folder, the text is prepared once more.
@@ -140,16 +171,18 @@ def prepare_together(
     """
     if jax.process_index() == 0:
         data, config = prepare(config, workdir, progress, old)
-        _from_first(f"{data.digest} {data.folder.absolute()}")
+        folder = "" if isinstance(data, Mixture) else data.folder.absolute()
+        _from_first(f"{data.digest} {folder}")
         return data, config
-    digest, _, folder = _from_first("").partition(" ")
-    chosen = prepared.folder_of(config.data.path)
-    found = prepared.open_rows([pathlib.Path(folder)], digest) if chosen is None else None
+    digest, _, first = _from_first("").partition(" ")
+    chosen = bool(config.data.mixture) or prepared.folder_of(config.data.path) is not None
+    found: Data | None = None if chosen else prepared.open_rows([pathlib.Path(first)], digest)
     if found is None:
         found, config = prepare(config, workdir, progress=False, old=old)
     if found.digest != digest:
         raise UserError(
-            f"process {jax.process_index()}: its rows in {found.folder} are not those of process 0 in {folder}:"
+            f"process {jax.process_index()}: its rows in {mixture.place_of(found)} are not those of process 0"
+            f"{' in ' * bool(first)}{first}:"
             " give all machines the same text, or a data.cache_dir that all of them see"
         )
     return found, with_vocabulary(config, found.tokenizer, old)
@@ -184,9 +217,7 @@ def with_vocabulary(config: Config, tokenizer: Tokenizer, old: Config | None = N
 
 
 @contextlib.contextmanager
-def global_batches(
-    config: Config, data: PreparedData, mesh: Mesh, first: int
-) -> Generator[Iterator[tuple[int, jax.Array]]]:
+def global_batches(config: Config, data: Data, mesh: Mesh, first: int) -> Generator[Iterator[tuple[int, jax.Array]]]:
     """(step, tokens_BN) from step `first` on, as global arrays. Each process reads only the rows of its own devices."""
     size = config.training.batch_size
     here = sharding.rows_here(mesh, size)

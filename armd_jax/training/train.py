@@ -14,7 +14,7 @@ from armd_jax import config as configs
 from armd_jax import remote, streams
 from armd_jax.config import Config
 from armd_jax.core.parameters import Params
-from armd_jax.data.packing import PreparedData
+from armd_jax.data.mixture import Data, sources_of
 from armd_jax.training import checkpoints, continuation, divisibility, faults, placement, run_data, sharding, step
 from armd_jax.training import state as states
 from armd_jax.training import workdir as workdirs
@@ -29,7 +29,7 @@ from armd_jax.training.stopwatch import Stopwatch
 from armd_jax.training.validation import Validation
 
 # Makes the weights that a new run starts from, given its resolved config, its data and its mesh.
-InitialParams = Callable[[Config, PreparedData, Mesh], Params]
+InitialParams = Callable[[Config, Data, Mesh], Params]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,8 +118,8 @@ def train(
                 print(parameter_table(state.params), file=sys.stderr)
         log.open(stack, workdir if primary else None, first_step, int(state.skipped))
         changes = {"changes": going_on.changes} if going_on.changes else {}
-        rows = remote.spelled(str(data.folder.resolve()))
-        begun = {"began": watch.began, "data": data.digest, "rows": rows, **changes}
+        rows = [remote.spelled(str(source.folder.resolve())) for source in sources_of(data)]
+        begun = {"began": watch.began, "data": data.digest, "rows": rows if len(rows) > 1 else rows[0], **changes}
         log.timed_event("resume" if resumed else "start", first_step, **begun)
         log.sync()
         if changes:

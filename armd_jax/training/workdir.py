@@ -15,6 +15,7 @@ from armd_jax import config as configs
 from armd_jax import files, remote
 from armd_jax.config import Config
 from armd_jax.data import tokenizers
+from armd_jax.data.mixture import Data
 from armd_jax.data.packing import PreparedData
 from armd_jax.errors import UserError
 from armd_jax.training import lease
@@ -24,11 +25,11 @@ from armd_jax.training import lease
 class Trained:
     """What events.jsonl says of the rows that a run is trained on.
 
-    digest: that of `Manifest`. folder: the prepared folder at the last start; None if an earlier version wrote the row.
+    digest: that of the data. folders: the prepared folders at the last start; none if an earlier version wrote the row.
     """
 
     digest: str
-    folder: pathlib.Path | None
+    folders: tuple[pathlib.Path, ...]
 
 
 def begun(workdir: pathlib.Path) -> Config | None:
@@ -48,7 +49,7 @@ def begun(workdir: pathlib.Path) -> Config | None:
     return old if remote.saved_steps(workdir) else None
 
 
-def begin(workdir: pathlib.Path, config: Config, data: PreparedData, resumed: bool) -> None:
+def begin(workdir: pathlib.Path, config: Config, data: Data, resumed: bool) -> None:
     """Writes the files that make the workdir the folder of this run: the tokenizer, then config.json."""
     if not resumed:  # an attempt that saved nothing may have left the files of another tokenizer
         shutil.rmtree(workdir / "tokenizer", ignore_errors=True)
@@ -60,9 +61,10 @@ def trained_on(workdir: pathlib.Path) -> Trained | None:
     """The rows that the run in the workdir is trained on; None if it does not say."""
     found = None
     for row in files.read_json_lines(workdir / "events.jsonl"):
-        digest, folder = row.get("data"), row.get("rows")
+        digest, rows = row.get("data"), row.get("rows")
         if row.get("event") in ("start", "resume") and isinstance(digest, str):
-            found = Trained(digest, pathlib.Path(folder) if folder and isinstance(folder, str) else None)
+            folders = rows if isinstance(rows, list) else [rows]  # a mixture has several
+            found = Trained(digest, tuple(pathlib.Path(name) for name in folders if name and isinstance(name, str)))
     return found
 
 
@@ -92,7 +94,7 @@ def data_changes(old: Config, new: Config) -> str:
     return "; ".join(text for name, text in _changes(old, new) if name.startswith("data."))
 
 
-def check_same_data(workdir: pathlib.Path, data: PreparedData, changes: str, own: PreparedData | None = None) -> None:
+def check_same_data(workdir: pathlib.Path, data: Data, changes: str, own: PreparedData | None = None) -> None:
     """Raises UserError if the run in `workdir` was trained on other rows, or with another tokenizer, than `data`.
 
     The config names a source, not its content: files may have changed since, and every Python version carries an
@@ -121,8 +123,8 @@ def other_data(workdir: pathlib.Path, what: str, changes: str, own: PreparedData
     if changes:
         return UserError(f"{workdir} holds a run {what} ({changes}): {', or '.join(ways)}")
     return UserError(
-        f"{workdir} holds a run {what} than data.path and data.tokenizer give now: what they name has changed since;"
-        f" bring it back, or {', or '.join(ways)}"
+        f"{workdir} holds a run {what} than data.path, data.mixture and data.tokenizer give now: what they name has"
+        f" changed since; bring it back, or {', or '.join(ways)}"
     )
 
 

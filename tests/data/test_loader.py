@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from armd_jax.data import loader, packing
-from armd_jax.data.loader import batch_indices, eval_batches, train_batches
+from armd_jax.data.loader import eval_batches, rows_at, train_batches
 from armd_jax.data_config import DataConfig
 from armd_jax.errors import UserError
 
@@ -26,6 +26,10 @@ def prepared(tmp_path_factory):
 def take(prepared, steps, **arguments):
     with train_batches(prepared, **({"batch_size": BATCH, "seed": 3, "start_step": 0} | arguments)) as batches:
         return [next(batches) for _ in range(steps)]
+
+
+def batch_indices(step, batch_size, seed, num_rows):
+    return rows_at(step * batch_size + np.arange(batch_size), seed, 0, num_rows)
 
 
 def test_batches_depend_on_seed_and_step_only(prepared):

@@ -112,8 +112,9 @@ def test_weights_to_start_from_may_be_spelled_in_another_way(tmp_path, monkeypat
         ([{"event": "start", "step": 0}], None),
         ([{"event": "start", "data": 3}], None),
         ([{"event": "save", "data": "x"}, {"step": 3}], None),
-        ([{"event": "start", "data": "x"}], ("x", None)),
-        ([{"event": "start", "data": "x", "rows": 3}], ("x", None)),
+        ([{"event": "start", "data": "x"}], ("x",)),
+        ([{"event": "start", "data": "x", "rows": 3}], ("x",)),
+        ([{"event": "start", "data": "x", "rows": ["a", "b"]}], ("x", "a", "b")),
         ([{"event": "start", "data": "x", "rows": "a"}, {"event": "resume", "data": "x", "rows": "b"}], ("x", "b")),
         ([{"event": "start", "data": "x", "rows": "a"}, {"event": "start", "data": "y", "rows": "c"}], ("y", "c")),
     ],
@@ -123,4 +124,4 @@ def test_what_a_run_is_trained_on(tmp_path, lines, found):
     for line in lines:
         files.append_json_line(tmp_path / "events.jsonl", line)
     trained = workdirs.trained_on(tmp_path)
-    assert (trained and (trained.digest, trained.folder and str(trained.folder))) == found
+    assert (trained and (trained.digest, *map(str, trained.folders))) == found
