@@ -281,7 +281,7 @@ _KILLED = """
 import os, signal, sys
 from pathlib import Path
 from armd_jax.data_config import DataConfig
-from armd_jax.data import batching, packing, progress
+from armd_jax.data import batching, encoding, packing, progress
 
 batching.BATCH_CHARACTERS, after, real = 700, int(sys.argv[2]), progress.Progress.write
 notes = []
@@ -294,8 +294,8 @@ def write(self, folder):
 
 progress.Progress.write = write
 encoded = []
-encode = packing.encoding._encode
-packing.encoding._encode = lambda *a: (encoded.append(a[1]), encode(*a))[1]
+encode = encoding._encode
+encoding._encode = lambda *a: (encoded.append(a[1]), encode(*a))[1]
 config = DataConfig(path=sys.argv[1], tokenizer="sentencepiece", vocab_size=300, shard_rows=9)
 packing.prepare(config, 16, Path(sys.argv[3]), progress=False)
 print(len(encoded))
