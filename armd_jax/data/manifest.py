@@ -24,6 +24,11 @@ _SHARD_NAME = re.compile(rf"({'|'.join(typed.choices(Split))})-\d{{5,}}\.array_r
 RowDtype = Literal["<u2", "<u4"]  # NumPy's names of little-endian unsigned integers
 
 
+def row_dtype(vocab_size: int) -> RowDtype:
+    """How a token of so large a vocabulary is stored."""
+    return "<u2" if vocab_size <= 1 << 16 else "<u4"
+
+
 @dataclasses.dataclass(frozen=True)
 class Counts:
     """The size of one split."""

@@ -30,11 +30,11 @@ from armd_jax.data.manifest import (
     Counts,
     Manifest,
     PackedSplit,
-    RowDtype,
     SourceIdentity,
     TokenizerIdentity,
     known_files,
     read_manifest,
+    row_dtype,
     write_manifest,
 )
 from armd_jax.data.progress import Part, Progress
@@ -265,7 +265,7 @@ def _write(config: DataConfig, streams: TokenStreams, request: str, length: int,
         done.write(folder)
     else:
         tokenizer = tokenizers.load(folder / TOKENIZER_FOLDER)
-    dtype: RowDtype = "<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4"
+    dtype = row_dtype(tokenizer.vocab_size)
     splits: dict[Split, PackedSplit] = {}
     for split in corpus.splits:
         if split in done.splits:

@@ -56,34 +56,34 @@ class Division:
 
     def __init__(self, documents: Documents, fractions: dict[Split, float], name: str) -> None:
         """name: what the error about too little text calls the source."""
-        self._documents, self.fractions, self._name = documents, fractions, name
-        self._order: tuple[Split, ...] = ("train", *fractions)
+        self.documents, self.fractions, self._name = documents, fractions, name
+        self.order: tuple[Split, ...] = ("train", *fractions)
         self._sizes: list[int] = []
 
     def read(self, split: Split) -> Iterator[str]:
         """A new pass over the documents of `split`. Raises UserError if there is too little text to divide."""
         if not self.fractions:
-            yield from self._documents.read()
+            yield from self.documents.read()
             return
         numbers = self._split_numbers
         if len(numbers) == 1:
             yield self._cut(split)
             return
-        wanted = self._order.index(split)
-        for index, text in enumerate(self._documents.read()):
+        wanted = self.order.index(split)
+        for index, text in enumerate(self.documents.read()):
             if numbers[index] == wanted:
                 yield text
 
     @functools.cached_property
     def _split_numbers(self) -> np.ndarray:
-        """int8[documents]: the place in `_order` of every document's split. Takes one pass over the documents."""
+        """int8[documents]: the place in `order` of every document's split. Takes one pass over the documents."""
         hashes, sizes = array.array("Q"), array.array("Q")
-        for text in self._documents.read():
+        for text in self.documents.read():
             content = text.encode()
             hashes.append(hash_of(content))
             sizes.append(len(content))
         numbers = self.divide(np.array(hashes, np.uint64), np.array(sizes, np.uint64))
-        self._sizes = [int(size) for size in np.bincount(numbers, sizes, len(self._order))]
+        self._sizes = [int(size) for size in np.bincount(numbers, sizes, len(self.order))]
         return numbers
 
     def size(self, split: Split) -> int | None:
@@ -91,10 +91,10 @@ class Division:
 
         They are after a first call of `read`, if there are several documents to divide.
         """
-        return self._sizes[self._order.index(split)] if self._sizes else None
+        return self._sizes[self.order.index(split)] if self._sizes else None
 
     def divide(self, hashes: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-        """int8[documents]: the place in `_order` of the split of every document.
+        """int8[documents]: the place in `order` of the split of every document.
 
         hashes, sizes: uint64[documents], `hash_of` and length of their UTF-8 texts.
         Raises UserError if there is too little text to divide.
@@ -120,13 +120,13 @@ class Division:
 
     def _cut(self, split: Split) -> str:
         """The part of the only document that belongs to `split`."""
-        (text,) = self._documents.read()
+        (text,) = self.documents.read()
         ends = [len(text)]
         share = 1.0
         for fraction in reversed(self.fractions.values()):
             share -= fraction
             ends.insert(0, self._cut_before(text, share))
-        number = self._order.index(split)
+        number = self.order.index(split)
         start, end = [0, *ends][number : number + 2]
         if not text[start:end].strip():
             raise self._too_small(split, "one document")
