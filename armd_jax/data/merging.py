@@ -121,6 +121,9 @@ class _FromParts(TokenStreams):
     def is_empty(self, split: Split) -> bool:
         return not self._tally(split).documents
 
+    def size(self, split: Split) -> int | None:
+        return self._tally(split).bytes
+
     def tokenizer(self) -> Tokenizer:
         return self._tokenizer
 

@@ -274,7 +274,7 @@ def _write(config: DataConfig, streams: TokenStreams, request: str, length: int,
             begun = done.part if done.part and done.part.split == split else Part(split)
             writer = ShardWriter(folder, split, config.shard_rows, begun.shards)
             note = functools.partial(_note, folder, identity, dict(splits))
-            with progress_bar(f"preparing {split}", corpus.size(split), progress) as bar:
+            with progress_bar(f"preparing {split}", streams.size(split), progress) as bar:
                 splits[split] = _pack(streams, tokenizer, length, np.dtype(dtype), writer, bar, begun, note)
             Progress(identity, dict(splits)).write(folder)
         if splits["train"].tokens < length:  # train comes first

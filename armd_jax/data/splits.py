@@ -82,14 +82,12 @@ class Division:
             content = text.encode()
             hashes.append(hash_of(content))
             sizes.append(len(content))
-        numbers = self.divide(np.array(hashes, np.uint64), np.array(sizes, np.uint64))
-        self._sizes = [int(size) for size in np.bincount(numbers, sizes, len(self.order))]
-        return numbers
+        return self.divide(np.array(hashes, np.uint64), np.array(sizes, np.uint64))
 
     def size(self, split: Split) -> int | None:
         """The UTF-8 bytes of the documents of `split`; None as long as they are not known.
 
-        They are after a first call of `read`, if there are several documents to divide.
+        They are after a first call of `read` or `divide`, if there are several documents to divide.
         """
         return self._sizes[self.order.index(split)] if self._sizes else None
 
@@ -116,7 +114,9 @@ class Division:
                     taken += group_size[candidate]
             if not taken or (number_of_group != 0).all():
                 raise self._too_small(split, f"{len(hashes)} documents")
-        return number_of_group[group]
+        numbers = number_of_group[group]
+        self._sizes = [int(size) for size in np.bincount(numbers, sizes, len(self.order))]
+        return numbers
 
     def _cut(self, split: Split) -> str:
         """The part of the only document that belongs to `split`."""

@@ -34,6 +34,10 @@ class TokenStreams(abc.ABC):
         """Whether no document is in `split`."""
 
     @abc.abstractmethod
+    def size(self, split: Split) -> int | None:
+        """About how many bytes of text `split` has; None if that is not known yet."""
+
+    @abc.abstractmethod
     def tokenizer(self) -> Tokenizer:
         """The tokenizer, trained if it has to be."""
 
@@ -64,6 +68,9 @@ class FromText(TokenStreams):
 
     def is_empty(self, split: Split) -> bool:
         return next(self.corpus.documents(split), None) is None
+
+    def size(self, split: Split) -> int | None:
+        return self.corpus.size(split)
 
     def tokenizer(self) -> Tokenizer:
         return tokenizers.load_or_train(self._config, self.corpus.documents("train"))
