@@ -67,8 +67,24 @@ class PackedSplit:
 
 
 @dataclasses.dataclass(frozen=True)
+class TrainingSample:
+    """What a tokenizer was trained on: every `every`-th line of the train split, so that `largest` bytes suffice.
+
+    It follows from the documents, and nothing in it is drawn. A very long line counts as several.
+    """
+
+    every: int
+    bytes: int
+    largest: int
+
+
+@dataclasses.dataclass(frozen=True)
 class TokenizerIdentity:
-    """Which tokenizer made the tokens: what was asked for (`tokenizers.request_of`), and what `Tokenizer` says."""
+    """Which tokenizer made the tokens: what was asked for (`tokenizers.request_of`), and what `Tokenizer` says.
+
+    Attributes:
+      sample: what it was trained on; None if it was not trained here, or by an earlier version.
+    """
 
     request: str
     kind: TokenizerKind
@@ -76,6 +92,7 @@ class TokenizerIdentity:
     vocab_size: int
     end_of_text: int
     lossless: bool
+    sample: TrainingSample | None = typed.field(None, absent_if_none=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,6 +191,8 @@ def _check(manifest: Manifest) -> None:
         raise UserError("its rows or shards are empty")
     numbers = [manifest.tokenizer.vocab_size, manifest.tokenizer.end_of_text]
     numbers += [file.bytes for file in manifest.source.files or ()]
+    if manifest.tokenizer.sample is not None:
+        numbers += dataclasses.astuple(manifest.tokenizer.sample)
     for left_out in manifest.left_out.values():
         numbers += [left_out.empty, left_out.damaged]
     for split in manifest.splits.values():

@@ -32,6 +32,7 @@ from armd_jax.data.manifest import (
     PackedSplit,
     SourceIdentity,
     TokenizerIdentity,
+    TrainingSample,
     known_files,
     read_manifest,
     row_dtype,
@@ -193,7 +194,8 @@ def _open_fitting(folder: Path, corpus: Corpus, request: str, length: int) -> Pr
 def _open_files(folder: Path, manifest: Manifest) -> PreparedData:
     tokenizer = tokenizers.load(folder / TOKENIZER_FOLDER)
     expected = dataclasses.asdict(manifest.tokenizer)
-    for name, value in dataclasses.asdict(_identity(tokenizer, manifest.tokenizer.request)).items():
+    found = _identity(tokenizer, manifest.tokenizer.request, manifest.tokenizer.sample)
+    for name, value in dataclasses.asdict(found).items():
         if value != expected[name]:
             raise UserError(f"{folder}: its tokenizer's {name} is not that of {MANIFEST_FILE}; prepare the data again")
     shards = [shard for split in manifest.splits.values() for shard in split.shards]
@@ -203,7 +205,7 @@ def _open_files(folder: Path, manifest: Manifest) -> PreparedData:
     return PreparedData(folder, manifest, tokenizer, hashed=at_once)
 
 
-def _identity(tokenizer: Tokenizer, request: str) -> TokenizerIdentity:
+def _identity(tokenizer: Tokenizer, request: str, sample: TrainingSample | None) -> TokenizerIdentity:
     return TokenizerIdentity(
         request=request,
         kind=tokenizer.kind,
@@ -211,6 +213,7 @@ def _identity(tokenizer: Tokenizer, request: str) -> TokenizerIdentity:
         vocab_size=tokenizer.vocab_size,
         end_of_text=tokenizer.end_of_text,
         lossless=tokenizer.lossless,
+        sample=sample,
     )
 
 
@@ -261,7 +264,7 @@ def _write(config: DataConfig, streams: TokenStreams, request: str, length: int,
     if done is None:
         tokenizer = streams.tokenizer()
         tokenizer.save(folder / TOKENIZER_FOLDER)
-        done = Progress(identity)
+        done = Progress(identity, sample=streams.sample)
         done.write(folder)
     else:
         tokenizer = tokenizers.load(folder / TOKENIZER_FOLDER)
@@ -273,10 +276,10 @@ def _write(config: DataConfig, streams: TokenStreams, request: str, length: int,
         else:
             begun = done.part if done.part and done.part.split == split else Part(split)
             writer = ShardWriter(folder, split, config.shard_rows, begun.shards)
-            note = functools.partial(_note, folder, identity, dict(splits))
+            note = functools.partial(_note, folder, dataclasses.replace(done, splits=dict(splits)))
             with progress_bar(f"preparing {split}", streams.size(split), progress) as bar:
                 splits[split] = _pack(streams, tokenizer, length, np.dtype(dtype), writer, bar, begun, note)
-            Progress(identity, dict(splits)).write(folder)
+            dataclasses.replace(done, splits=dict(splits), part=None).write(folder)
         if splits["train"].tokens < length:  # train comes first
             raise UserError(
                 f"{corpus.description}: its {splits['train'].tokens} training tokens are fewer than the"
@@ -287,7 +290,7 @@ def _write(config: DataConfig, streams: TokenStreams, request: str, length: int,
         row_length=length,
         dtype=dtype,
         shard_rows=config.shard_rows,
-        tokenizer=_identity(tokenizer, request),
+        tokenizer=_identity(tokenizer, request, done.sample),
         source=SourceIdentity(corpus.description, corpus.fingerprint, corpus.files),
         split_rule=corpus.split_rule,
         left_out=streams.left_out(done.splits),
@@ -355,5 +358,5 @@ def _pack(
     return PackedSplit(tally.documents, tally.bytes, tally.words, num_tokens, rows, tuple(writer.written))
 
 
-def _note(folder: Path, identity: str, splits: dict[Split, PackedSplit], part: Part) -> None:
-    Progress(identity, splits, part).write(folder)
+def _note(folder: Path, progress: Progress, part: Part) -> None:
+    dataclasses.replace(progress, part=part).write(folder)

@@ -12,6 +12,7 @@ from tqdm import tqdm
 from armd_jax.data import batching, encoding, tokenizers
 from armd_jax.data.batching import Tally
 from armd_jax.data.corpora import Corpus
+from armd_jax.data.manifest import TrainingSample
 from armd_jax.data.reading import LeftOut
 from armd_jax.data.tokenizers import Tokenizer
 from armd_jax.data_config import DataConfig
@@ -23,11 +24,13 @@ class TokenStreams(abc.ABC):
 
     Attributes:
       corpus: it, whose documents need not be read.
+      sample: what the tokenizer was trained on, if it was.
       pieces: decides how the streams are cut into arrays, whose number a killed preparation goes on from.
     """
 
     corpus: Corpus
     pieces: str
+    sample: TrainingSample | None = None
 
     @abc.abstractmethod
     def is_empty(self, split: Split) -> bool:
@@ -73,7 +76,10 @@ class FromText(TokenStreams):
         return self.corpus.size(split)
 
     def tokenizer(self) -> Tokenizer:
-        return tokenizers.load_or_train(self._config, self.corpus.documents("train"))
+        return tokenizers.load_or_train(self._config, self.corpus.documents("train"), self._keep)
+
+    def _keep(self, sample: TrainingSample) -> None:
+        self.sample = sample
 
     def read(
         self, split: Split, tokenizer: Tokenizer, folder: Path, dtype: np.dtype, skip: int, tally: Tally, bar: tqdm
