@@ -5,17 +5,12 @@ import dataclasses
 import re
 import shlex
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from armd_jax import remote
 from armd_jax.cli.arguments import folder, local, show
 from armd_jax.config import from_config_dict
 from armd_jax.data_config import DataConfig
 from armd_jax.errors import UserError, shown
-
-if TYPE_CHECKING:
-    from armd_jax.data.packing import PreparedData
-    from armd_jax.data.reading import Selection
 
 HELP = "Tokenize a corpus and pack it into rows, ahead of training."
 IF_MEMORY_RUNS_OUT = "cut very long documents into shorter ones, or lower --vocab-size"
@@ -79,7 +74,9 @@ def _shard(text: str) -> tuple[int, int]:
 def run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
     """Prepares the data, or a part of them, and prints what they hold."""
     del overrides
-    from armd_jax.data import encoding, prepared
+    from armd_jax.data import beam, encoding, merging, packing, parts, prepared
+    from armd_jax.data.corpora import open_corpus
+    from armd_jax.data.manifest import known_files
 
     workers = encoding.cores() if args.workers is None else args.workers
     if workers < 1:
@@ -94,52 +91,20 @@ def run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
     data["split_by_name"] = not args.no_split_by_name
     # The other sections only have to be valid with this row length.
     config = from_config_dict({"data": data, "model": {"max_length": args.length}, "order": {"max_permuted": 1}})
-    given = {"--shard": args.shard, "--merge": args.merge, "--beam": args.beam}
-    ways = [flag for flag, value in given.items() if value is not None]
-    if len(ways) > 1:
-        raise UserError(f"{ways[0]} and {ways[1]}: only one of them can be given")
-    if ways:
-        return _in_parts(args, config.data, workers)
-    if args.beam_flag:
-        raise UserError("--beam-flag: needs --beam=n")
-    from armd_jax.data import packing
-    from armd_jax.data.corpora import open_corpus
-    from armd_jax.data.manifest import known_files
-
-    corpus = open_corpus(config.data, known_files(args.out))
-    rows = packing.prepare_into(config.data, args.length, args.out, corpus=corpus, workers=workers)
-    return _show(args, rows, corpus.selection)
-
-
-def _in_parts(args: argparse.Namespace, data: DataConfig, workers: int) -> int:
-    from armd_jax.data import beam, merging, parts
-    from armd_jax.data.corpora import open_corpus
-    from armd_jax.data.manifest import known_files
-
-    if remote.copy_of(args.out) is not None:
-        raise UserError("--out: parts are made in a folder that all machines see, not in object storage")
-    count = next(n for n in (args.merge, args.beam, args.shard and args.shard[1]) if n is not None)
-    if count < 1:
-        raise UserError(f"{count} parts: there must be at least 1")
-    work = parts.Work(data, args.out, count)
+    count = _count(args)
     if args.shard:
-        number, folder = args.shard[0], work.part(args.shard[0])
-        note = parts.prepare_part(work, number, workers)
-        counts = {name: getattr(note, name) for name in ("documents", "bytes", "tokens")}
-        text = f"{folder}: " + ", ".join(f"{number:,} {name}" for name, number in counts.items())
-        text += f"\nwhen all {count} parts are there: the same command with --merge={count} in the place of --shard"
-        return show(args, {"part": str(folder), **counts}, text)
+        return _make_part(args, config.data, workers)
+    work = parts.Work(config.data, args.out, count or 1)
     if args.beam:
         beam.make_parts(work, workers, args.beam_flag)
-    rows = merging.merge(work, args.length)
-    return _show(args, rows, open_corpus(data, known_files(args.out)).selection, f"{work.folder} can be removed now")
-
-
-def _show(args: argparse.Namespace, rows: "PreparedData", selection: "Selection", more: str = "") -> int:
+    if count:
+        rows = merging.merge(work, args.length)
+        corpus = open_corpus(config.data, known_files(args.out))
+    else:
+        corpus = open_corpus(config.data, known_files(args.out))
+        rows = packing.prepare_into(config.data, args.length, args.out, corpus=corpus, workers=workers)
     splits = {name: dataclasses.asdict(rows.counts(name)) for name in rows.splits}
     left_out = {name: dataclasses.asdict(counts) for name, counts in rows.left_out.items()}
-    from armd_jax.data.packing import TOKENIZER_FOLDER
-
     lines = [f"{args.out}: rows of {args.length} tokens, vocabulary {rows.tokenizer.vocab_size}"]
     for name, counts in splits.items():
         lines.append(
@@ -153,11 +118,39 @@ def _show(args: argparse.Namespace, rows: "PreparedData", selection: "Selection"
             )
             lines[-1] += f" (the first: {counts['first_damaged']})" if counts["damaged"] else ""
     # The tokenizer is named too, because experiment files name one of their own.
-    words = [f"--config.data.path={args.out}", f"--config.data.tokenizer={args.out / TOKENIZER_FOLDER}"]
+    words = [f"--config.data.path={args.out}", f"--config.data.tokenizer={args.out / packing.TOKENIZER_FOLDER}"]
     words += [f"--config.model.max_length={args.length}"]
     train = f"armd train --config=FILE.py --workdir=RUN {shlex.join(words)}"
     lines.append(f"to train on them, here or on another machine: {train}")
-    lines += [more] if more else []
-    result = {"out": str(args.out), "selection": dataclasses.asdict(selection)}
+    lines += [f"{work.folder} can be removed now"] if count else []
+    result = {"out": str(args.out), "selection": dataclasses.asdict(corpus.selection)}
     result |= {"splits": splits, "left_out": left_out, "train": train}
     return show(args, result, "\n".join(lines))
+
+
+def _count(args: argparse.Namespace) -> int | None:
+    """How many parts there are; None: no parts. Raises UserError if the arguments about them contradict one another."""
+    counts = {"--shard": args.shard and args.shard[1], "--merge": args.merge, "--beam": args.beam}
+    given = {flag: count for flag, count in counts.items() if count is not None}
+    if len(given) > 1:
+        raise UserError(f"{' and '.join(given)}: only one of them can be given")
+    if args.beam_flag and args.beam is None:
+        raise UserError("--beam-flag: needs --beam=n")
+    for flag, count in given.items():
+        if count < 1:
+            raise UserError(f"{flag}={count}: must be at least 1")
+        if remote.copy_of(args.out) is not None:
+            raise UserError(f"{flag}: --out must be a folder that all machines see, and not in object storage")
+    return next(iter(given.values()), None)
+
+
+def _make_part(args: argparse.Namespace, data: DataConfig, workers: int) -> int:
+    from armd_jax.data import parts
+
+    number, count = args.shard
+    work = parts.Work(data, args.out, count)
+    note = parts.prepare_part(work, number, workers)
+    counts = {name: getattr(note, name) for name in ("documents", "bytes", "tokens")}
+    text = f"{work.part(number)}: " + ", ".join(f"{value:,} {name}" for name, value in counts.items())
+    text += f"\nwhen all {count} parts are there: the same command with --merge={count} in the place of --shard"
+    return show(args, {"part": str(work.part(number)), **counts}, text)

@@ -284,7 +284,7 @@ def test_killed_parts_and_a_killed_merge(sources, tmp_path, small, capsys):
         (["--shard=2/2"], "--shard: '2/2': expected i/n with i from 0 to n - 1"),
         (["--shard=1"], "--shard: '1': expected i/n"),
         (["--shard=0/2", "--merge=2"], "--shard and --merge: only one of them"),
-        (["--merge=0"], "0 parts: there must be at least 1"),
+        (["--merge=0"], "--merge=0: must be at least 1"),
         (["--beam-flag=--runner=DirectRunner"], "--beam-flag: needs --beam=n"),
         (["--shard=0/2", "--tokenizer=sentencepiece"], "train it on a sample with armd prepare --source=SAMPLE"),
         (["--merge=2"], "2 of 2 parts missing: 0, 1; make them, with --shard=0/2"),
