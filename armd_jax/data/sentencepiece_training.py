@@ -15,21 +15,20 @@ NEWLINES = ["\n", "\n\n"]  # pieces of their own, so that no word swallows a lin
 TRAINING_BYTES = 16 << 20  # more text than this adds time and hardly changes a vocabulary
 LONGEST_LINE = 1 << 16  # characters
 
+Note = Callable[[TrainingSample], None]  # is told what a model is trained on
 
-def train_model(
-    documents: Iterable[str], vocab_size: int, note: Callable[[TrainingSample], None] = lambda sample: None
-) -> bytes:
+
+def train_model(documents: Iterable[str], vocab_size: int, note: Note | None = None) -> bytes:
     """Trains a lossless sentencepiece BPE model and returns its file. The same documents give the same model.
 
     BPE rather than a unigram model, because it trains ten times faster on the embedded corpus and needs fewer tokens
     per byte. Runs of spaces are pieces too, which shortens indented text. If the text has fewer different pieces than
     `vocab_size`, the vocabulary is smaller. Raises UserError if `vocab_size` is too small for the alphabet of the text.
-
-    note: is told what the model is trained on.
     """
     model = io.BytesIO()
     lines, sample = sample_lines(documents)
-    note(sample)
+    if note:
+        note(sample)
     # If no line has a space, the model has no piece for it, and would decode a space as the mark that stands for it.
     # The trainer takes its options as keywords of any type. An empty one would be stored in the model and change its
     # hash, so the option is left out if it is not needed.

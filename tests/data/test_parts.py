@@ -71,6 +71,7 @@ def _config(path, **more) -> DataConfig:
     return DataConfig(path=str(path), **{"tokenizer": "bytes", "damaged": "skip", "shard_rows": 11} | more)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["files", "lines.jsonl", "document.txt", "among", "named"])
 def test_any_number_of_parts_makes_the_same(sources, tmp_path, small, name):
     """Every file of the folder, to the last byte, in whichever sequence the parts are made."""
@@ -95,6 +96,7 @@ def test_parts_of_a_source_without_files(tmp_path, small, monkeypatch):
     assert content(merging.merge(work, LENGTH, shown=False).folder) == content(whole.folder)
 
 
+@pytest.mark.slow
 def test_another_tokenizer_and_no_held_out_splits(sources, tmp_path, small):
     """Tokens of several bytes, from a vocabulary that a prepared sample brings, and processes in each part."""
     sample = packing.prepare_into(_config(sources / "lines.jsonl", tokenizer="sentencepiece", vocab_size=300),
