@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import pathlib
 import re
 import shlex
 from collections.abc import Sequence
@@ -94,7 +95,7 @@ def run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
     count = _count(args)
     if args.shard:
         return _make_part(args, config.data, workers)
-    work = parts.Work(config.data, args.out, count or 1)
+    work = parts.Work(config.data, args.out, count or 1, _address(args.out))
     if args.beam:
         beam.make_parts(work, workers, args.beam_flag)
     if count:
@@ -139,18 +140,21 @@ def _count(args: argparse.Namespace) -> int | None:
     for flag, count in given.items():
         if count < 1:
             raise UserError(f"{flag}={count}: must be at least 1")
-        if remote.copy_of(args.out) is not None:
-            raise UserError(f"{flag}: --out must be a folder that all machines see, and not in object storage")
     return next(iter(given.values()), None)
+
+
+def _address(out: pathlib.Path) -> str:
+    copy = remote.copy_of(out)
+    return "" if copy is None else copy.address
 
 
 def _make_part(args: argparse.Namespace, data: DataConfig, workers: int) -> int:
     from armd_jax.data import parts
 
     number, count = args.shard
-    work = parts.Work(data, args.out, count)
+    work = parts.Work(data, args.out, count, _address(args.out))
     note = parts.prepare_part(work, number, workers)
     counts = {name: getattr(note, name) for name in ("documents", "bytes", "tokens")}
-    text = f"{work.part(number)}: " + ", ".join(f"{value:,} {name}" for name, value in counts.items())
+    text = f"{work.place(number)}: " + ", ".join(f"{value:,} {name}" for name, value in counts.items())
     text += f"\nwhen all {count} parts are there: the same command with --merge={count} in the place of --shard"
-    return show(args, {"part": str(work.part(number)), **counts}, text)
+    return show(args, {"part": work.place(number), **counts}, text)

@@ -1,5 +1,6 @@
 """Parts of a corpus made by an Apache Beam pipeline (extra `beam`): on this machine, or on what its options name."""
 
+import dataclasses
 import functools
 import re
 from collections.abc import Sequence
@@ -9,7 +10,7 @@ from armd_jax.errors import UserError
 
 
 def make_parts(work: parts.Work, workers: int, flags: Sequence[str]) -> None:
-    """Makes the parts of a work that are not there yet. All workers must see the text and the folder of the parts.
+    """Makes the parts of a work that are not there yet. All workers must see the text and the place of the parts.
 
     workers: processes that tokenize one part. flags: Beam's own pipeline options.
     Raises UserError if a part cannot be made, or if there is no Beam.
@@ -21,6 +22,7 @@ def make_parts(work: parts.Work, workers: int, flags: Sequence[str]) -> None:
         raise UserError('--beam: to run it, install the extra beam: pip install "armd-jax[beam]"') from error
     work.identity(0, work.corpus())  # says what is wrong with the text or the tokenizer before a pipeline does
     work.tokenizer()
+    work = dataclasses.replace(work, out=work.out.absolute())  # workers may be in another folder
     try:
         with beam.Pipeline(options=PipelineOptions(list(flags))) as pipeline:
             numbers = pipeline | "part numbers" >> beam.Create(range(work.count))

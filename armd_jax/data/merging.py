@@ -39,7 +39,8 @@ def merge(work: Work, length: int, shown: bool = True) -> packing.PreparedData:
 
 def open_parts(work: Work) -> TokenStreams:
     """The tokens of all parts, as streams. Raises UserError as `merge` does."""
-    missing = [number for number in range(work.count) if not (work.part(number) / NOTE).is_file()]
+    folders = [work.part(number) for number in range(work.count)]
+    missing = [number for number, folder in enumerate(folders) if not (folder / NOTE).is_file()]
     if missing:
         more = f" and {len(missing) - _NAMED_AT_MOST:,} more" if len(missing) > _NAMED_AT_MOST else ""
         raise UserError(
@@ -47,7 +48,6 @@ def open_parts(work: Work) -> TokenStreams:
             f" {', '.join(map(str, missing[:_NAMED_AT_MOST]))}{more}; make them, with --shard={missing[0]}/{work.count}"
         )
     tokenizer, unread = work.tokenizer(), work.corpus()
-    folders = [work.part(number) for number in range(work.count)]
     notes = [read_part(folder, work.identity(number, unread)) for number, folder in enumerate(folders)]
     known = {(one.name, one.bytes, one.mtime_ns): one.sha256 for note in notes for one in note.files}
     corpus = open_corpus(work.config, known)
@@ -94,7 +94,7 @@ class _Stream:
         start = end - self.records["tokens"][index].astype(np.int64)
         goes_on = (part[1:] == part[:-1]) & (start[1:] == end[:-1])  # in the file, behind the one before
         first = np.flatnonzero(np.concatenate([[True], ~goes_on])) if len(index) else index
-        for begin, stop in zip(first, [*first[1:], len(index)], strict=True):
+        for begin, stop in zip(first, np.append(first[1:], len(index)), strict=True):
             tokens = self._tokens[part[begin]]
             for low in range(start[begin], end[stop - 1], _AT_ONCE):
                 high = min(low + _AT_ONCE, end[stop - 1])

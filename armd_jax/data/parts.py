@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from armd_jax import files, typed
+from armd_jax import files, remote, typed
 from armd_jax.data import batching, encoding, progress, tokenizers
 from armd_jax.data.batching import Tally
 from armd_jax.data.building import large_folder
@@ -36,7 +36,7 @@ from armd_jax.data_config import DataConfig
 from armd_jax.errors import UserError
 from armd_jax.names import Split
 
-NOTE = "part.json"
+NOTE = "part.json"  # the last file of a part, also in object storage
 # A document, or a block of the only one: which piece of the source it is from and which block of that, then the hash
 # that decides its split, the size of its text and that in tokens. Of several blocks, the last one has the size.
 _FIELDS = ("piece", "block", "hash", "bytes", "words", "tokens")
@@ -114,21 +114,32 @@ class Work:
       config: what is prepared.
       out: the folder that all parts together become. They are kept beside it.
       count: n, how many parts there are.
+      address: that of `out` in object storage, if it is the copy of a folder there.
     """
 
     config: DataConfig
     out: Path
     count: int
+    address: str = ""
 
     @property
-    def folder(self) -> Path:
-        """The folder of the parts."""
-        out = Path(os.path.abspath(self.out))
-        return out.with_name(f"{out.name}.parts")
+    def folder(self) -> str:
+        """The folder of the parts, or its address."""
+        return f"{self.address or os.path.abspath(self.out)}.parts"
+
+    def place(self, number: int) -> str:
+        """The folder of one part, or its address."""
+        return f"{self.folder}/{number:05d}-of-{self.count:05d}"
 
     def part(self, number: int) -> Path:
-        """The folder of one part."""
-        return self.folder / f"{number:05d}-of-{self.count:05d}"
+        """The folder of one part, or of its copy, which is brought up to date if it is in object storage.
+
+        Raises UserError if it cannot be fetched.
+        """
+        folder = remote.copy_for(self.place(number), "write")
+        if (copy := remote.copy_of(folder)) is not None:
+            copy.fetch()
+        return folder
 
     def corpus(self) -> Corpus:
         """The corpus, of whose files only names and sizes are known."""
@@ -183,10 +194,15 @@ def prepare_part(work: Work, number: int, workers: int = 1, shown: bool = True) 
     """
     tokenizer, corpus = work.tokenizer(), work.corpus()
     identity, folder = work.identity(number, corpus), work.part(number)
+    copy = remote.copy_of(folder)
     if not os.path.exists(folder):
+        if copy is not None:
+            copy.check_writable()
         with large_folder(folder, NOTE, goes_on=lambda left: False) as partial:
             note = _Writer(work, corpus, tokenizer, number, workers, shown, partial).write(identity)
             files.write(partial / NOTE, typed.to_json(note) + "\n")
+    if copy is not None:
+        copy.store()
     return read_part(folder, identity)
 
 

@@ -158,10 +158,10 @@ def work(sources, tmp_path, small):
 
 
 def test_a_finished_part_is_not_made_again(work, monkeypatch):
-    before = content(work.folder)
+    before = content(pathlib.Path(work.folder))
     monkeypatch.setattr(parts, "large_folder", None)
     assert parts.prepare_part(work, 1, shown=False).documents
-    assert content(work.folder) == before
+    assert content(pathlib.Path(work.folder)) == before
 
 
 def test_two_processes_on_one_part_do_no_harm(sources, tmp_path, monkeypatch):
@@ -175,7 +175,7 @@ def test_two_processes_on_one_part_do_no_harm(sources, tmp_path, monkeypatch):
     work, write = parts.Work(_config(sources / "lines.jsonl"), tmp_path / "out", 1), parts._Writer.write
     monkeypatch.setattr(parts._Writer, "write", write_late)
     parts.prepare_part(work, 0, shown=False)
-    assert [file.name for file in work.folder.iterdir()] == ["00000-of-00001"]
+    assert [file.name for file in pathlib.Path(work.folder).iterdir()] == ["00000-of-00001"]
 
 
 @pytest.mark.parametrize("damage", ["tokens", "records", "missing", "note"])
