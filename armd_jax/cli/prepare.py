@@ -16,6 +16,8 @@ from armd_jax.errors import UserError, shown
 HELP = "Tokenize a corpus and pack it into rows, ahead of training."
 IF_MEMORY_RUNS_OUT = "cut very long documents into shorter ones, or lower --vocab-size"
 
+_MOST_PARTS = 99_999  # as many as their names have digits for
+
 
 def add(parser: argparse.ArgumentParser) -> None:
     """Declares the arguments."""
@@ -138,8 +140,8 @@ def _count(args: argparse.Namespace) -> int | None:
     if args.beam_flag and args.beam is None:
         raise UserError("--beam-flag: needs --beam=n")
     for flag, count in given.items():
-        if count < 1:
-            raise UserError(f"{flag}={count}: must be at least 1")
+        if not 1 <= count <= _MOST_PARTS:
+            raise UserError(f"{flag}: {count} parts; there may be 1 to {_MOST_PARTS:,}")
     return next(iter(given.values()), None)
 
 

@@ -178,7 +178,7 @@ def test_two_processes_on_one_part_do_no_harm(sources, tmp_path, monkeypatch):
     assert [file.name for file in pathlib.Path(work.folder).iterdir()] == ["00000-of-00001"]
 
 
-@pytest.mark.parametrize("damage", ["tokens", "records", "missing", "note"])
+@pytest.mark.parametrize("damage", ["tokens", "records", "missing", "note", "digit"])
 def test_a_damaged_part_is_found(work, damage):
     folder = work.part(1)
     file = folder / {"tokens": "train.tokens", "records": "train.records", "missing": "train.tokens"}.get(
@@ -189,6 +189,8 @@ def test_a_damaged_part_is_found(work, damage):
         file.unlink()
     elif damage == "note":
         file.write_bytes(changed[:-9])
+    elif damage == "digit":  # a note that can be read and says something else
+        file.write_bytes(changed.replace(b'"empty": ', b'"empty": 1'))
     else:
         file.write_bytes(changed[:9] + bytes([changed[9] ^ 1]) + changed[10:])
     for step in (lambda: merging.merge(work, LENGTH, shown=False), lambda: parts.prepare_part(work, 1, shown=False)):
@@ -286,7 +288,8 @@ def test_killed_parts_and_a_killed_merge(sources, tmp_path, small, capsys):
         (["--shard=2/2"], "--shard: '2/2': expected i/n with i from 0 to n - 1"),
         (["--shard=1"], "--shard: '1': expected i/n"),
         (["--shard=0/2", "--merge=2"], "--shard and --merge: only one of them"),
-        (["--merge=0"], "--merge=0: must be at least 1"),
+        (["--merge=0"], "--merge: 0 parts; there may be 1 to 99,999"),
+        (["--shard=7/100000"], "--shard: 100000 parts; there may be"),
         (["--beam-flag=--runner=DirectRunner"], "--beam-flag: needs --beam=n"),
         (["--shard=0/2", "--tokenizer=sentencepiece"], "train it on a sample with armd prepare --source=SAMPLE"),
         (["--merge=2"], "2 of 2 parts missing: 0, 1; make them, with --shard=0/2"),
