@@ -42,6 +42,8 @@ setup(
         "tensorboard": ["tensorboardX>=2.6"],
         "wandb": ["wandb>=0.17"],
         "cloud": CLOUD,
+        # Not among those of the tests: it asks for older versions of protobuf and pyarrow than the others bring.
+        "beam": ["apache-beam>=2.77"],
         "serve": SERVE,
         "data": DATA,
         "import": IMPORT,

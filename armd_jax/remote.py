@@ -34,7 +34,7 @@ Scheme = Literal["gs", "s3"]
 Use = Literal["read", "write", "new", "run"]
 
 _ADDRESS = re.compile(r"(gs|s3):/+([a-z0-9][a-z0-9._-]+)((?:/+[^/]+)*)/*", re.DOTALL)
-_MARKERS = ("_CHECKPOINT_METADATA", "manifest.json", "config.json")  # stored last, in this order
+_MARKERS = ("_CHECKPOINT_METADATA", "manifest.json", "part.json", "config.json")  # stored last, in this order
 _UNFINISHED = ".orbax-checkpoint-tmp"
 _COMMITTED = "commit_success.txt"
 _PREFIX = "armd-copy-"

@@ -623,6 +623,27 @@ MUTATIONS = (
         "data/test_packing.py::test_a_killed_preparation_goes_on",
     ),
     Mutation(
+        "documents of all parts come in the sequence of the source",
+        "data/merging.py",
+        'order = np.lexsort((records["block"], records["piece"]))',
+        'order = np.argsort(records["piece"], kind="stable")',
+        "data/test_parts.py::test_any_number_of_parts_makes_the_same",
+    ),
+    Mutation(
+        "a part that saw other text is not merged",
+        "data/merging.py",
+        "if now[file.name] != file.sha256:",
+        "if False:",
+        "data/test_parts.py::test_text_that_changed_between_parts_is_found",
+    ),
+    Mutation(
+        "a part reads no file that is another's",
+        "data/parts.py",
+        "            if owner not in (None, self._number):\n                continue\n",
+        "",
+        "data/test_parts.py::test_a_part_neither_reads_nor_tokenizes_what_is_not_its_own",
+    ),
+    Mutation(
         "workers that tokenize end with their parent",
         "data/encoding.py",
         "    threading.Thread(target=_end_with_parent, daemon=True).start()\n",

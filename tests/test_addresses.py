@@ -55,7 +55,7 @@ COMMANDS = [
 ]
 # Arguments and fields that take a text which names no file.
 OTHER_TEXTS = {"--text-field", "--coordinator", "--topology", "--streams", "--steps", "--stop", "--prompt", "--suffix"}
-OTHER_TEXTS |= {"--mesh", "--host", "--tasks"}
+OTHER_TEXTS |= {"--mesh", "--host", "--tasks", "--shard", "--beam-flag"}
 OTHER_FIELDS = {"data.text_field", "training.wandb_project"}
 
 

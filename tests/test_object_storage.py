@@ -84,6 +84,24 @@ def _metrics(file: pathlib.Path) -> list[dict[str, object]]:
 
 
 @pytest.mark.slow
+def test_parts_in_a_bucket(tmp_path, capsys, corpus, bucket):
+    """Each made and merged by a command that has nothing of the others on its disk, and stored with its note last."""
+    prepare = ["prepare", f"--source={corpus}", "--tokenizer=bytes", "--length=64"]
+    assert cli.main([*prepare, f"--out={tmp_path / 'whole'}"]) == 0
+    prepare.append(f"--out={bucket}/parts/rows")
+    assert cli.main([*prepare, "--shard=1/2"]) == 0
+    assert f"{bucket}/parts/rows.parts/00001-of-00002: " in capsys.readouterr().out
+    assert cli.main([*prepare, "--merge=2"]) == 2
+    assert f"error: {bucket}/parts/rows.parts: 1 of 2 parts missing: 0;" in capsys.readouterr().err
+    assert cli.main([*prepare, "--shard=0/2"]) == cli.main([*prepare, "--merge=2"]) == 0
+    rows = remote.local(f"{bucket}/parts/rows")
+    names = {file.relative_to(rows) for file in rows.rglob("*") if file.is_file()}
+    assert names == {path.relative_to(tmp_path / "whole") for path in (tmp_path / "whole").rglob("*") if path.is_file()}
+    assert all((rows / name).read_bytes() == (tmp_path / "whole" / name).read_bytes() for name in names)
+    assert sorted(["part.json", "train.records", "train.tokens"], key=remote._turn)[-1] == "part.json"
+
+
+@pytest.mark.slow
 def test_a_run_in_a_bucket(tmp_path, capsys, smoke_config, smoke_run, corpus, bucket, quick_compilation):
     """Prepared, trained, listed, sampled, exported and reported in a bucket: the same as on a disk."""
     prepared, run, export = (f"{bucket}/whole/{name}" for name in ("prepared", "run", "export"))

@@ -53,6 +53,14 @@ def batches(documents: Iterator[str], tokenizer: Tokenizer, tally: Tally, bar: t
         yield batch
 
 
+def progress_bar(what: str, total: int | None, shown: bool) -> tqdm:
+    """A bar on stderr that counts bytes of text. total: how many there are; None: that is not known.
+
+    It disappears at its end: if a document turns out to be a mistake, its message is all that is left.
+    """
+    return tqdm(desc=what, total=total, unit="B", unit_scale=True, disable=not shown, leave=False)
+
+
 def count_words(text: str) -> int:
     """Words plus line ends: what WikiText perplexities are given per."""
     words = start = 0

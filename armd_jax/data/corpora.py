@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from typing import Literal, assert_never
 
 from armd_jax.data import embedded, text_files, tfds
-from armd_jax.data.reading import Documents, KnownFiles, LeftOut, Selection, Source, SourceFile
+from armd_jax.data.reading import Documents, KnownFiles, LeftOut, Piece, Selection, Source, SourceFile
 from armd_jax.data.splits import SPLITS, Division
 from armd_jax.data_config import DataConfig
 from armd_jax.errors import UserError
@@ -57,6 +57,8 @@ class Corpus:
         documents in every split.
       files: see `Source`.
       selection: which parts of the source, such as files, are read, and why others are not.
+      pieces: what the documents of a split are read from, by the splits that the source itself has.
+      division: what divides the training documents of the source.
     """
 
     description: str
@@ -66,6 +68,8 @@ class Corpus:
     _readers: dict[Split, Callable[[], Iterator[str]]] = dataclasses.field(repr=False)
     _documents: dict[Split, Documents] = dataclasses.field(repr=False)  # by the splits that the source itself has
     selection: Selection = dataclasses.field(repr=False)
+    pieces: dict[Split, tuple[Piece, ...]] = dataclasses.field(repr=False)
+    division: Division = dataclasses.field(repr=False)
 
     @property
     def splits(self) -> tuple[Split, ...]:
@@ -85,6 +89,14 @@ class Corpus:
         if split not in self.splits:
             raise UserError(f"{self.description} has no {split!r} split; it has {', '.join(self.splits)}")
 
+    def size(self, split: Split) -> int | None:
+        """About how many bytes of text `split` has; None if that is not known without reading it."""
+        if self.division.fractions and (split == "train" or split in self.division.fractions):
+            return self.division.size(split)
+        sizes = [piece.text_bytes for piece in self.pieces[split]]
+        known = [size for size in sizes if size is not None]
+        return sum(known) if len(known) == len(sizes) else None
+
     def left_out(self) -> dict[Split, LeftOut]:
         """What the last complete pass left out, by the splits that the source itself has."""
         return {split: documents.left_out for split, documents in self._documents.items()}
@@ -100,7 +112,7 @@ def open_corpus(config: DataConfig, known: KnownFiles | None = None) -> Corpus:
     The splits of the source are taken as they are. If it has no validation split, one is taken from its training
     documents, and if training documents are all it has, a test split as well, unless their fractions are 0.
     """
-    source = _open_source(config, known or {})
+    source = _open_source(config, {} if known is None else known)
     documents = {split: Documents(reader, config.damaged) for split, reader in source.readers.items()}
     fractions: dict[Split, float] = {}
     if "valid" not in documents and config.valid_fraction:
@@ -119,6 +131,8 @@ def open_corpus(config: DataConfig, known: KnownFiles | None = None) -> Corpus:
         {split: readers[split] for split in SPLITS if split in readers},
         documents,
         source.selection,
+        {split: source.pieces.get(split, (Piece(reader),)) for split, reader in source.readers.items()},
+        division,
     )
 
 

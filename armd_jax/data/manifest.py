@@ -24,6 +24,11 @@ _SHARD_NAME = re.compile(rf"({'|'.join(typed.choices(Split))})-\d{{5,}}\.array_r
 RowDtype = Literal["<u2", "<u4"]  # NumPy's names of little-endian unsigned integers
 
 
+def row_dtype(vocab_size: int) -> RowDtype:
+    """How a token of so large a vocabulary is stored."""
+    return "<u2" if vocab_size <= 1 << 16 else "<u4"
+
+
 @dataclasses.dataclass(frozen=True)
 class Counts:
     """The size of one split."""
@@ -62,8 +67,24 @@ class PackedSplit:
 
 
 @dataclasses.dataclass(frozen=True)
+class TrainingSample:
+    """What a tokenizer was trained on: every `every`-th line of the train split, so that `largest` bytes suffice.
+
+    It follows from the documents, and nothing in it is drawn. A very long line counts as several.
+    """
+
+    every: int
+    bytes: int
+    largest: int
+
+
+@dataclasses.dataclass(frozen=True)
 class TokenizerIdentity:
-    """Which tokenizer made the tokens: what was asked for (`tokenizers.request_of`), and what `Tokenizer` says."""
+    """Which tokenizer made the tokens: what was asked for (`tokenizers.request_of`), and what `Tokenizer` says.
+
+    Attributes:
+      sample: what it was trained on; None if it was not trained here, or by an earlier version.
+    """
 
     request: str
     kind: TokenizerKind
@@ -71,6 +92,7 @@ class TokenizerIdentity:
     vocab_size: int
     end_of_text: int
     lossless: bool
+    sample: TrainingSample | None = typed.field(None, absent_if_none=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,6 +191,8 @@ def _check(manifest: Manifest) -> None:
         raise UserError("its rows or shards are empty")
     numbers = [manifest.tokenizer.vocab_size, manifest.tokenizer.end_of_text]
     numbers += [file.bytes for file in manifest.source.files or ()]
+    if manifest.tokenizer.sample is not None:
+        numbers += dataclasses.astuple(manifest.tokenizer.sample)
     for left_out in manifest.left_out.values():
         numbers += [left_out.empty, left_out.damaged]
     for split in manifest.splits.values():

@@ -6,14 +6,12 @@ end-of-text; how many of its tokens are real follows from the token count. A pre
 `tokenizer/` and the shards. It appears whole, by a rename, or not at all.
 """
 
-import collections
 import dataclasses
 import functools
 import hashlib
-import itertools
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import TypeGuard
 
@@ -21,9 +19,9 @@ import numpy as np
 from tqdm import tqdm
 
 from armd_jax import typed
-from armd_jax.data import batching, encoding, tokenizers
 from armd_jax.data import progress as progress_notes
-from armd_jax.data.batching import Tally
+from armd_jax.data import tokenizers
+from armd_jax.data.batching import Tally, progress_bar
 from armd_jax.data.building import large_folder
 from armd_jax.data.corpora import Corpus, open_corpus
 from armd_jax.data.manifest import (
@@ -32,16 +30,18 @@ from armd_jax.data.manifest import (
     Counts,
     Manifest,
     PackedSplit,
-    RowDtype,
     SourceIdentity,
     TokenizerIdentity,
+    TrainingSample,
     known_files,
     read_manifest,
+    row_dtype,
     write_manifest,
 )
 from armd_jax.data.progress import Part, Progress
 from armd_jax.data.reading import LeftOut
 from armd_jax.data.shards import PackedRows, ShardWriter, check_shard
+from armd_jax.data.token_streams import FromText, TokenStreams
 from armd_jax.data.tokenizers import Tokenizer
 from armd_jax.data_config import DataConfig
 from armd_jax.errors import UserError
@@ -122,9 +122,10 @@ def prepare(
     if not os.path.exists(folder) and (cache_root / MANIFEST_FILE).is_file():
         folder = cache_root  # made by `armd prepare --out`: if it does not fit, the error says why
     if not os.path.exists(folder):
-        identity = _identity_of_work(config, corpus, request, length)
+        streams = FromText(config, corpus, workers=1)
+        identity = _identity_of_work(config, streams, request, length)
         with large_folder(folder, MANIFEST_FILE, functools.partial(_goes_on, identity)) as partial:
-            _write(config, corpus, request, length, partial, progress)
+            _write(config, streams, request, length, partial, progress)
     return _open_fitting(folder, corpus, request, length)
 
 
@@ -142,10 +143,12 @@ def prepare_into(
     progress: bool = True,
     corpus: Corpus | None = None,
     workers: int = 1,
+    streams: TokenStreams | None = None,
 ) -> PreparedData:
     """Like `prepare`, but in the folder `out`, which must be missing, empty, or hold exactly this preparation.
 
     workers: processes that tokenize. 1: this one. The files are the same for any number.
+    streams: the tokens of the corpus, if they are there already.
     """
     corpus, request = corpus or open_corpus(config, known_files(out)), tokenizers.request_of(config)
     if out.exists() and not out.is_dir():
@@ -156,9 +159,10 @@ def prepare_into(
         if progress:
             _tell_selection(corpus)
     else:
-        identity = _identity_of_work(config, corpus, request, length)
+        streams = streams or FromText(config, corpus, workers)
+        identity = _identity_of_work(config, streams, request, length)
         with large_folder(out, MANIFEST_FILE, functools.partial(_goes_on, identity)) as partial:
-            _write(config, corpus, request, length, partial, progress, workers)
+            _write(config, streams, request, length, partial, progress)
     return _open_fitting(out, corpus, request, length)
 
 
@@ -190,7 +194,8 @@ def _open_fitting(folder: Path, corpus: Corpus, request: str, length: int) -> Pr
 def _open_files(folder: Path, manifest: Manifest) -> PreparedData:
     tokenizer = tokenizers.load(folder / TOKENIZER_FOLDER)
     expected = dataclasses.asdict(manifest.tokenizer)
-    for name, value in dataclasses.asdict(_identity(tokenizer, manifest.tokenizer.request)).items():
+    found = _identity(tokenizer, manifest.tokenizer.request, manifest.tokenizer.sample)
+    for name, value in dataclasses.asdict(found).items():
         if value != expected[name]:
             raise UserError(f"{folder}: its tokenizer's {name} is not that of {MANIFEST_FILE}; prepare the data again")
     shards = [shard for split in manifest.splits.values() for shard in split.shards]
@@ -200,7 +205,7 @@ def _open_files(folder: Path, manifest: Manifest) -> PreparedData:
     return PreparedData(folder, manifest, tokenizer, hashed=at_once)
 
 
-def _identity(tokenizer: Tokenizer, request: str) -> TokenizerIdentity:
+def _identity(tokenizer: Tokenizer, request: str, sample: TrainingSample | None) -> TokenizerIdentity:
     return TokenizerIdentity(
         request=request,
         kind=tokenizer.kind,
@@ -208,6 +213,7 @@ def _identity(tokenizer: Tokenizer, request: str) -> TokenizerIdentity:
         vocab_size=tokenizer.vocab_size,
         end_of_text=tokenizer.end_of_text,
         lossless=tokenizer.lossless,
+        sample=sample,
     )
 
 
@@ -232,8 +238,9 @@ def _check_equal(folder: Path, what: str, fields: str, found: object, wanted: ob
 # Making
 
 
-def _identity_of_work(config: DataConfig, corpus: Corpus, request: str, length: int) -> str:
-    what = FORMAT, corpus.fingerprint, corpus.split_rule, request, length, config.shard_rows, batching.BATCH_CHARACTERS
+def _identity_of_work(config: DataConfig, streams: TokenStreams, request: str, length: int) -> str:
+    corpus = streams.corpus
+    what = FORMAT, corpus.fingerprint, corpus.split_rule, request, length, config.shard_rows, streams.pieces
     return progress_notes.identity_of(*what)
 
 
@@ -242,56 +249,51 @@ def _goes_on(identity: str, partial: Path) -> bool:
     return progress_notes.read(partial, identity) is not None
 
 
-def _write(
-    config: DataConfig, corpus: Corpus, request: str, length: int, folder: Path, progress: bool, workers: int = 1
-) -> None:
+def _write(config: DataConfig, streams: TokenStreams, request: str, length: int, folder: Path, progress: bool) -> None:
     """Writes everything that a prepared folder holds, the manifest last."""
+    corpus = streams.corpus
     for split in corpus.splits:
-        if next(corpus.documents(split), None) is None:
-            num_damaged = sum(left_out.damaged for left_out in corpus.left_out().values())
+        if streams.is_empty(split):
+            num_damaged = sum(left_out.damaged for left_out in streams.left_out().values())
             why = f" ({num_damaged} damaged documents left out)" if num_damaged else ""
             raise UserError(f"{corpus.description}: no text for the {split} split{why}")
     if progress:
         _tell_selection(corpus)  # before the hours that a large corpus takes, because a part of it may be missing
-    identity = _identity_of_work(config, corpus, request, length)
+    identity = _identity_of_work(config, streams, request, length)
     done = progress_notes.read(folder, identity)
     if done is None:
-        tokenizer = tokenizers.load_or_train(config, corpus.documents("train"))
+        tokenizer = streams.tokenizer()
         tokenizer.save(folder / TOKENIZER_FOLDER)
-        done = Progress(identity)
+        done = Progress(identity, sample=streams.sample)
         done.write(folder)
     else:
         tokenizer = tokenizers.load(folder / TOKENIZER_FOLDER)
-    dtype: RowDtype = "<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4"
+    dtype = row_dtype(tokenizer.vocab_size)
     splits: dict[Split, PackedSplit] = {}
     for split in corpus.splits:
         if split in done.splits:
             splits[split] = done.splits[split]
-            collections.deque(corpus.documents(split), maxlen=0)  # counts what is left out of them
         else:
             begun = done.part if done.part and done.part.split == split else Part(split)
             writer = ShardWriter(folder, split, config.shard_rows, begun.shards)
-            note = functools.partial(_note, folder, identity, dict(splits))
-            # The bar disappears at its end: if a document turns out to be a mistake, its message is all that is left.
-            with tqdm(desc=f"preparing {split}", unit="B", unit_scale=True, disable=not progress, leave=False) as bar:
-                texts = corpus.documents(split)
-                splits[split] = _pack(texts, tokenizer, length, np.dtype(dtype), writer, bar, workers, begun, note)
-            Progress(identity, dict(splits)).write(folder)
+            note = functools.partial(_note, folder, dataclasses.replace(done, splits=dict(splits)))
+            with progress_bar(f"preparing {split}", streams.size(split), progress) as bar:
+                splits[split] = _pack(streams, tokenizer, length, np.dtype(dtype), writer, bar, begun, note)
+            dataclasses.replace(done, splits=dict(splits), part=None).write(folder)
         if splits["train"].tokens < length:  # train comes first
             raise UserError(
                 f"{corpus.description}: its {splits['train'].tokens} training tokens are fewer than the"
                 f" {length} of one row (model.max_length)"
             )
-    left_out = corpus.left_out()
     manifest = Manifest(
         format=FORMAT,
         row_length=length,
         dtype=dtype,
         shard_rows=config.shard_rows,
-        tokenizer=_identity(tokenizer, request),
+        tokenizer=_identity(tokenizer, request, done.sample),
         source=SourceIdentity(corpus.description, corpus.fingerprint, corpus.files),
         split_rule=corpus.split_rule,
-        left_out=left_out,
+        left_out=streams.left_out(done.splits),
         splits=splits,
     )
     (folder / progress_notes.FILE).unlink()
@@ -319,13 +321,12 @@ def _tell(manifest: Manifest) -> None:
 
 
 def _pack(
-    documents: Iterator[str],
+    streams: TokenStreams,
     tokenizer: Tokenizer,
     length: int,
     dtype: np.dtype,
     writer: ShardWriter,
     bar: tqdm,
-    workers: int,
     begun: Part,
     note: Callable[[Part], None],
 ) -> PackedSplit:
@@ -336,9 +337,8 @@ def _pack(
     tally, num_tokens = Tally(), begun.tokens
     left = np.empty(0, dtype)  # tokens that do not fill a row yet
     try:
-        batches = batching.batches(documents, tokenizer, tally, bar)
-        collections.deque(itertools.islice(batches, begun.batch), maxlen=0)
-        parts = encoding.encode_all(batches, tokenizer, writer.folder / TOKENIZER_FOLDER, dtype, workers)
+        folder = writer.folder / TOKENIZER_FOLDER
+        parts = streams.read(begun.split, tokenizer, folder, dtype, begun.batch, tally, bar)
         for batch, part in enumerate(parts, start=begun.batch):
             skip = begun.skip if batch == begun.batch else 0
             before, shards = num_tokens - skip, len(writer.written)  # tokens of the split before this batch
@@ -358,5 +358,5 @@ def _pack(
     return PackedSplit(tally.documents, tally.bytes, tally.words, num_tokens, rows, tuple(writer.written))
 
 
-def _note(folder: Path, identity: str, splits: dict[Split, PackedSplit], part: Part) -> None:
-    Progress(identity, splits, part).write(folder)
+def _note(folder: Path, progress: Progress, part: Part) -> None:
+    dataclasses.replace(progress, part=part).write(folder)

@@ -9,7 +9,7 @@ import hashlib
 from pathlib import Path
 
 from armd_jax import files, typed
-from armd_jax.data.manifest import PackedSplit, Shard
+from armd_jax.data.manifest import PackedSplit, Shard, TrainingSample
 from armd_jax.data.shards import check_shard
 from armd_jax.errors import UserError
 from armd_jax.names import Split
@@ -43,11 +43,13 @@ class Progress:
       identity: of what is prepared, see `identity_of`.
       splits: those that are whole.
       part: the one that is not; None: none has a whole shard.
+      sample: what the tokenizer was trained on, if it was.
     """
 
     identity: str
     splits: dict[Split, PackedSplit] = dataclasses.field(default_factory=dict)
     part: Part | None = None
+    sample: TrainingSample | None = None
 
     def write(self, folder: Path) -> None:
         """Notes it in a folder. Raises OSError."""

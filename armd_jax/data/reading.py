@@ -97,6 +97,22 @@ KnownFiles = Mapping[tuple[str, int, int], str]
 
 
 @dataclasses.dataclass(frozen=True)
+class Piece:
+    """A part of a source that can be read without the others, such as a file.
+
+    Attributes:
+      reader: its documents. Those of all pieces of a split, one piece after the other, are the documents of the split.
+      path, file: the file that it is; None if the source does not know its files.
+      text_bytes: about how much text it has, as UTF-8; None if that is not known before it is read.
+    """
+
+    reader: Reader = dataclasses.field(repr=False)
+    path: Path | None = None
+    file: SourceFile | None = None
+    text_bytes: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
 class Source:
     """What opening `data.path` gives: documents in the splits that the source itself has.
 
@@ -108,6 +124,7 @@ class Source:
       readers: a reader per split, "train" always among them.
       selection: what of the source is read, and what is not.
       files: the files that were read for the fingerprint; None if the source knows itself without reading files.
+      pieces: the splits that can be read piece by piece.
     """
 
     description: str
@@ -116,6 +133,7 @@ class Source:
     readers: dict[Split, Reader] = dataclasses.field(repr=False)
     selection: Selection = dataclasses.field(default_factory=Selection, repr=False)
     files: tuple[SourceFile, ...] | None = dataclasses.field(default=None, repr=False)
+    pieces: dict[Split, tuple[Piece, ...]] = dataclasses.field(default_factory=dict, repr=False)
 
 
 @dataclasses.dataclass
@@ -125,6 +143,26 @@ class LeftOut:
     empty: int = 0  # without a visible character
     damaged: int = 0  # not text
     first_damaged: str = ""  # where the first of them is, and what is wrong with it
+
+    def keep(self, document: TextOrError, damaged: Damaged) -> str | None:
+        """The text of a document, or None for one that is left out, which is counted.
+
+        Raises UserError at a damaged one unless such documents are skipped.
+        """
+        if isinstance(document, UserError):
+            match damaged:
+                case "error":
+                    raise UserError(f"{document} (data.damaged=skip leaves such documents out)") from document
+                case "skip":
+                    self.damaged += 1
+                    self.first_damaged = self.first_damaged or str(document)
+                    return None
+                case _:
+                    assert_never(damaged)
+        if not document or document.isspace():
+            self.empty += 1
+            return None
+        return document
 
 
 class Documents:
@@ -142,19 +180,9 @@ class Documents:
         """A new pass over all documents. Raises UserError at a damaged one unless such documents are skipped."""
         left_out = LeftOut()
         for document in self._reader():
-            if isinstance(document, UserError):
-                match self._damaged:
-                    case "error":
-                        raise UserError(f"{document} (data.damaged=skip leaves such documents out)") from document
-                    case "skip":
-                        left_out.damaged += 1
-                        left_out.first_damaged = left_out.first_damaged or str(document)
-                    case _:
-                        assert_never(self._damaged)
-            elif not document or document.isspace():
-                left_out.empty += 1
-            else:
-                yield document
+            text = left_out.keep(document, self._damaged)
+            if text is not None:
+                yield text
         self.left_out = left_out
 
 

@@ -2,11 +2,12 @@
 
 import io
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import sentencepiece
 
+from armd_jax.data.manifest import TrainingSample
 from armd_jax.errors import UserError
 
 SPACE_MARK = "\u2581"  # sentencepiece writes a space this way inside its pieces
@@ -14,8 +15,10 @@ NEWLINES = ["\n", "\n\n"]  # pieces of their own, so that no word swallows a lin
 TRAINING_BYTES = 16 << 20  # more text than this adds time and hardly changes a vocabulary
 LONGEST_LINE = 1 << 16  # characters
 
+Note = Callable[[TrainingSample], None]  # is told what a model is trained on
 
-def train_model(documents: Iterable[str], vocab_size: int) -> bytes:
+
+def train_model(documents: Iterable[str], vocab_size: int, note: Note | None = None) -> bytes:
     """Trains a lossless sentencepiece BPE model and returns its file. The same documents give the same model.
 
     BPE rather than a unigram model, because it trains ten times faster on the embedded corpus and needs fewer tokens
@@ -23,7 +26,9 @@ def train_model(documents: Iterable[str], vocab_size: int) -> bytes:
     `vocab_size`, the vocabulary is smaller. Raises UserError if `vocab_size` is too small for the alphabet of the text.
     """
     model = io.BytesIO()
-    lines = sample_lines(documents)
+    lines, sample = sample_lines(documents)
+    if note:
+        note(sample)
     # If no line has a space, the model has no piece for it, and would decode a space as the mark that stands for it.
     # The trainer takes its options as keywords of any type. An empty one would be stored in the model and change its
     # hash, so the option is left out if it is not needed.
@@ -60,7 +65,7 @@ def train_model(documents: Iterable[str], vocab_size: int) -> bytes:
     return model.getvalue()
 
 
-def sample_lines(documents: Iterable[str]) -> list[str]:
+def sample_lines(documents: Iterable[str]) -> tuple[list[str], TrainingSample]:
     """Lines of the documents, thinned out evenly over all of them so that at most TRAINING_BYTES are kept."""
     lines: list[str] = []
     size, every, seen = 0, 1, 0
@@ -75,4 +80,4 @@ def sample_lines(documents: Iterable[str]) -> list[str]:
             every *= 2
             lines = lines[1::2]  # exactly the lines whose number is divisible by the new `every`
             size = sum(len(line.encode()) for line in lines)
-    return lines
+    return lines, TrainingSample(every, size, TRAINING_BYTES)

@@ -1,5 +1,6 @@
 """Splits: their names, and how held-out documents are taken from the training documents of a source without them."""
 
+import array
 import functools
 import hashlib
 import re
@@ -36,6 +37,11 @@ def splits_named(name: str) -> dict[Split, str]:
     return found
 
 
+def hash_of(content: bytes) -> int:
+    """What decides the split of a document: 64 bits of the sha256 of its UTF-8 text."""
+    return int.from_bytes(hashlib.sha256(content).digest()[:8])
+
+
 class Division:
     """Divides the training documents of a source among train and the splits in `fractions`, by size in UTF-8 bytes.
 
@@ -50,39 +56,55 @@ class Division:
 
     def __init__(self, documents: Documents, fractions: dict[Split, float], name: str) -> None:
         """name: what the error about too little text calls the source."""
-        self._documents, self._fractions, self._name = documents, fractions, name
-        self._order: tuple[Split, ...] = ("train", *fractions)
+        self.documents, self.fractions, self._name = documents, fractions, name
+        self.order: tuple[Split, ...] = ("train", *fractions)
+        self._sizes: list[int] = []
 
     def read(self, split: Split) -> Iterator[str]:
         """A new pass over the documents of `split`. Raises UserError if there is too little text to divide."""
-        if not self._fractions:
-            yield from self._documents.read()
+        if not self.fractions:
+            yield from self.documents.read()
             return
         numbers = self._split_numbers
         if len(numbers) == 1:
             yield self._cut(split)
             return
-        wanted = self._order.index(split)
-        for index, text in enumerate(self._documents.read()):
+        wanted = self.order.index(split)
+        for index, text in enumerate(self.documents.read()):
             if numbers[index] == wanted:
                 yield text
 
     @functools.cached_property
     def _split_numbers(self) -> np.ndarray:
-        """int8[documents]: the place in `_order` of every document's split. Takes one pass over the documents."""
-        hashes, sizes = [], []
-        for text in self._documents.read():
+        """int8[documents]: the place in `order` of every document's split. Takes one pass over the documents."""
+        hashes, sizes = array.array("Q"), array.array("Q")
+        for text in self.documents.read():
             content = text.encode()
-            hashes.append(int.from_bytes(hashlib.sha256(content).digest()[:8]))
+            hashes.append(hash_of(content))
             sizes.append(len(content))
+        return self.divide(np.array(hashes, np.uint64), np.array(sizes, np.uint64))
+
+    def size(self, split: Split) -> int | None:
+        """The UTF-8 bytes of the documents of `split`; None as long as they are not known.
+
+        They are after a first call of `read` or `divide`, if there are several documents to divide.
+        """
+        return self._sizes[self.order.index(split)] if self._sizes else None
+
+    def divide(self, hashes: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+        """int8[documents]: the place in `order` of the split of every document.
+
+        hashes, sizes: uint64[documents], `hash_of` and length of their UTF-8 texts.
+        Raises UserError if there is too little text to divide.
+        """
         if len(hashes) <= 1:
             return np.zeros(len(hashes), np.int8)
         # Equal documents form one group. `np.unique` sorts, so that groups are numbered in hash order.
-        _, group = np.unique(np.array(hashes, np.uint64), return_inverse=True)
-        group_size = np.bincount(group, weights=sizes)
+        _, group = np.unique(hashes, return_inverse=True)
+        group_size, size = np.bincount(group, weights=sizes), int(sizes.sum())
         number_of_group = np.zeros(len(group_size), np.int8)
-        for number, (split, fraction) in enumerate(self._fractions.items(), start=1):
-            goal, taken = fraction * sum(sizes), 0.0
+        for number, (split, fraction) in enumerate(self.fractions.items(), start=1):
+            goal, taken = fraction * size, 0.0
             for candidate in np.flatnonzero(number_of_group == 0):
                 if taken >= goal:
                     break
@@ -92,17 +114,19 @@ class Division:
                     taken += group_size[candidate]
             if not taken or (number_of_group != 0).all():
                 raise self._too_small(split, f"{len(hashes)} documents")
-        return number_of_group[group]
+        numbers = number_of_group[group]
+        self._sizes = [int(size) for size in np.bincount(numbers, sizes, len(self.order))]
+        return numbers
 
     def _cut(self, split: Split) -> str:
         """The part of the only document that belongs to `split`."""
-        (text,) = self._documents.read()
+        (text,) = self.documents.read()
         ends = [len(text)]
         share = 1.0
-        for fraction in reversed(self._fractions.values()):
+        for fraction in reversed(self.fractions.values()):
             share -= fraction
             ends.insert(0, self._cut_before(text, share))
-        number = self._order.index(split)
+        number = self.order.index(split)
         start, end = [0, *ends][number : number + 2]
         if not text[start:end].strip():
             raise self._too_small(split, "one document")
@@ -116,11 +140,11 @@ class Division:
         """
         exact = round(share * len(text))
         line_start = text.rfind("\n", 0, exact) + 1
-        near = min(self._fractions.values()) * len(text) / 4
+        near = min(self.fractions.values()) * len(text) / 4
         return line_start if exact - line_start <= near else exact
 
     def _too_small(self, split: Split, what: str) -> UserError:
-        held_out = f"data.{split}_fraction={self._fractions[split]:g}" if split in self._fractions else "training"
+        held_out = f"data.{split}_fraction={self.fractions[split]:g}" if split in self.fractions else "training"
         return UserError(
             f"{self._name}: nothing of {what} would be left for {held_out};"
             f" name files {', '.join(SPLITS[:-1])} and {SPLITS[-1]}, or change the fractions (0: no such split)"

@@ -21,6 +21,7 @@ from types import ModuleType
 from armd_jax.data import found_files, tables
 from armd_jax.data.reading import (
     KnownFiles,
+    Piece,
     Position,
     Reader,
     Selection,
@@ -223,9 +224,9 @@ def open_source(config: DataConfig, known: KnownFiles) -> Source:
     cannot be read, or if their names contradict one another about the splits.
     """
     files, left_out = _choose_files(config)
-    read = tuple(_identify(name, file.path, known) for name, file in files.items())
+    read = {name: _identify(name, file.path, known) for name, file in files.items()}
     digest = hashlib.sha256(config.text_field.encode())
-    for one in read:
+    for one in read.values():
         digest.update(f"\0{one.name}\0{one.bytes}\0{one.sha256}".encode())
 
     names = _names_by_split(config.path, list(files)) if config.split_by_name and len(files) > 1 else {}
@@ -236,10 +237,11 @@ def open_source(config: DataConfig, known: KnownFiles) -> Source:
         split: functools.partial(_read_files, [files[name] for name in part], config.text_field)
         for split, part in names.items()
     }
+    pieces = {split: tuple(_piece(files[name], read[name], config) for name in part) for split, part in names.items()}
     size = sum(file.path.stat().st_size for file in files.values())
     description = f"{config.path} ({len(files)} file{'s' * (len(files) > 1)}, {size:,} bytes)"
     selection = Selection(config.path, "files", taken, left_out)
-    return Source(description, digest.hexdigest(), rule, readers, selection, read)
+    return Source(description, digest.hexdigest(), rule, readers, selection, tuple(read.values()), pieces)
 
 
 def _identify(name: str, path: Path, known: KnownFiles) -> SourceFile:
@@ -247,6 +249,12 @@ def _identify(name: str, path: Path, known: KnownFiles) -> SourceFile:
     name = os.fsencode(name).decode(errors="backslashreplace")  # a file may have a name that is not UTF-8
     sha256 = known.get((name, about.st_size, about.st_mtime_ns)) or hash_file(path)
     return SourceFile(name, about.st_size, about.st_mtime_ns, sha256)
+
+
+def _piece(file: _TextFile, about: SourceFile, config: DataConfig) -> Piece:
+    reader = functools.partial(_read_files, [file], config.text_field)
+    is_text = file.format.compression is _PLAIN and file.format.read in (_read_whole, _read_json_lines)
+    return Piece(reader, file.path, about, about.bytes if is_text else None)
 
 
 def _read_files(files: list[_TextFile], text_field: str) -> Iterator[TextOrError]:

@@ -16,7 +16,7 @@ from typing import Any, assert_never
 import sentencepiece
 
 from armd_jax import files, remote, typed
-from armd_jax.data.sentencepiece_training import SPACE_MARK, train_model
+from armd_jax.data.sentencepiece_training import SPACE_MARK, Note, train_model
 from armd_jax.data.tokenizer_metadata import CONFIG_FILE, parse_json
 from armd_jax.data.vocabulary_building import CUT, build
 from armd_jax.data.vocabulary_folders import VOCABULARY_FILES, read_saved, read_vocabulary, settings_file
@@ -391,9 +391,9 @@ def ready_made(config: DataConfig) -> Tokenizer | None:
             assert_never(config.tokenizer)
 
 
-def load_or_train(config: DataConfig, documents: Iterable[str]) -> Tokenizer:
+def load_or_train(config: DataConfig, documents: Iterable[str], note: Note | None = None) -> Tokenizer:
     """The tokenizer that `config` asks for.
 
-    documents: the train split. They are read only if a tokenizer is trained.
+    documents: the train split. They are read only if a tokenizer is trained; `note` is then told on what.
     """
-    return ready_made(config) or SentencePieceTokenizer(train_model(documents, config.vocab_size))
+    return ready_made(config) or SentencePieceTokenizer(train_model(documents, config.vocab_size, note))

@@ -1,6 +1,7 @@
 """Packing: rows hold the documents' tokens and nothing else; a prepared folder is whole, unchanged and fitting."""
 
 import dataclasses
+import gzip
 import json
 import os
 import shutil
@@ -79,6 +80,13 @@ def test_trained_tokenizer_has_seen_the_train_split_only(config, tmp_path):
     prepared = packing.prepare(config, LENGTH, tmp_path / "cache", progress=False)
     alone = SentencePieceTokenizer(train_model(open_corpus(config).documents("train"), 320))
     assert prepared.tokenizer.hash == alone.hash and prepared.tokenizer.lossless
+    sample = prepared.manifest.tokenizer.sample  # all of it, without the line ends
+    counts, lines = prepared.counts("train"), sum(text.count("\n") for text in open_corpus(config).documents("train"))
+    assert (sample.every, sample.bytes, sample.largest) == (1, counts.bytes - lines, 1 << 24)
+    about = json.loads((prepared.folder / "manifest.json").read_text())
+    del about["tokenizer"]["sample"]  # as earlier versions wrote it
+    (prepared.folder / "manifest.json").write_text(json.dumps(about))
+    assert packing.prepare(config, LENGTH, tmp_path / "cache", progress=False).manifest.tokenizer.sample is None
 
 
 def test_large_vocabularies_take_four_bytes(tmp_path):
@@ -281,7 +289,7 @@ _KILLED = """
 import os, signal, sys
 from pathlib import Path
 from armd_jax.data_config import DataConfig
-from armd_jax.data import batching, packing, progress
+from armd_jax.data import batching, encoding, packing, progress
 
 batching.BATCH_CHARACTERS, after, real = 700, int(sys.argv[2]), progress.Progress.write
 notes = []
@@ -294,8 +302,8 @@ def write(self, folder):
 
 progress.Progress.write = write
 encoded = []
-encode = packing.encoding._encode
-packing.encoding._encode = lambda *a: (encoded.append(a[1]), encode(*a))[1]
+encode = encoding._encode
+encoding._encode = lambda *a: (encoded.append(a[1]), encode(*a))[1]
 config = DataConfig(path=sys.argv[1], tokenizer="sentencepiece", vocab_size=300, shard_rows=9)
 packing.prepare(config, 16, Path(sys.argv[3]), progress=False)
 print(len(encoded))
@@ -405,3 +413,20 @@ def test_progress_goes_to_stderr(config, tmp_path, capfd):
     packing.prepare(config, LENGTH, tmp_path / "cache")
     out, err = capfd.readouterr()
     assert "preparing train" in err and out == ""
+
+
+def test_the_bar_knows_how_much_there_is(tmp_path):
+    """To the byte if the documents are divided; if not, the size of the files, unless they are compressed."""
+    for name in ("train", "valid"):
+        (tmp_path / f"{name}.txt").write_text("a line \u00e9\n" * 40)
+    (tmp_path / "lines.jsonl").write_text("\n".join(json.dumps({"text": "x" * size}) for size in range(1, 99)))
+    (tmp_path / "lines.jsonl.gz").write_bytes(gzip.compress((tmp_path / "lines.jsonl").read_bytes()))
+    corpora = {name: open_corpus(DataConfig(path=str(tmp_path / name))) for name in ("lines.jsonl", "lines.jsonl.gz")}
+    for corpus in corpora.values():
+        texts = {split: list(corpus.documents(split)) for split in corpus.splits}
+        assert all(corpus.size(split) == sum(map(len, found)) for split, found in texts.items())
+    named = open_corpus(DataConfig(path=str(tmp_path / "*.txt")))
+    assert named.splits == ("train", "valid") and named.size("valid") == 40 * 10
+    whole = {"valid_fraction": 0.0, "test_fraction": 0.0}
+    sizes = [open_corpus(DataConfig(path=str(tmp_path / name), **whole)).size("train") for name in corpora]
+    assert sizes == [(tmp_path / "lines.jsonl").stat().st_size, None]

@@ -4,6 +4,7 @@ import pytest
 
 from armd_jax.data import sentencepiece_training
 from armd_jax.data.corpora import open_corpus
+from armd_jax.data.manifest import TrainingSample
 from armd_jax.data.sentencepiece_training import train_model
 from armd_jax.data.tokenizers import SentencePieceTokenizer
 from armd_jax.data_config import DataConfig
@@ -26,9 +27,10 @@ def test_training_is_repeatable_and_compresses(corpus):
 
 def test_training_text_is_thinned_evenly(monkeypatch):
     monkeypatch.setattr(sentencepiece_training, "TRAINING_BYTES", 1000)
-    lines = sentencepiece_training.sample_lines(f"{index:09d}\n" for index in range(10_000))
+    lines, sample = sentencepiece_training.sample_lines(f"{index:09d}\n" for index in range(10_000))
     steps = {int(b) - int(a) for a, b in zip(lines, lines[1:], strict=False)}
     assert sum(map(len, lines)) <= 1000 and len(steps) == 1 and int(lines[-1]) > 9000
+    assert sample == TrainingSample(every=steps.pop(), bytes=sum(map(len, lines)), largest=1000)
 
 
 def test_vocabulary_larger_than_the_text_shrinks_and_one_too_small_is_an_error(corpus):
