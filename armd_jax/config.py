@@ -337,6 +337,7 @@ def check(config: Config) -> None:
         typed.check(getattr(config, section.name), section.name)
     order, training = config.order, config.training
     data_config.check(config.data)
+    data_config.check_reset(config.data, config.model.kind, config.model.attention, order)
     if config.model.has_orders:
         order_config.check(order, config.model.max_length, training.num_steps, config.model.attention)
     else:

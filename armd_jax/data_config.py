@@ -2,10 +2,11 @@
 
 import dataclasses
 import functools
-from typing import TypeGuard
+from typing import TypeGuard, assert_never
 
 from armd_jax import files, names, remote, typed
 from armd_jax.errors import UserError
+from armd_jax.order_config import OrderConfig, drawn_kinds
 
 _field = typed.field
 _path = functools.partial(typed.field, check=files.check_local)  # the field names files on this machine
@@ -28,6 +29,9 @@ class DataConfig:
     shard_rows: int = _field(8192, at_least=1)  # rows per file
     cache_dir: str = _path("", may_change=True, optional=True)  # where prepared data are kept; empty: <workdir>/data
     damaged: names.Damaged = "error"  # whether a document that is not text is an error, or is skipped and counted
+    # Whether a row begins anew at each document in it: attention, orders and positions stay within the document.
+    reset: names.Reset = "none"
+    end_of_text: int = _field(-1, at_least=-1, may_change=True)  # reset=document: the id. -1: that of the tokenizer
 
 
 def is_named_tokenizer(tokenizer: str) -> TypeGuard[names.NamedTokenizer]:
@@ -39,3 +43,29 @@ def check(data: DataConfig) -> None:
     """Raises UserError if no data could be prepared like this."""
     if data.valid_fraction + data.test_fraction >= 1:
         raise UserError("data.valid_fraction + data.test_fraction: must leave something to train on")
+
+
+def check_reset(data: DataConfig, kind: names.ModelKind, attention: names.AttentionKind, order: OrderConfig) -> None:
+    """Raises UserError if rows cannot begin anew at documents. kind, attention: of the model."""
+    match data.reset:
+        case "none":
+            return
+        case "document":
+            pass
+        case _:
+            assert_never(data.reset)
+    where = f"data.reset={data.reset!r}"
+    if kind in typed.choices(names.MaskModel):
+        raise UserError(f"{where}: model.kind={kind!r} sees whole rows; set data.reset='none'")
+    if attention not in typed.choices(names.PlainAttention):
+        known = ", ".join(typed.choices(names.PlainAttention))
+        raise UserError(f"{where}: model.attention={attention!r} sees the row from its start; use one of {known}")
+    match order.permute:
+        case "reinsert" if "progressive" in drawn_kinds(order):
+            raise UserError(
+                f"{where}: order.permute={order.permute!r} moves tokens into other documents; use scatter or window"
+            )
+        case "scatter" | "window" | "reinsert":
+            pass
+        case _:
+            assert_never(order.permute)
