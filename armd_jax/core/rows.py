@@ -1,5 +1,7 @@
 """The rows that one network call works on: a whole sequence in training, two blocks in decoding."""
 
+import dataclasses
+
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -74,7 +76,8 @@ def _by_document(rows: Rows, first_BN: jax.Array) -> Rows:
     """
     starts_BN = jnp.arange(first_BN.shape[1]) == first_BN
     # A document's start token stands in the place of the last token of the one before.
-    return rows.replace(
+    return dataclasses.replace(
+        rows,
         x_tokens_BX=jnp.where(starts_BN, START, rows.x_tokens_BX),
         x_positions_BX=jnp.where(starts_BN, 0, rows.x_positions_BX - first_BN),
         g_positions_BG=rows.g_positions_BG - first_BN,

@@ -165,7 +165,7 @@ def _from_first(text: str) -> str:
 
 
 def with_vocabulary(config: Config, tokenizer: Tokenizer, old: Config | None = None) -> Config:
-    """The config with its end-of-text and its vocabulary size: that of the data's tokenizer, or of weights to start from.
+    """The config with its end-of-text, and its vocabulary size: the tokenizer's, or that of the weights to start from.
 
     Those of a pretrained model may have rows for more ids than the tokenizer has tokens, and keep them.
     old: as in `prepare`. A run that goes on does not read again what it started from.
