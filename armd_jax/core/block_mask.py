@@ -98,8 +98,8 @@ def picture(order: Order, strict: bool, row: int = 0) -> str:
     strict: draw the strictly causal relation (stream G) instead of the causal one.
     """
     mask = build(order)
-    lens = np.asarray((mask.strict_len_BN if strict else mask.causal_len_BN)[row])
-    seen = np.asarray(dense(jnp.asarray(lens)[None], len(lens) + 1)[0])
+    lens_BN = mask.strict_len_BN if strict else mask.causal_len_BN
+    seen = np.asarray(dense(lens_BN, lens_BN.shape[1] + 1, mask.first_BN)[row])
     positions = np.asarray(order.positions_BN[row])
     return "\n".join(
         f"{position:>4} {''.join('#' if s else '.' for s in line)}"
