@@ -337,11 +337,12 @@ def check(config: Config) -> None:
         typed.check(getattr(config, section.name), section.name)
     order, training = config.order, config.training
     data_config.check(config.data)
-    data_config.check_reset(config.data, config.model.kind, config.model.attention, order)
     if config.model.has_orders:
         order_config.check(order, config.model.max_length, training.num_steps, config.model.attention)
     else:
         _check_without_orders(order)
+    permute = order.permute if "progressive" in order_config.drawn_kinds(order) else None
+    data_config.check_reset(config.data, config.model.kind, config.model.attention, permute)
     if training.seed >= 2**31:
         raise UserError(f"training.seed={training.seed}: must be in [0, 2**31)")
     if training.batch_size % training.microbatches:

@@ -6,7 +6,6 @@ from typing import TypeGuard, assert_never
 
 from armd_jax import files, names, remote, typed
 from armd_jax.errors import UserError
-from armd_jax.order_config import OrderConfig, drawn_kinds
 
 _field = typed.field
 _path = functools.partial(typed.field, check=files.check_local)  # the field names files on this machine
@@ -45,27 +44,31 @@ def check(data: DataConfig) -> None:
         raise UserError("data.valid_fraction + data.test_fraction: must leave something to train on")
 
 
-def check_reset(data: DataConfig, kind: names.ModelKind, attention: names.AttentionKind, order: OrderConfig) -> None:
-    """Raises UserError if rows cannot begin anew at documents. kind, attention: of the model."""
+def check_reset(
+    data: DataConfig, kind: names.ModelKind, attention: names.AttentionKind, permute: names.Permutation | None
+) -> None:
+    """Raises UserError if rows cannot begin anew at each document.
+
+    kind, attention: of the model. permute: how orders are shuffled; None: they are not.
+    """
     match data.reset:
         case "none":
             return
         case "document":
-            pass
+            where = f"data.reset={data.reset!r}"
         case _:
             assert_never(data.reset)
-    where = f"data.reset={data.reset!r}"
     if kind in typed.choices(names.MaskModel):
         raise UserError(f"{where}: model.kind={kind!r} sees whole rows; set data.reset='none'")
     if attention not in typed.choices(names.PlainAttention):
         known = ", ".join(typed.choices(names.PlainAttention))
         raise UserError(f"{where}: model.attention={attention!r} sees the row from its start; use one of {known}")
-    match order.permute:
-        case "reinsert" if "progressive" in drawn_kinds(order):
+    match permute:
+        case "reinsert":
             raise UserError(
-                f"{where}: order.permute={order.permute!r} moves tokens into other documents; use scatter or window"
+                f"{where}: order.permute={permute!r} moves tokens into other documents; use scatter or window"
             )
-        case "scatter" | "window" | "reinsert":
+        case "scatter" | "window" | None:
             pass
         case _:
-            assert_never(order.permute)
+            assert_never(permute)

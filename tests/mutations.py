@@ -83,7 +83,7 @@ MUTATIONS = (
     Mutation(
         "validation keeps documents apart as training does",
         "training/step.py",
-        "valid_BN, documents.of(config.data, tokens_BN))",
+        "valid_BN, documents.of(config, tokens_BN))",
         "valid_BN, None)",
         "training/test_step.py::test_documents_are_kept_apart_in_training_and_validation",
     ),

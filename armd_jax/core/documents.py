@@ -13,19 +13,19 @@ from typing import assert_never
 import jax
 import jax.numpy as jnp
 
+from armd_jax.config import Config
 from armd_jax.core.order import Order, place_in_streams
-from armd_jax.data_config import DataConfig
 
 
-def of(data: DataConfig, tokens_BN: jax.Array) -> jax.Array | None:
+def of(config: Config, tokens_BN: jax.Array) -> jax.Array | None:
     """Where the documents of rows begin (see `begins`) if the config keeps them apart, else None."""
-    match data.reset:
+    match config.data.reset:
         case "none":
             return None
         case "document":
-            return begins(tokens_BN, data.end_of_text)
+            return begins(tokens_BN, config.data.end_of_text)
         case _:
-            assert_never(data.reset)
+            assert_never(config.data.reset)
 
 
 def begins(tokens_BN: jax.Array, end_of_text: int) -> jax.Array:

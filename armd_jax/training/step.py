@@ -40,7 +40,7 @@ def draw_task(config: Config, step: jax.Array | int, length: int, tokens_BN: jax
     tokens_BN: the batch, which only says where documents begin, if they are kept apart (`data.reset`). None: every row
         is one document.
     """
-    first_BN = None if tokens_BN is None else documents.of(config.data, tokens_BN)
+    first_BN = None if tokens_BN is None else documents.of(config, tokens_BN)
     rows = config.training.batch_size, length, first_BN
     return tasks.of(config).draw(task_key(config, step), jnp.asarray(step), *rows)
 
@@ -140,7 +140,7 @@ def make_eval_step(placement: Placement) -> Callable[[Params, jax.Array, jax.Arr
     held_out = tasks.of(config).held_out
 
     def eval_step(params: Params, tokens_BN: jax.Array, valid_BN: jax.Array, number: jax.Array) -> LossSums:
-        task = held_out(_key(config, _HELD_OUT, number), valid_BN, documents.of(config.data, tokens_BN))
+        task = held_out(_key(config, _HELD_OUT, number), valid_BN, documents.of(config, tokens_BN))
         return objective.loss_sums(params, config.model, tokens_BN, task, placement.context)
 
     rows, everywhere = sharding.batch_sharding(mesh), sharding.replicated(mesh)
