@@ -341,6 +341,8 @@ def check(config: Config) -> None:
         order_config.check(order, config.model.max_length, training.num_steps, config.model.attention)
     else:
         _check_without_orders(order)
+    permute = order.permute if "progressive" in order_config.drawn_kinds(order) else None
+    data_config.check_reset(config.data, config.model.kind, config.model.attention, permute)
     if training.seed >= 2**31:
         raise UserError(f"training.seed={training.seed}: must be in [0, 2**31)")
     if training.batch_size % training.microbatches:

@@ -5,7 +5,7 @@ import functools
 import re
 from collections.abc import Callable, Sequence
 from fractions import Fraction
-from typing import TypeGuard
+from typing import TypeGuard, assert_never
 
 from armd_jax import files, names, remote, typed
 from armd_jax.errors import UserError, shown
@@ -51,6 +51,9 @@ class DataConfig:
     shard_rows: int = _field(8192, at_least=1)  # rows per file
     cache_dir: str = _path("", may_change=True, optional=True)  # where prepared data are kept; empty: <workdir>/data
     damaged: names.Damaged = "error"  # whether a document that is not text is an error, or is skipped and counted
+    # Whether a row begins anew at each document in it: attention, orders and positions stay within the document.
+    reset: names.Reset = "none"
+    end_of_text: int = _field(-1, at_least=-1, may_change=True)  # reset=document: the id. -1: that of the tokenizer
 
 
 def is_named_tokenizer(tokenizer: str) -> TypeGuard[names.NamedTokenizer]:
@@ -81,3 +84,33 @@ def check(data: DataConfig) -> None:
         raise UserError(f"data.path={data.path!r}: data.mixture names the text already; set data.path to nothing")
     if data.valid_fraction + data.test_fraction >= 1:
         raise UserError("data.valid_fraction + data.test_fraction: must leave something to train on")
+
+
+def check_reset(
+    data: DataConfig, kind: names.ModelKind, attention: names.AttentionKind, permute: names.Permutation | None
+) -> None:
+    """Raises UserError if rows cannot begin anew at each document.
+
+    kind, attention: of the model. permute: how orders are shuffled; None: they are not.
+    """
+    match data.reset:
+        case "none":
+            return
+        case "document":
+            where = f"data.reset={data.reset!r}"
+        case _:
+            assert_never(data.reset)
+    if kind in typed.choices(names.MaskModel):
+        raise UserError(f"{where}: model.kind={kind!r} sees whole rows; set data.reset='none'")
+    if attention not in typed.choices(names.PlainAttention):
+        known = ", ".join(typed.choices(names.PlainAttention))
+        raise UserError(f"{where}: model.attention={attention!r} sees the row from its start; use one of {known}")
+    match permute:
+        case "reinsert":
+            raise UserError(
+                f"{where}: order.permute={permute!r} moves tokens into other documents; use scatter or window"
+            )
+        case "scatter" | "window" | None:
+            pass
+        case _:
+            assert_never(permute)

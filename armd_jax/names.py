@@ -38,6 +38,7 @@ OptimizerKind = Literal["adamw", "muon"]
 LearningRateSchedule = Literal["constant", "cosine", "wsd"]
 AfterSkipped = Literal["rollback", "stop"]
 Damaged = Literal["error", "skip"]
+Reset = Literal["none", "document"]  # whether a row begins anew where a document in it does
 Split = Literal["train", "valid", "test"]
 NamedTokenizer = Literal["sentencepiece", "bytes"]  # data.tokenizer may name these; anything else there is a folder
 VocabularyTokenizerKind = Literal["bpe", "wordpiece", "tokenizer_json"]  # read from a folder of vocabulary files

@@ -37,6 +37,63 @@ class Mutation:
 
 
 MUTATIONS = (
+    # --- documents that are kept apart --------------------------------------------------------------------------------
+    Mutation(
+        "no query sees a key of another document",
+        "core/kernels/attention.py",
+        "seen & (index_T >= first_B1Q1)",
+        "seen",
+        "core/test_documents.py::test_a_row_of_documents_is_as_many_rows",
+    ),
+    Mutation(
+        "chunks of keys before the document are not needed",
+        "core/kernels/attention.py",
+        "first_CBc.min(axis=(1, 2)) // chunk",
+        "first_CBc.max(axis=(1, 2)) // chunk",
+        "core/test_documents.py::test_a_row_of_documents_is_as_many_rows",
+    ),
+    Mutation(
+        "a prefix sum begins with the document",
+        "core/aggregation.py",
+        "first_BG if rows.document_BN is None else rows.document_BN",
+        "first_BG",
+        "core/test_documents.py::test_a_row_of_documents_is_as_many_rows",
+    ),
+    Mutation(
+        "the first token of a document has no neighbour in another",
+        "core/rows.py",
+        "jnp.where(rows.g_positions_BG - 1 == first_BN, START, rows.g_left_BG)",
+        "rows.g_left_BG",
+        "core/test_documents.py::test_a_row_of_documents_is_as_many_rows",
+    ),
+    Mutation(
+        "positions begin anew in every document",
+        "core/rows.py",
+        "g_positions_BG=rows.g_positions_BG - first_BN",
+        "g_positions_BG=rows.g_positions_BG",
+        "core/test_documents.py::test_a_row_of_documents_is_as_many_rows",
+    ),
+    Mutation(
+        "no block holds tokens of two documents",
+        "core/documents.py",
+        "differs(block_BN) | differs(own_BN)",
+        "differs(block_BN)",
+        "core/test_documents.py::test_orders_stay_inside_documents",
+    ),
+    Mutation(
+        "validation keeps documents apart as training does",
+        "training/step.py",
+        "valid_BN, documents.of(config, tokens_BN))",
+        "valid_BN, None)",
+        "training/test_step.py::test_documents_are_kept_apart_in_training_and_validation",
+    ),
+    Mutation(
+        "a run keeps the reset that it began with",
+        "training/workdir.py",
+        '_NOT_CONTENT = ("data.reset",)',
+        "_NOT_CONTENT = ()",
+        "training/test_workdir.py::test_every_field_is_decided",
+    ),
     # --- the bill -----------------------------------------------------------------------------------------------------
     Mutation(
         "a conditional counts as the mean of its branches",

@@ -105,6 +105,19 @@ def test_whole_numbers_serve_as_floats():
 
 
 WRONG_VALUES = [
+    *(
+        ({"data__reset": "document", field: value}, rf"data\.reset='document': {words}")
+        for field, value, words in (
+            ("model__kind", "denoiser", r"model\.kind='denoiser' sees whole rows; set data\.reset='none'"),
+            ("model__attention", "splash", r"model\.attention='splash' .*; use one of auto, dense, chunked"),
+            (
+                "model__attention",
+                "flash",
+                r"model\.attention='flash' sees the row from its start; use one of auto, dense",
+            ),
+            ("order__permute", "reinsert", r"order\.permute='reinsert' moves tokens .*; use scatter or window"),
+        )
+    ),
     *(({f"model__{name}": 0}, rf"model\.{name}=0: must be at least 1") for name in ("max_length", "num_layers")),
     *(({f"model__{name}": 0}, rf"model\.{name}=0: must be at least 1") for name in ("width", "num_heads")),
     *(

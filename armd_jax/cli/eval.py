@@ -129,6 +129,7 @@ def run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
             args.batch,
             args.seed,
             mesh=mesh,
+            reset=config.data.reset,
             with_baselines=not args.no_baselines,
             kept_in=beside if chosen and beside else [args.run / baselines.FILE, *beside],
         )

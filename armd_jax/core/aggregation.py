@@ -60,6 +60,7 @@ class PrefixSum(nn.Module):
         x_code_BXP = sinusoidal(rows.x_positions_BX, config.positional_width) if self.positional else None
         codes = (x_code_BXP, g_code_BGP if self.positional else None)
         first_BG = jnp.broadcast_to(0 if rows.first_B is None else rows.first_B[:, None], strict_BG.shape)
+        first_BG = first_BG if rows.document_BN is None else rows.document_BN
         x_BXD = _valid(rows, x_BXD)
         sum_BGD = _weighted_prefix(x_BXD, *codes, first_BG, strict_BG, rows.x_start, attention_chunk(config))
         if decoding:

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from armd_jax import typed
+from armd_jax.core import documents
 from armd_jax.core import order as orders
 from armd_jax.core.order import Order
 from armd_jax.names import StridedOrder
@@ -48,7 +49,7 @@ class _Base:
     """How orders are drawn before the SBP phase.
 
     describe: a few words for people.
-    draw: (keys, step, batch, length) -> order.
+    draw: (keys, step, batch, length, first_BN) -> order; first_BN as in `draw`.
     phases: names with the step at which each ends; the last one has no end of its own.
     shuffled: step -> how many tokens are shuffled; None if the order is not the natural one with shuffled tokens.
     bounding: (key, batch, length) -> an order under which the expected loss bounds the likelihood that the model was
@@ -56,7 +57,7 @@ class _Base:
     """
 
     describe: str
-    draw: Callable[[_Keys, jax.Array, int, int], Order]
+    draw: Callable[[_Keys, jax.Array, int, int, jax.Array | None], Order]
     phases: tuple[tuple[str, int | None], ...]
     shuffled: Callable[[jax.Array | int], jax.Array] | None = None
     bounding: DrawOrder | None = None
@@ -67,29 +68,27 @@ def _base(config: OrderConfig) -> _Base:
     match config.kind:
         case "left_to_right":
             return _Base(
-                "left to right", lambda keys, step, batch, length: orders.left_to_right(batch, length), one_phase
+                "left to right", lambda keys, step, batch, length, _: orders.left_to_right(batch, length), one_phase
             )
         case "progressive":
             return _Base(
                 f"progressive, {config.max_permuted} tokens shuffled",
-                lambda keys, step, batch, length: orders.progressive(
-                    keys.order, batch, length, num_permuted(config, step), config.permute
+                lambda keys, step, batch, length, first_BN: orders.progressive(
+                    keys.order, batch, length, num_permuted(config, step), config.permute, first_BN=first_BN
                 ),
                 (("identity", config.ar_steps), ("rising", config.permute_steps), ("constant", None)),
                 lambda step: num_permuted(config, step),
             )
         case "uniform":
             return _Base(
-                "uniform", lambda keys, step, batch, length: orders.uniform(keys.order, batch, length), one_phase
+                "uniform", lambda keys, step, batch, length, _: orders.uniform(keys.order, batch, length), one_phase
             )
         case "strided":
-            return _Base(
-                _streams(config), lambda keys, step, batch, length: _strided(config, keys, batch, length), one_phase
-            )
+            return _Base(_streams(config), lambda keys, step, *rows: _strided(config, keys, *rows), one_phase)
         case "masked_diffusion":
             return _Base(
                 f"diffusion blocks, {config.diffusion_steps} time steps",
-                lambda keys, step, batch, length: orders.masked_diffusion(
+                lambda keys, step, batch, length, _: orders.masked_diffusion(
                     keys.order, batch, length, config.diffusion_steps, config.noise_schedule, config.weight
                 ),
                 one_phase,
@@ -100,7 +99,7 @@ def _base(config: OrderConfig) -> _Base:
         case "contiguous":
             return _Base(
                 f"contiguous blocks of up to {config.max_block} tokens",
-                lambda keys, step, batch, length: orders.contiguous(keys.order, batch, length, config.max_block),
+                lambda keys, step, batch, length, _: orders.contiguous(keys.order, batch, length, config.max_block),
                 one_phase,
             )
         case _:
@@ -112,8 +111,9 @@ def _streams(config: OrderConfig) -> str:
     return f"strided, S = {numbers}" if len(config.streams) == 1 else f"strided, S from {numbers}"
 
 
-def _strided(config: OrderConfig, keys: _Keys, batch: int, length: int) -> Order:
-    return orders.strided(batch, length, _num_streams(config, keys))
+def _strided(config: OrderConfig, keys: _Keys, batch: int, length: int, first_BN: jax.Array | None) -> Order:
+    streams = _num_streams(config, keys)
+    return orders.strided(batch, length, streams) if first_BN is None else documents.strided(first_BN, streams)
 
 
 def _num_streams(config: OrderConfig, keys: _Keys) -> jax.Array:
@@ -176,24 +176,44 @@ def num_permuted(config: OrderConfig, step: jax.Array | int) -> jax.Array:
     return jnp.where(jnp.asarray(step) < config.ar_steps, 0, k)
 
 
-def draw(config: OrderConfig, key: jax.Array, step: jax.Array, num_steps: int, batch: int, length: int) -> Order:
+def draw(
+    config: OrderConfig,
+    key: jax.Array,
+    step: jax.Array,
+    num_steps: int,
+    batch: int,
+    length: int,
+    first_BN: jax.Array | None = None,
+) -> Order:
     """The order that is trained on at `step` of `num_steps`, for a batch of rows of `length` tokens.
 
     A step that draws the main kind draws the same order that it would draw without a mix.
 
     key: already belongs to this step.
+    first_BN: where the document of each token begins, if documents are kept apart: a kind that permutes or cuts the row
+        does so with each of them, and every order stays inside them (see `core.documents`). None: they are not.
     """
-    draws = [functools.partial(_draw_part, part, key, step, num_steps, batch, length) for part in _parts(config)]
-    return draws[0]() if len(draws) == 1 else jax.lax.switch(part_of_step(config, key), draws)
+    rows = batch, length, first_BN
+    draws = [functools.partial(_draw_part, part, key, step, num_steps, *rows) for part in _parts(config)]
+    drawn = draws[0]() if len(draws) == 1 else jax.lax.switch(part_of_step(config, key), draws)
+    return drawn if first_BN is None else documents.keep_apart(drawn, first_BN)
 
 
-def _draw_part(config: OrderConfig, key: jax.Array, step: jax.Array, num_steps: int, batch: int, length: int) -> Order:
-    keys = _Keys(*jax.random.split(key))
-    base = functools.partial(_base(config).draw, keys, step, batch, length)
+def _draw_part(
+    config: OrderConfig,
+    key: jax.Array,
+    step: jax.Array,
+    num_steps: int,
+    batch: int,
+    length: int,
+    first_BN: jax.Array | None,
+) -> Order:
+    keys, rows = _Keys(*jax.random.split(key)), (batch, length, first_BN)
+    base = functools.partial(_base(config).draw, keys, step, *rows)
     if not config.sbp_steps:
         return base()
     sbp_begins = num_steps - config.sbp_steps
-    return jax.lax.cond(step >= sbp_begins, lambda: _strided(config, keys, batch, length), base)
+    return jax.lax.cond(step >= sbp_begins, lambda: _strided(config, keys, *rows), base)
 
 
 def num_kinds(config: OrderConfig) -> int:

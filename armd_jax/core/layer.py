@@ -33,7 +33,8 @@ class StackInputs:
     rotary: cos and sin of RoPE for all rows. len_BQ: int32, how many keys each query sees, counted from the start of
     the context. start: key index of the first row that gives keys. valid_BT: bool, False for padding rows, which enter
     no cache; None: all rows are valid. first_B: int32, key index before which a cache has only padding; None: 0.
-    own_BQ: int32, the index of one more key in a cache that each query sees; None: there is none.
+    own_BQ: int32, the index of one more key in a cache that each query sees; None: there is none. document_BQ: int32,
+    the index of the first key that each query sees, if documents are kept apart in training; None: 0.
     """
 
     rotary: tuple[jax.Array, jax.Array]
@@ -42,6 +43,7 @@ class StackInputs:
     valid_BT: jax.Array | None = None
     first_B: jax.Array | None = None
     own_BQ: jax.Array | None = None
+    document_BQ: jax.Array | None = None
 
 
 def make_norm(config: ModelConfig, name: str) -> nn.Module:
@@ -152,10 +154,11 @@ class Layer(nn.Module):
             if config.kv_heads < heads:
                 k_BTHK, v_BTHK = (jnp.repeat(a, heads // config.kv_heads, axis=2) for a in (k_BTHK, v_BTHK))
             if context.attend is not None:
+                assert inputs.document_BQ is None  # kernels know prefixes alone, see `training.placement`
                 mixed_BQHK = context.attend(q_BQHK, k_BTHK, v_BTHK, inputs.len_BQ, self.group)
             else:
-                chunk = attention_chunk(config)
-                mixed_BQHK = attention(q_BQHK, k_BTHK, v_BTHK, inputs.len_BQ, config.plain_attention, chunk)
+                how = config.plain_attention, attention_chunk(config)
+                mixed_BQHK = attention(q_BQHK, k_BTHK, v_BTHK, inputs.len_BQ, *how, inputs.document_BQ)
         if isinstance(w_o, Panels):
             out_BQD = linear(mixed_BQHK.reshape(*mixed_BQHK.shape[:2], -1), w_o)
         else:

@@ -84,6 +84,7 @@ def residual_stream(
                 rows.g_valid_BG,
                 rows.first_B,
                 rows.g_own_BG,
+                rows.document_BN,
             ),
             context,
             first_layer=num_two,
@@ -191,13 +192,15 @@ def _two_stream_layers(
     g_positions_BG = rows.g_positions_BG - prediction_offset(config)
     rotary = rotary_table(jnp.concatenate([rows.x_positions_BX, g_positions_BG], axis=1), config)
     lens_BR = jnp.concatenate([rows.x_len_BX, rows.g_strict_len_BG], axis=1)
+    document_BN = rows.document_BN
+    document_BR = None if document_BN is None else jnp.concatenate([document_BN, document_BN], axis=1)
     first_kv: tuple[KeyValue, ...] = ()
     if num_two > 1:
         h_BRD, first_kv = run_stack(
             Layer(config, "two_stream", num_keys=num_x),
             params["two_stream"],
             h_BRD,
-            StackInputs(rotary, lens_BR, rows.x_start, rows.x_valid_BX, rows.first_B),
+            StackInputs(rotary, lens_BR, rows.x_start, rows.x_valid_BX, rows.first_B, document_BQ=document_BR),
             context,
             first_layer=0,
             caches=caches and caches[:-1],
@@ -206,7 +209,7 @@ def _two_stream_layers(
         Layer(config, "last_two_stream", num_keys=num_x, first_query=num_x),
         [params["last_two_stream"]],
         h_BRD,
-        StackInputs(rotary, rows.g_strict_len_BG, rows.x_start, rows.x_valid_BX, rows.first_B),
+        StackInputs(rotary, rows.g_strict_len_BG, rows.x_start, rows.x_valid_BX, rows.first_B, document_BQ=document_BN),
         context,
         first_layer=num_two - 1,
         caches=caches and caches[-1:],

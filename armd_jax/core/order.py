@@ -31,11 +31,14 @@ class Order:
     positions_BN: int32, the natural position (0 .. N - 1) that is generated at each index; every row is a permutation.
     block_BN: int32, block ids, which start at 1 and never decrease or skip a number.
     weight_BN: float32, the loss weight gamma of each index. If all are 1, the loss is a likelihood or a bound on one.
+    first_BN: int32, the index at which the document of each index begins, if documents are kept apart (see
+        `core.documents`); None: the row is one document.
     """
 
     positions_BN: jax.Array
     block_BN: jax.Array
     weight_BN: jax.Array
+    first_BN: jax.Array | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -63,6 +66,7 @@ def progressive(
     num_permuted: jax.Array | int,
     permute: Permutation = "scatter",
     evidence: np.ndarray | None = None,
+    first_BN: jax.Array | None = None,
 ) -> Order:
     """The natural order with `num_permuted` tokens shuffled (the paper's curriculum), one token per block.
 
@@ -70,6 +74,8 @@ def progressive(
     permute: which tokens are shuffled. "scatter" draws positions uniformly and permutes them among themselves, "window"
         permutes one contiguous window, and "reinsert" takes tokens out and puts them back at random places.
     evidence: see `evidence_first`.
+    first_BN: int32, the natural position at which the document of each token begins. The chosen tokens of a document
+        are then permuted among themselves alone; not with "reinsert", whose places lie anywhere. None: one document.
     """
     typed.check_choice(Permutation, permute, "permute")
     choose_key, shuffle_key, slot_key = jax.random.split(key, 3)
@@ -89,6 +95,9 @@ def progressive(
     # The chosen tokens in random order, then the others in natural order, fill the chosen slots, then the other slots.
     shuffled = jnp.where(chosen, jax.random.uniform(shuffle_key, (batch, length)), 2.0 + natural)
     tokens = jnp.argsort(shuffled, axis=1).astype(jnp.int32)
+    if first_BN is not None:
+        own = jnp.take_along_axis(jnp.where(chosen, first_BN, length), tokens, axis=1)
+        tokens = jnp.take_along_axis(tokens, jnp.argsort(own, axis=1, stable=True), axis=1)
     places = jnp.argsort(jnp.where(slots, natural, length + natural), axis=1)
     positions = jnp.zeros((batch, length), jnp.int32).at[jnp.arange(batch)[:, None], places].set(tokens)
     return evidence_first(one_token_blocks(positions), evidence)
@@ -155,6 +164,14 @@ def in_streams(num_free: int, streams: Any) -> tuple[Any, Any]:
         return rank, rank
     if xp is np:
         streams = min(int(streams), num_free)
+    return place_in_streams(rank, num_free, streams, xp)
+
+
+def place_in_streams(rank: Any, num_free: Any, streams: Any, xp: Any = jnp) -> tuple[Any, Any]:
+    """`in_streams` for the positions of these ranks, of which there are `num_free` in at most as many streams.
+
+    All are whole numbers, or arrays of them. xp: the module of NumPy or of JAX's arrays that computes.
+    """
     short, longer = num_free // streams, num_free % streams
     in_longer = rank < longer * (short + 1)
     # Both branches of the selects are evaluated, so the unused one must not divide by zero either.

@@ -1,5 +1,7 @@
 """The rows that one network call works on: a whole sequence in training, two blocks in decoding."""
 
+import dataclasses
+
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -38,6 +40,9 @@ class Rows:
     g_valid_BG: jax.Array | None = None  # likewise
     # int32, context index of the start token, before which all is padding; None: 0. Keys of G begin at the same index.
     first_B: jax.Array | None = None
+    # int32, the index at which the document of each row begins, in X (with its start token) and in G alike: a row sees
+    # nothing before it. In training only, where both streams have N rows. None: all rows are of one document.
+    document_BN: jax.Array | None = None
     # int32, the index of a key of G that each target sees besides the first `g_len`, which is its own; None: its own is
     # among those.
     g_own_BG: jax.Array | None = None
@@ -50,7 +55,7 @@ def rows_for_training(tokens_BN: jax.Array, order: Order, mask: BlockMask) -> Ro
     index_BN = ranks(order) + 1
     start = jnp.full_like(generated_BN[:, :1], START)
     context_BT = jnp.concatenate([start, generated_BN], axis=1)
-    return Rows(
+    rows = Rows(
         x_tokens_BX=context_BT[:, :-1],
         x_positions_BX=jnp.concatenate([jnp.zeros_like(start), positions_BN[:, :-1]], axis=1),
         x_len_BX=mask.x_len_BN,
@@ -60,6 +65,25 @@ def rows_for_training(tokens_BN: jax.Array, order: Order, mask: BlockMask) -> Ro
         g_len_BG=mask.g_len_BN,
         g_left_BG=neighbours(context_BT, index_BN, order.positions_BN - 1, mask.strict_len_BN),
         g_right_BG=neighbours(context_BT, index_BN, order.positions_BN + 1, mask.strict_len_BN),
+    )
+    return rows if mask.first_BN is None else _by_document(rows, mask.first_BN)
+
+
+def _by_document(rows: Rows, first_BN: jax.Array) -> Rows:
+    """The rows of a sequence with documents that are kept apart: each with a start token and positions of its own.
+
+    first_BN: int32, the index at which the document of each index begins, in natural and in generation order alike.
+    """
+    starts_BN = jnp.arange(first_BN.shape[1]) == first_BN
+    # A document's start token stands in the place of the last token of the one before.
+    return dataclasses.replace(
+        rows,
+        x_tokens_BX=jnp.where(starts_BN, START, rows.x_tokens_BX),
+        x_positions_BX=jnp.where(starts_BN, 0, rows.x_positions_BX - first_BN),
+        g_positions_BG=rows.g_positions_BG - first_BN,
+        # What is to the right of a document comes later, so that no target sees it anyway.
+        g_left_BG=jnp.where(rows.g_positions_BG - 1 == first_BN, START, rows.g_left_BG),
+        document_BN=first_BN,
     )
 
 

@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from armd_jax.config import ModelConfig
-from armd_jax.core import corruption, curriculum, objective
+from armd_jax.core import corruption, curriculum, documents, objective
 from armd_jax.core import order as orders
 from armd_jax.core.context import PLAIN, Context
 from armd_jax.core.objective import Task
@@ -33,11 +33,12 @@ from armd_jax.errors import UserError
 from armd_jax.evaluation import baselines, results
 from armd_jax.evaluation.results import Elbo, Evaluation, RandomOrders, Score
 from armd_jax.inference.language_model import LanguageModel
+from armd_jax.names import Reset
 from armd_jax.order_config import OrderConfig
 from armd_jax.training import sharding
 
-# (key, valid_BN) -> task. A static argument of compiled functions: the same task must be the same object.
-MakeTask = Callable[[jax.Array, jax.Array], Task]
+# (key, tokens_BN, valid_BN) -> task. A static argument of compiled functions: the same task must be the same object.
+MakeTask = Callable[[jax.Array, jax.Array, jax.Array], Task]
 MakeOrder = Callable[[jax.Array, int, int], Order]  # (key, batch, length) -> order
 
 
@@ -52,18 +53,43 @@ def _nll(
     context: Context,
 ) -> jax.Array:
     tokens_BN, valid_BN = (context.constrain(a, ("batch", "length")) for a in (tokens_BN, valid_BN))
-    return objective.loss_sums(params, config, tokens_BN, make_task(key, valid_BN), context).nll
+    return objective.loss_sums(params, config, tokens_BN, make_task(key, tokens_BN, valid_BN), context).nll
 
 
 @functools.cache
-def under_order(make_order: MakeOrder) -> MakeTask:
-    """The task of an order: it, with padding behind everything else."""
+def under_order(make_order: MakeOrder, end_of_text: int | None = None) -> MakeTask:
+    """The task of an order: it, with padding behind everything else.
 
-    def make_task(key: jax.Array, valid_BN: jax.Array) -> Task:
-        batch, length = valid_BN.shape
-        return orders.padding_last(make_order(key, batch, length), valid_BN)
+    end_of_text: the id behind every document, if documents are kept apart (`data.reset`): the order is then carried out
+        in each of them by itself. None: they are not.
+    """
+
+    def make_task(key: jax.Array, tokens_BN: jax.Array, valid_BN: jax.Array) -> Task:
+        made = orders.padding_last(make_order(key, *valid_BN.shape), valid_BN)
+        return made if end_of_text is None else documents.keep_apart(made, documents.begins(tokens_BN, end_of_text))
 
     return make_task
+
+
+@functools.cache
+def _in_streams(streams: int, end_of_text: int | None) -> MakeTask:
+    """The task of the strided order, whose streams are those of each document if documents are kept apart."""
+    if end_of_text is None:
+        return under_order(functools.partial(_strided, streams))
+
+    def make_task(key: jax.Array, tokens_BN: jax.Array, valid_BN: jax.Array) -> Task:
+        del key
+        first_BN = documents.begins(tokens_BN, end_of_text)
+        made = orders.padding_last(documents.strided(first_BN, streams), valid_BN)
+        return documents.keep_apart(made, first_BN)
+
+    return make_task
+
+
+def _denoising(key: jax.Array, tokens_BN: jax.Array, valid_BN: jax.Array) -> Task:
+    """The task of a denoiser."""
+    del tokens_BN
+    return corruption.by_count(key, valid_BN)
 
 
 def total_nats(
@@ -76,7 +102,7 @@ def total_nats(
     progress: str | None = None,
     context: Context = PLAIN,
 ) -> float:
-    """Nats of all tokens of the split under `make_task(key, valid_BN)`, in float64.
+    """Nats of all tokens of the split under `make_task(key, tokens_BN, valid_BN)`, in float64.
 
     progress: the label of the progress bar; None: no bar. context: how network calls are carried out; a static argument
     of compiled functions.
@@ -116,11 +142,6 @@ def _strided(streams: int, key: jax.Array, batch: int, length: int) -> Order:
     return orders.strided(batch, length, streams)
 
 
-@functools.cache
-def _strided_order(streams: int) -> MakeOrder:
-    return functools.partial(_strided, streams)
-
-
 # Kept, so that the same config gives the same function and compiles once.
 _bounding_order = functools.cache(curriculum.bounding_order)
 
@@ -136,6 +157,7 @@ def evaluate(
     seed: int = 0,
     progress: bool = True,
     mesh: Mesh | None = None,
+    reset: Reset = "none",
     with_baselines: bool = True,
     kept_in: Sequence[pathlib.Path] = (),
 ) -> Evaluation:
@@ -149,6 +171,7 @@ def evaluate(
     progress: whether progress bars are shown on stderr.
     mesh: the devices that the model's parameters are spread over; None: a single one. Batches are divided over its axes
         data and fsdp, whose size has to divide them.
+    reset: `data.reset` of the training, which is what the text is scored with.
     with_baselines: whether the training text's token frequencies and the compressor are measured as well.
     kept_in: files that may hold what these two took long to find out; see `baselines.Baselines`.
     Raises UserError if the model's vocabulary is not the data's, or if the rows are longer than the model's.
@@ -156,6 +179,13 @@ def evaluate(
     check_data(lm, data)
     counts, lossless = data.counts(split), data.tokenizer.lossless
     context = PLAIN if mesh is None else Context(sharding.constrain(mesh))
+    match reset:
+        case "none":
+            end = None
+        case "document":
+            end = data.tokenizer.end_of_text
+        case _:
+            assert_never(reset)
 
     def nats(make_task: MakeTask, label: str, repeat: int = 1) -> list[float]:
         shared = lm, data, split, make_task, batch_size
@@ -163,7 +193,7 @@ def evaluate(
         return [total_nats(*shared, seed + i, name, context) for i in range(repeat)]
 
     def under(make_order: MakeOrder, label: str, repeat: int = 1) -> Score:
-        return score(float(np.mean(nats(under_order(make_order), label, repeat))), counts, lossless)
+        return score(float(np.mean(nats(under_order(make_order, end), label, repeat))), counts, lossless)
 
     def bound(make_task: MakeTask, diffusion_steps: int | None) -> Elbo:
         found = nats(make_task, "ELBO", max(draws, 1))
@@ -180,11 +210,13 @@ def evaluate(
                 expected = under(orders.uniform, "random orders", draws)
                 random_orders = RandomOrders(**dataclasses.asdict(expected), draws=draws)
             fitting = [s for s in streams if s > 1 and data.length % s == 0]
-            strided = {str(s): under(_strided_order(s), f"strided, S = {s}") for s in fitting}
+            strided = {
+                str(s): score(nats(_in_streams(s, end), f"strided, S = {s}")[0], counts, lossless) for s in fitting
+            }
             if trained_on is not None and (make_order := _bounding_order(trained_on)):
-                elbo = bound(under_order(make_order), trained_on.diffusion_steps)
+                elbo = bound(under_order(make_order, end), trained_on.diffusion_steps)
         case "denoiser":
-            elbo = bound(corruption.by_count, None)
+            elbo = bound(_denoising, None)
         case _:
             assert_never(lm.config.kind)
     unigram: Score | None = None

@@ -249,12 +249,16 @@ def pad(order: Order, rows: int, width: int) -> Order:
         return np.resize(np.concatenate([a_BN, more_BN], axis=1), (rows, width))
 
     positions_BN, block_BN, weight_BN = map(np.asarray, (order.positions_BN, order.block_BN, order.weight_BN))
+    behind = np.arange(length, width)
     return _order(
-        padded(positions_BN, np.arange(length, width)),
-        padded(block_BN, block_BN[:, -1:] + np.arange(1, width - length + 1)),
+        padded(positions_BN, behind),
+        padded(block_BN, block_BN[:, -1:] + 1 + behind - length),
         padded(weight_BN, 1),
+        None if order.first_BN is None else padded(np.asarray(order.first_BN), behind),  # each a document of its own
     )
 
 
-def _order(positions_BN: np.ndarray, block_BN: np.ndarray, weight_BN: np.ndarray) -> Order:
-    return Order(*jax.device_put((positions_BN, block_BN, weight_BN)))
+def _order(
+    positions_BN: np.ndarray, block_BN: np.ndarray, weight_BN: np.ndarray, first_BN: np.ndarray | None = None
+) -> Order:
+    return Order(*jax.device_put((positions_BN, block_BN, weight_BN, first_BN)))

@@ -30,10 +30,10 @@ def first_non_finite(placement: Placement, state: TrainState, tokens_BN: jax.Arr
     `tensor` is "none" if the numbers of this step are finite: a spike, or a fault that did not happen again.
     """
     config, mesh = placement.config, placement.mesh
-    task = step.draw_task(config, state.step, tokens_BN.shape[1])
 
     @functools.partial(jax.jit, out_shardings=sharding.replicated(mesh))
     def tensors(params: Params, tokens_BN: jax.Array) -> tuple[Any, jax.Array, Any, Any]:
+        task = step.draw_task(config, state.step, tokens_BN.shape[1], tokens_BN)
         log_probs_BN, _ = objective.task_log_probs(params, config.model, tokens_BN, task, placement.context)
         nll_BN = objective.to_natural(task, log_probs_BN)
         grads, sums = step.gradients(params, placement, tokens_BN, task, state.step)
@@ -67,7 +67,7 @@ def pinpoint(placement: Placement, state: TrainState, at: int, tokens_BN: jax.Ar
     found = first_non_finite(placement, at_fault, tokens_BN)
     if jax.process_count() > 1:  # checking operations one by one would stop one process and leave the others waiting
         return str(found)
-    task = step.draw_task(placement.config, at_fault.step, tokens_BN.shape[1])
+    task = step.draw_task(placement.config, at_fault.step, tokens_BN.shape[1], tokens_BN)
     try:
         with jax.debug_nans(True):
             jax.jit(lambda p: step.gradients(p, placement, tokens_BN, task, at_fault.step))(state.params)

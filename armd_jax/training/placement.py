@@ -13,7 +13,7 @@ from armd_jax.core import curriculum, objective
 from armd_jax.core.context import Attend, Context, LayerGroup
 from armd_jax.core.sizes import activation_dtype, padded_vocab
 from armd_jax.errors import UserError
-from armd_jax.names import GpuKernel, TpuKernel
+from armd_jax.names import GpuKernel, Reset, TpuKernel
 from armd_jax.order_config import block_patterns
 from armd_jax.training import sharding
 
@@ -71,13 +71,26 @@ def _decided(config: Config, mesh: Mesh) -> Config:
     device = mesh.devices.flat[0]
     model = config.model.for_platform(device.platform)
     chosen_here = model.attention != config.model.attention
-    if chosen_here and device.platform == "gpu" and not _triton_compiles_for(device):
+    compiles = device.platform != "gpu" or _triton_compiles_for(device)
+    # Kernels know nothing but prefixes of the row, and a document that is kept apart begins within it.
+    if chosen_here and not (compiles and _sees_prefixes(config.data.reset)):
         model = dataclasses.replace(model, attention="auto")
     if not model.loss_chunk and mesh.size > 1 and model.vocab_size:  # 0: it is not known yet
         rows = config.training.batch_size // config.training.microbatches // (mesh.shape["data"] * mesh.shape["fsdp"])
         vocab_part = padded_vocab(model) // mesh.shape["tensor"]
         model = dataclasses.replace(model, loss_chunk=objective.loss_chunk(max(rows, 1) * vocab_part, model.max_length))
     return dataclasses.replace(config, model=model)
+
+
+def _sees_prefixes(reset: Reset) -> bool:
+    """Whether every query sees the row from its start."""
+    match reset:
+        case "none":
+            return True
+        case "document":
+            return False
+        case _:
+            assert_never(reset)
 
 
 def _triton_compiles_for(device: jax.Device) -> bool:

@@ -198,11 +198,11 @@ def _from_first(text: str) -> str:
 
 
 def with_vocabulary(config: Config, tokenizer: Tokenizer, old: Config | None = None) -> Config:
-    """The config with its vocabulary size: that of the data's tokenizer, or that of the weights to start from.
+    """The config with its end-of-text, and its vocabulary size: the tokenizer's, or that of the weights to start from.
 
     Those of a pretrained model may have rows for more ids than the tokenizer has tokens, and keep them.
     old: as in `prepare`. A run that goes on does not read again what it started from.
-    Raises UserError if the config names another size.
+    Raises UserError if the config names another of either.
     """
     before = 0
     if old is not None:
@@ -213,7 +213,14 @@ def with_vocabulary(config: Config, tokenizer: Tokenizer, old: Config | None = N
     if config.model.vocab_size not in (0, size):
         whose = "the data's tokenizer has" if size == tokenizer.vocab_size else "the weights to start from have"
         raise UserError(f"model.vocab_size={config.model.vocab_size}, but {whose} {size}; leave it at 0")
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=size))
+    given, end = config.data.end_of_text, tokenizer.end_of_text
+    if given not in (-1, end):
+        raise UserError(f"data.end_of_text={given}, but that of the data's tokenizer is {end}; leave it at -1")
+    return dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, vocab_size=size),
+        data=dataclasses.replace(config.data, end_of_text=end),
+    )
 
 
 @contextlib.contextmanager

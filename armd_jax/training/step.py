@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from armd_jax.config import Config
-from armd_jax.core import objective
+from armd_jax.core import documents, objective
 from armd_jax.core import task as tasks
 from armd_jax.core.objective import LossSums, Task
 from armd_jax.core.parameters import Params
@@ -34,9 +34,15 @@ def task_key(config: Config, step: jax.Array | int) -> jax.Array:
     return _key(config, _TASK, jnp.asarray(step))
 
 
-def draw_task(config: Config, step: jax.Array | int, length: int) -> Task:
-    """The order or corruption of the whole global batch at a step: a pure function of (seed, step)."""
-    return tasks.of(config).draw(task_key(config, step), jnp.asarray(step), config.training.batch_size, length)
+def draw_task(config: Config, step: jax.Array | int, length: int, tokens_BN: jax.Array | None = None) -> Task:
+    """The order or corruption of the whole global batch at a step: a pure function of (seed, step), and of the tokens.
+
+    tokens_BN: the batch, which only says where documents begin, if they are kept apart (`data.reset`). None: every row
+        is one document.
+    """
+    first_BN = None if tokens_BN is None else documents.of(config, tokens_BN)
+    rows = config.training.batch_size, length, first_BN
+    return tasks.of(config).draw(task_key(config, step), jnp.asarray(step), *rows)
 
 
 def gradients(
@@ -80,7 +86,7 @@ def make_train_step(placement: Placement, rewarm: Rewarm | None = None) -> jax.s
     rate = optimizer.learning_rate(config, rewarm)
 
     def train_step(state: TrainState, tokens_BN: jax.Array) -> tuple[TrainState, Metrics]:
-        task = draw_task(config, state.step, tokens_BN.shape[1])
+        task = draw_task(config, state.step, tokens_BN.shape[1], tokens_BN)
         task = jax.tree.map(lambda a: placement.context.constrain(a, ("batch", "length")), task)
         grads, sums = gradients(state.params, placement, tokens_BN, task, state.step)
         updates, opt_state = tx.update(grads, optimizer.at_step(state.opt_state, state.step), state.params)
@@ -134,7 +140,7 @@ def make_eval_step(placement: Placement) -> Callable[[Params, jax.Array, jax.Arr
     held_out = tasks.of(config).held_out
 
     def eval_step(params: Params, tokens_BN: jax.Array, valid_BN: jax.Array, number: jax.Array) -> LossSums:
-        task = held_out(_key(config, _HELD_OUT, number), valid_BN)
+        task = held_out(_key(config, _HELD_OUT, number), valid_BN, documents.of(config, tokens_BN))
         return objective.loss_sums(params, config.model, tokens_BN, task, placement.context)
 
     rows, everywhere = sharding.batch_sharding(mesh), sharding.replicated(mesh)

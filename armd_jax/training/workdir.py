@@ -20,6 +20,8 @@ from armd_jax.data.packing import PreparedData
 from armd_jax.errors import UserError
 from armd_jax.training import lease
 
+_NOT_CONTENT = ("data.reset",)  # fields of the section `data` that say how rows are used, and not what they hold
+
 
 @dataclasses.dataclass(frozen=True)
 class Trained:
@@ -71,14 +73,15 @@ def trained_on(workdir: pathlib.Path) -> Trained | None:
 def check_continuation(old: Config, new: Config, workdir: pathlib.Path) -> None:
     """Raises UserError, naming every field that differs, if `new` cannot continue the run of `old`.
 
-    The section `data` is left out: what its fields name may have moved, so its content is compared (`check_same_data`).
+    The section `data` is left out but for `data.reset`: what its other fields name may have moved, so its content is
+    compared (`check_same_data`).
     """
     if not new.model.vocab_size:  # not resolved yet: it follows from the data
         new = dataclasses.replace(new, model=dataclasses.replace(new.model, vocab_size=old.model.vocab_size))
     before, now = old.training.init_from, new.training.init_from
     if before and now and os.path.realpath(before) == os.path.realpath(now):  # the same folder, spelled in another way
         new = dataclasses.replace(new, training=dataclasses.replace(new.training, init_from=before))
-    wrong = [text for name, text in _changes(old, new) if not name.startswith("data.")]
+    wrong = [text for name, text in _changes(old, new) if not name.startswith("data.") or name in _NOT_CONTENT]
     if wrong:
         raise UserError(f"{workdir} holds a run of another config ({'; '.join(wrong)}): use another --workdir")
 

@@ -75,6 +75,39 @@ def test_keys_beyond_the_prefix_have_no_influence(implementation):
 
 
 @pytest.mark.slow
+def test_keys_before_the_first_have_no_influence():
+    """With a first key for each query: the definition, the same gradients in chunks, and no bit of what is hidden."""
+    q, k, v, lens, d_out = _inputs(3)
+    lens = jnp.maximum(lens, 5)
+    first = jnp.asarray(np.random.default_rng(6).integers(4, lens), jnp.int32)
+
+    def run(implementation, k, v):
+        def out_and_gradients(q, k, v):
+            out, pull = jax.vjp(lambda *a: attention(*a, lens, implementation, 3, first), q, k, v)
+            return out, *pull(d_out)
+
+        return jax.jit(out_and_gradients)(q, k, v)
+
+    expected = np.zeros(q.shape)
+    for b, n in np.ndindex(B, Q):
+        seen = slice(int(first[b, n]), int(lens[b, n]))
+        weights = np.exp(np.einsum("HK,THK->HT", q[b, n], k[b, seen]) / K**0.5)
+        expected[b, n] = np.einsum("HT,THK->HK", weights / weights.sum(axis=1, keepdims=True), v[b, seen])
+    dense, chunked = run("dense", k, v), run("chunked", k, v)
+    np.testing.assert_allclose(dense[0], expected, rtol=1e-5, atol=1e-5)
+    for x, y in zip(dense, chunked, strict=True):
+        np.testing.assert_allclose(y, x, rtol=1e-4, atol=2e-5)
+    hidden = jnp.arange(T)[:, None, None] < first.min()
+    for implementation, found in (("dense", dense), ("chunked", chunked)):
+        other = run(implementation, *(jnp.where(hidden, value, a) for value, a in ((50.0, k), (-7.0, v))))
+        for x, y in zip(found, other, strict=True):
+            np.testing.assert_array_equal(x, y)
+    # The last two queries fill up a chunk with padding, which sees key 0; others never meet the first three keys.
+    nothing = run("chunked", *(jnp.where(jnp.arange(T)[:, None, None] < 3, jnp.nan, a) for a in (k, v)))
+    np.testing.assert_array_equal(nothing[0][:, :6], chunked[0][:, :6])
+
+
+@pytest.mark.slow
 def test_chunked_never_touches_keys_that_no_query_of_a_chunk_can_see():
     """Chunks of keys beyond every prefix are skipped, forwards and backwards: numbers that are none do no harm there.
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from armd_jax import order, typed
+from armd_jax.core import documents
 from armd_jax.data import loader, packing
 from armd_jax.errors import UserError
 from armd_jax.evaluation import baselines, perplexity, results
@@ -101,6 +102,28 @@ def test_every_draw_has_a_seed_of_its_own(data, lm):
     nats = [one.nats_per_token, other.nats_per_token]
     assert nats[0] != nats[1] and both.nats_per_token == pytest.approx(sum(nats) / 2, rel=1e-6)
     assert both.standard_error == pytest.approx(abs(nats[0] - nats[1]) / 2, rel=1e-4)
+
+
+@pytest.mark.slow
+def test_documents_are_kept_apart_as_in_training(data, lm):
+    """With `reset`, text is scored in orders that stay inside its documents, padding included."""
+    rows, valid = _rows(data, "test"), data.counts("test").tokens
+    assert (rows == data.tokenizer.end_of_text).any(axis=1).sum() > 1
+    first = documents.begins(jnp.asarray(rows), data.tokenizer.end_of_text)
+
+    def nats(made):
+        kept = documents.keep_apart(made, first)
+        return -np.asarray(lm.log_prob(rows, kept), np.float64).ravel()[:valid].sum() / valid
+
+    found = perplexity.evaluate(lm, data, "test", (2,), draws=1, batch_size=4, progress=False, reset="document")
+    plain = perplexity.evaluate(lm, data, "test", (2,), draws=1, batch_size=4, progress=False)
+    for name, score, other, made in (
+        ("left to right", found.left_to_right, plain.left_to_right, order.left_to_right(*rows.shape)),
+        ("S = 2", found.strided["2"], plain.strided["2"], documents.strided(first, 2)),
+    ):
+        assert score.nats_per_token == pytest.approx(nats(made), rel=1e-5), name
+        assert score.nats_per_token != pytest.approx(other.nats_per_token, rel=1e-4), name
+    assert found.random_orders.nats_per_token != pytest.approx(plain.random_orders.nats_per_token, rel=1e-5)
 
 
 @pytest.mark.slow

@@ -274,10 +274,13 @@ def test_weights_to_start_from_keep_their_vocabulary(place):
     begun = run_data.with_vocabulary(tuned, tokenizer)
     assert begun.model.vocab_size == run_data.with_vocabulary(begun, tokenizer).model.vocab_size == 300
     assert run_data.with_vocabulary(plain, tokenizer).model.vocab_size == 257
+    assert run_data.with_vocabulary(plain, tokenizer).data.end_of_text == tokenizer.end_of_text == 256
+    other_end = dataclasses.replace(plain, data=dataclasses.replace(plain.data, end_of_text=0))
     for config, has in (
         (sized(tuned, 257), "=257, but the weights to start from have 300; leave it at 0"),
         (sized(tuned, 301), "=301, but the weights to start from have 300; leave it at 0"),
         (sized(plain, 300), "=300, but the data's tokenizer has 257; leave it at 0"),
+        (other_end, "data.end_of_text=0, but that of the data's tokenizer is 256; leave it at -1"),
     ):
         with pytest.raises(UserError, match=has):
             run_data.with_vocabulary(config, tokenizer)

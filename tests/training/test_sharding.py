@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from armd_jax.config import Config, MeshConfig, ModelConfig, TrainingConfig
+from armd_jax.data_config import DataConfig
 from armd_jax.errors import UserError
 from armd_jax.order_config import OrderConfig
 from armd_jax.training import divisibility, placement, sharding
@@ -85,6 +86,10 @@ def test_the_device_decides_on_flash_attention():
     chosen = {name: placement.for_training(Config(), mesh).config.model.attention for name, mesh in gpu.items()}
     assert chosen == {"7.5": "auto", "8.0": "flash", "12.0": "flash", "gfx90a": "auto"}
     assert placement.for_training(Config(), _mesh_of("cpu")).config.model.attention == "auto"
+    apart = Config(data=DataConfig(reset="document"))  # what begins within a row is for no kernel
+    for mesh in (gpu["8.0"], _mesh_of("tpu")):
+        placed = placement.for_training(apart, mesh)
+        assert placed.config.model.attention == "auto" and placed.context.attend is None
     flash = Config(model=ModelConfig(attention="flash"), order=OrderConfig(kind="masked_diffusion"))
     assert callable(placement.for_training(flash, gpu["8.0"]).context.attend)
     with pytest.raises(

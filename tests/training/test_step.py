@@ -11,7 +11,8 @@ import pytest
 
 from armd_jax import config as configs
 from armd_jax.config import Config
-from armd_jax.core import objective, parameters
+from armd_jax.core import objective, order, parameters
+from armd_jax.inference import likelihood
 from armd_jax.training import placement, sharding, state, step
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -124,6 +125,23 @@ def test_the_penalty_of_the_partition_is_a_mean_over_tokens():
         np.testing.assert_allclose(
             penalised - plain, 0.5 * of_mean, rtol=1e-3, atol=1e-5, err_msg=jax.tree_util.keystr(path)
         )
+
+
+@pytest.mark.slow
+def test_documents_are_kept_apart_in_training_and_validation():
+    """With `data.reset=document`, both score every document of a row as if it were alone."""
+    config = _config(order="left_to_right", microbatches=2)
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, reset="document", end_of_text=0))
+    tokens = jnp.maximum(TOKENS, 1).at[:, [3, 7, 11]].set(0)  # documents of four tokens
+    params = jax.tree.map(lambda leaf: 3 * leaf, _params(config))
+    alone = likelihood.log_prob(params, config.model, tokens.reshape(16, 4), order.left_to_right(16, 4))
+    expected = -float(alone.mean())
+    placed = _placed(config)
+    evaluate = step.make_eval_step(placement.for_evaluation(config, placed.mesh))
+    sums = evaluate(params, tokens, jnp.ones(tokens.shape, bool), 0)
+    assert float(sums.nll / sums.tokens) == pytest.approx(expected, rel=1e-5)
+    _, metrics = step.make_train_step(placed)(state.create(config, placed.mesh, params), tokens)
+    assert float(metrics["train/loss"]) == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.slow

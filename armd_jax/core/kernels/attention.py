@@ -3,7 +3,8 @@
 Arrays are [B, N, H, K]. Every query row has its own prefix length of at least 1: an empty row would have no softmax,
 and the start token exists so that there is none. `dense` builds the N x N scores and is the reference. `chunked` walks
 over chunks of keys for one chunk of queries at a time, with an online softmax. It leaves out the keys that no query of
-the chunk can see, and only one chunk x chunk block of scores exists at a time, in the backward pass too.
+the chunk can see, and only one chunk x chunk block of scores exists at a time, in the backward pass too. If a row holds
+several documents, each query also has the index of the first key that it sees.
 """
 
 import functools
@@ -33,10 +34,13 @@ def attention(
     len_BQ: jax.Array,
     implementation: PlainAttention = "auto",
     chunk: int = 128,
+    first_BQ: jax.Array | None = None,
 ) -> jax.Array:
     """softmax(q k^T / sqrt(K)) v over the first len_BQ keys of each query; [B, Q, H, K] in q's dtype.
 
     Scores and softmax are float32. `auto` takes `dense` while all keys fit in one chunk, else `chunked`.
+
+    first_BQ: int32, below len_BQ: keys before this one are not seen either. None: 0.
     """
     match implementation:
         case "auto":
@@ -47,12 +51,16 @@ def attention(
             dense = False
         case _:
             assert_never(implementation)
-    return _dense(q_BQHK, k_BTHK, v_BTHK, len_BQ) if dense else _chunked(chunk, q_BQHK, k_BTHK, v_BTHK, len_BQ)
+    run = _dense if dense else functools.partial(_chunked, chunk)
+    return run(q_BQHK, k_BTHK, v_BTHK, len_BQ, first_BQ)
 
 
-def _dense(q_BQHK: jax.Array, k_BTHK: jax.Array, v_BTHK: jax.Array, len_BQ: jax.Array) -> jax.Array:
+def _dense(
+    q_BQHK: jax.Array, k_BTHK: jax.Array, v_BTHK: jax.Array, len_BQ: jax.Array, first_BQ: jax.Array | None
+) -> jax.Array:
     q_BHQK, k_BHTK = jnp.swapaxes(q_BQHK * q_BQHK.shape[-1] ** -0.5, 1, 2), jnp.swapaxes(k_BTHK, 1, 2)
-    p_BHQT = jax.nn.softmax(_scores(q_BHQK, k_BHTK, len_BQ[:, None, :, None], 0), axis=-1)
+    first_B1Q1 = None if first_BQ is None else first_BQ[:, None, :, None]
+    p_BHQT = jax.nn.softmax(_scores(q_BHQK, k_BHTK, len_BQ[:, None, :, None], first_B1Q1, 0), axis=-1)
     out_BHQK = jnp.einsum("BHQT,BTHK->BHQK", p_BHQT.astype(v_BTHK.dtype), v_BTHK)
     return jnp.swapaxes(out_BHQK, 1, 2).astype(q_BQHK.dtype)
 
@@ -79,31 +87,64 @@ def _split_lens(len_BQ: jax.Array, chunk: int) -> tuple[jax.Array, jax.Array]:
     return len_CBc[:, :, None, :, None], -(-len_CBc.max(axis=(1, 2)) // chunk)
 
 
-def _scores(q_BHQK: jax.Array, k_BHTK: jax.Array, len_B1Q1: jax.Array, first_key: jax.Array | int) -> jax.Array:
-    """Scores [B, H, Q, T] float32 of scaled queries, masked to each query's prefix. Key 0 here is key `first_key`."""
+def _split_first(first_BQ: jax.Array | None, chunk: int) -> tuple[jax.Array | None, jax.Array | None]:
+    """The first keys of chunks of queries [C, B, 1, chunk, 1], and the first chunk of keys that each sees [C]."""
+    if first_BQ is None:
+        return None, None
+    batch, rows = first_BQ.shape
+    padded = jnp.pad(first_BQ, ((0, 0), (0, -rows % chunk)))  # a padding row sees key 0, as in `_split_lens`
+    first_CBc = jnp.moveaxis(padded.reshape(batch, -1, chunk), 1, 0)
+    return first_CBc[:, :, None, :, None], first_CBc.min(axis=(1, 2)) // chunk
+
+
+def _scores(
+    q_BHQK: jax.Array,
+    k_BHTK: jax.Array,
+    len_B1Q1: jax.Array,
+    first_B1Q1: jax.Array | None,
+    first_key: jax.Array | int,
+) -> jax.Array:
+    """Scores [B, H, Q, T] float32 of scaled queries, masked to what each query sees. Key 0 here is key `first_key`."""
     s_BHQT = jnp.einsum("BHQK,BHTK->BHQT", q_BHQK, k_BHTK, preferred_element_type=jnp.float32)
-    return jnp.where(first_key + jnp.arange(k_BHTK.shape[2]) < len_B1Q1, s_BHQT, _MASKED)
+    index_T = first_key + jnp.arange(k_BHTK.shape[2])
+    seen = index_T < len_B1Q1
+    return jnp.where(seen if first_B1Q1 is None else seen & (index_T >= first_B1Q1), s_BHQT, _MASKED)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _chunked(chunk: int, q_BQHK: jax.Array, k_BTHK: jax.Array, v_BTHK: jax.Array, len_BQ: jax.Array) -> jax.Array:
-    return _chunked_forward(chunk, q_BQHK, k_BTHK, v_BTHK, len_BQ)[0]
+def _chunked(
+    chunk: int,
+    q_BQHK: jax.Array,
+    k_BTHK: jax.Array,
+    v_BTHK: jax.Array,
+    len_BQ: jax.Array,
+    first_BQ: jax.Array | None,
+) -> jax.Array:
+    return _chunked_forward(chunk, q_BQHK, k_BTHK, v_BTHK, len_BQ, first_BQ)[0]
 
 
 def _chunked_forward(
-    chunk: int, q_BQHK: jax.Array, k_BTHK: jax.Array, v_BTHK: jax.Array, len_BQ: jax.Array
-) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    chunk: int,
+    q_BQHK: jax.Array,
+    k_BTHK: jax.Array,
+    v_BTHK: jax.Array,
+    len_BQ: jax.Array,
+    first_BQ: jax.Array | None,
+) -> tuple[jax.Array, tuple[jax.Array | None, ...]]:
     """Takes chunks of queries one after another. Each walks over the chunks of keys that any of its rows can see."""
     k_chunks, v_chunks = _split(k_BTHK, chunk), _split(v_BTHK, chunk)
     queries, scale = q_BQHK.shape[1], q_BQHK.shape[-1] ** -0.5
 
-    def attend(inputs: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        q_BHQK, len_B1Q1, visible_chunks = inputs
+    # A row whose visible keys come later has seen nothing yet: what is masked must then be below its maximum too.
+    lowest = _MASKED if first_BQ is None else _MASKED / 2
+
+    def attend(inputs: tuple[Any, ...]) -> tuple[jax.Array, jax.Array]:
+        q_BHQK, len_B1Q1, visible_chunks, first_B1Q1, first_chunk = inputs
 
         def step(number: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
             out_BHQK, max_BHQ, sum_BHQ = carry
             k, v = (jax.lax.dynamic_index_in_dim(chunks, number, keepdims=False) for chunks in (k_chunks, v_chunks))
-            s_BHQT = _scores(q_BHQK, k, len_B1Q1, number * chunk)
+            s_BHQT = _scores(q_BHQK, k, len_B1Q1, first_B1Q1, number * chunk)
             new_max_BHQ = jnp.maximum(max_BHQ, s_BHQT.max(axis=-1))
             p_BHQT = jnp.exp(s_BHQT - new_max_BHQ[..., None])
             shrink_BHQ = jnp.exp(max_BHQ - new_max_BHQ)
@@ -112,25 +153,27 @@ def _chunked_forward(
 
         start = (
             jnp.zeros(q_BHQK.shape, jnp.float32),
-            jnp.full(q_BHQK.shape[:-1], _MASKED, jnp.float32),
+            jnp.full(q_BHQK.shape[:-1], lowest, jnp.float32),
             jnp.zeros(q_BHQK.shape[:-1], jnp.float32),
         )
         with jax.named_scope(f"{KEY_CHUNKS}{len(k_chunks)}"):
-            out_BHQK, max_BHQ, sum_BHQ = jax.lax.fori_loop(0, visible_chunks, step, start)
+            begin = 0 if first_chunk is None else first_chunk
+            out_BHQK, max_BHQ, sum_BHQ = jax.lax.fori_loop(begin, visible_chunks, step, start)
         return (out_BHQK / sum_BHQ[..., None]).astype(q_BQHK.dtype), max_BHQ + jnp.log(sum_BHQ)
 
-    out_chunks, log_sum_chunks = jax.lax.map(attend, (_split(q_BQHK * scale, chunk), *_split_lens(len_BQ, chunk)))
+    rows = (_split(q_BQHK * scale, chunk), *_split_lens(len_BQ, chunk), *_split_first(first_BQ, chunk))
+    out_chunks, log_sum_chunks = jax.lax.map(attend, rows)
     # If a rematerialised layer keeps these two, its backward pass has all that it needs of the softmax.
     out_BQHK = checkpoint_name(_join(out_chunks, queries), KERNEL_OUTPUT)
     log_sum_chunks = checkpoint_name(log_sum_chunks, KERNEL_OUTPUT)
-    return out_BQHK, (q_BQHK, k_BTHK, v_BTHK, len_BQ, out_BQHK, log_sum_chunks)
+    return out_BQHK, (q_BQHK, k_BTHK, v_BTHK, len_BQ, first_BQ, out_BQHK, log_sum_chunks)
 
 
 def _chunked_backward(
-    chunk: int, saved: tuple[jax.Array, ...], d_out_BQHK: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array, None]:
+    chunk: int, saved: tuple[Any, ...], d_out_BQHK: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array, None, None]:
     """Probabilities are recomputed chunk by chunk from the log-sum-exp, as in FlashAttention (Dao et al. 2022)."""
-    q_BQHK, k_BTHK, v_BTHK, len_BQ, out_BQHK, log_sum_chunks = saved
+    q_BQHK, k_BTHK, v_BTHK, len_BQ, first_BQ, out_BQHK, log_sum_chunks = saved
     scale = q_BQHK.shape[-1] ** -0.5
     k_chunks, v_chunks = _split(k_BTHK, chunk), _split(v_BTHK, chunk)
     f32: Any = {"preferred_element_type": jnp.float32}
@@ -140,9 +183,9 @@ def _chunked_backward(
         return jax.lax.dynamic_update_index_in_dim(chunks, chunk, number, 0)
 
     def attend(
-        carry: tuple[jax.Array, jax.Array], inputs: tuple[jax.Array, ...]
+        carry: tuple[jax.Array, jax.Array], inputs: tuple[Any, ...]
     ) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
-        q_BHQK, len_B1Q1, visible_chunks, out_BHQK, d_out_BHQK, log_sum_BHQ = inputs
+        q_BHQK, len_B1Q1, visible_chunks, first_B1Q1, first_chunk, out_BHQK, d_out_BHQK, log_sum_BHQ = inputs
         dot_BHQ = jnp.einsum("BHQK,BHQK->BHQ", d_out_BHQK, out_BHQK, **f32)
         # Written like this, p and ds are read in the layout they have, and only these two small arrays are transposed.
         q_BHKQ, d_out_BHKQ = jnp.swapaxes(q_BHQK, 2, 3), jnp.swapaxes(d_out_BHQK, 2, 3)
@@ -150,7 +193,7 @@ def _chunked_backward(
         def step(number: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
             dq_BHQK, dk_chunks, dv_chunks = carry
             k, v = (jax.lax.dynamic_index_in_dim(chunks, number, keepdims=False) for chunks in (k_chunks, v_chunks))
-            p_BHQT = jnp.exp(_scores(q_BHQK, k, len_B1Q1, number * chunk) - log_sum_BHQ[..., None])
+            p_BHQT = jnp.exp(_scores(q_BHQK, k, len_B1Q1, first_B1Q1, number * chunk) - log_sum_BHQ[..., None])
             dv_BHKT = jnp.einsum("BHKQ,BHQT->BHKT", d_out_BHKQ, p_BHQT.astype(v.dtype), **f32)
             dp_BHQT = jnp.einsum("BHQK,BHTK->BHQT", d_out_BHQK, v, **f32)
             ds_BHQT = (p_BHQT * (dp_BHQT - dot_BHQ[..., None])).astype(k.dtype)
@@ -163,10 +206,11 @@ def _chunked_backward(
 
         start = (jnp.zeros(q_BHQK.shape, jnp.float32), *carry)
         with jax.named_scope(f"{KEY_CHUNKS}{len(k_chunks)}"):
-            dq_BHQK, dk_chunks, dv_chunks = jax.lax.fori_loop(0, visible_chunks, step, start)
+            begin = 0 if first_chunk is None else first_chunk
+            dq_BHQK, dk_chunks, dv_chunks = jax.lax.fori_loop(begin, visible_chunks, step, start)
         return (dk_chunks, dv_chunks), dq_BHQK
 
-    rows = (_split(q_BQHK * scale, chunk), *_split_lens(len_BQ, chunk))
+    rows = (_split(q_BQHK * scale, chunk), *_split_lens(len_BQ, chunk), *_split_first(first_BQ, chunk))
     zeros = jnp.zeros_like(jnp.swapaxes(k_chunks, 3, 4), jnp.float32)
     inputs = (*rows, _split(out_BQHK, chunk), _split(d_out_BQHK, chunk), log_sum_chunks)
     (dk_chunks, dv_chunks), dq_chunks = jax.lax.scan(attend, (zeros, zeros), inputs)
@@ -175,6 +219,7 @@ def _chunked_backward(
         (_join(dq_chunks, queries) * scale).astype(q_BQHK.dtype),
         _join(jnp.swapaxes(dk_chunks, 3, 4), keys).astype(k_BTHK.dtype),
         _join(jnp.swapaxes(dv_chunks, 3, 4), keys).astype(v_BTHK.dtype),
+        None,
         None,
     )
 
