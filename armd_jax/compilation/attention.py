@@ -20,7 +20,8 @@ def iterations(config: Config) -> Callable[[Instruction], float | None]:
     """How often the loops of chunked attention over C chunks of keys run on average; None for every other loop.
 
     (C + 1) / 2 under a generation order, in which the i-th chunk of queries sees the first i chunks of keys, up to the
-    size of a block. C in a denoiser, whose queries see the whole row.
+    size of a block; fewer if documents are kept apart (`data.reset`), which depends on the text. C in a denoiser, whose
+    queries see the whole row.
     """
 
     def of_loop(loop: Instruction) -> float | None:

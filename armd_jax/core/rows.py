@@ -40,12 +40,12 @@ class Rows:
     g_valid_BG: jax.Array | None = None  # likewise
     # int32, context index of the start token, before which all is padding; None: 0. Keys of G begin at the same index.
     first_B: jax.Array | None = None
-    # int32, the index at which the document of each row begins, in X (with its start token) and in G alike: a row sees
-    # nothing before it. In training only, where both streams have N rows. None: all rows are of one document.
-    document_BN: jax.Array | None = None
     # int32, the index of a key of G that each target sees besides the first `g_len`, which is its own; None: its own is
     # among those.
     g_own_BG: jax.Array | None = None
+    # int32, the index at which the document of each row begins, in X (with its start token) and in G alike: a row sees
+    # nothing before it. In training only, where both streams have N rows. None: all rows are of one document.
+    document_BN: jax.Array | None = None
 
 
 def rows_for_training(tokens_BN: jax.Array, order: Order, mask: BlockMask) -> Rows:
