@@ -5,7 +5,7 @@ import dataclasses
 import shlex
 from collections.abc import Sequence
 
-from armd_jax.cli.arguments import folder, local, show
+from armd_jax.cli.arguments import folder, local, show, source
 from armd_jax.config import from_config_dict
 from armd_jax.errors import UserError
 
@@ -16,7 +16,7 @@ IF_MEMORY_RUNS_OUT = "cut very long documents into shorter ones, or lower --voca
 def add(parser: argparse.ArgumentParser) -> None:
     """Declares the arguments."""
     parser.add_argument(
-        "--source", default="", type=local, help="file, folder, glob or tfds:NAME; empty: the embedded corpus"
+        "--source", default="", type=source, help="file, folder, glob or tfds:NAME; empty: the embedded corpus"
     )
     parser.add_argument("--out", required=True, type=folder, help="folder to write")
     parser.add_argument(

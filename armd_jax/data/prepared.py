@@ -18,10 +18,12 @@ def folder_of(path: str) -> Path | None:
 
     A manifest.json alone does not make one, because other programs write files of that name beside text.
     """
-    folder = remote.local(path)
+    folder = remote.copy_for(path)
+    if (copy := remote.copy_of(folder)) is not None:
+        if copy.read_small(MANIFEST_FILE) is None:
+            return None  # before all of what may be text is fetched
+        copy.fetch()
     is_one = bool(path) and (folder / MANIFEST_FILE).is_file() and (folder / TOKENIZER_FOLDER).is_dir()
-    if remote.is_address(path) and not is_one:
-        raise UserError(f"data.path={path!r}: no prepared data there; only such are read from object storage")
     return folder if is_one else None
 
 
