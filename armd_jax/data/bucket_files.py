@@ -68,6 +68,8 @@ class _Text:
         """Brings the files up to date with the store."""
         with self._copy.told():
             objects = {name: _described(info) for name, info in self._copy.objects().items()}
+        if not objects:
+            raise UserError(f"{self._copy.address}: there are no objects, or there is no such bucket")
         folder = self._copy.folder
         files = {folder / name if name else folder: found for name, found in objects.items()}
         for old in self._objects.keys() - files.keys():

@@ -1,10 +1,10 @@
 """A proxy on loopback in front of a store, for tests: it fails as stores and networks do, at every Nth request.
 
-One that is `unavailable` is refused with 503. A `slow` one is answered late. Of requests that bring content, one that is
-`torn` is cut in the middle: the store gets half of the content, and both sides lose the connection. A `silent` one
-reaches the store, but its answer is lost. Run it as a program:
-`python faulty_proxy.py PORT STORE_PORT [--unavailable=N] [--slow=N] [--torn=N] [--silent=N]`. GET of `/faults` tells
-how many of each kind there were, as JSON.
+One that is `unavailable` is refused with 503. A `slow` one is answered late. Of requests that bring content, one that
+is `torn` is cut in the middle: the store gets half of the content, and both sides lose the connection. A `silent` one
+reaches the store, but its answer is lost. A `denied` one would write, and is refused with 403. Run it as a program:
+`python faulty_proxy.py PORT STORE_PORT [--unavailable=N] [--slow=N] [--torn=N] [--silent=N] [--denied=N]`. GET of
+`/faults` tells how many of each kind there were, as JSON.
 """
 
 import argparse
@@ -15,7 +15,7 @@ import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-KINDS = ("unavailable", "slow", "torn", "silent")
+KINDS = ("unavailable", "slow", "torn", "silent", "denied")
 SLOW = 1.0  # seconds
 
 
@@ -42,10 +42,13 @@ class Handler(BaseHTTPRequestHandler):
         content = self._content()
         fails = {kind: self._fails(kind) for kind in ("unavailable", "slow")}
         fails |= {kind: bool(content) and self._fails(kind) for kind in ("torn", "silent")}
+        fails["denied"] = self.command not in ("GET", "HEAD") and self._fails("denied")
         if fails["slow"]:
             time.sleep(SLOW)
         if fails["unavailable"]:
             self._answer(503, b"")
+        elif fails["denied"]:
+            self._answer(403, b"")
         elif fails["torn"]:
             self._tear(content)
         else:

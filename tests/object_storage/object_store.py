@@ -1,8 +1,8 @@
 """Object storage on loopback, for tests: the emulator of GCS, with what it lacks of the real one.
 
 `gcp-storage-emulator` ignores preconditions and leaves out the headers with an object's generation, both of which
-TensorStore and leases need. It can also deny all writes with 403, and an upload whose end is missing is dropped.
-Run it as a program: `python object_store.py PORT [--deny-writes]`. Other faults are those of `faulty_proxy.py`.
+TensorStore and leases need, and would keep an upload whose end is missing. Faults are those of `faulty_proxy.py`.
+Run it as a program: `python object_store.py PORT`.
 """
 
 import contextlib
@@ -21,13 +21,9 @@ _OBJECT = re.compile(r"(?:/[a-z]+)?(?:/storage/v1)?/b/([^/]+)/o/?(.*)")
 class Handler(server.RequestHandler):
     """A request handler of the emulator that knows generations and preconditions."""
 
-    denies_writes = False
     _generation = ""
 
     def _answer(self, method: str) -> None:
-        if self.denies_writes and method != "GET":
-            self._refuse(403)
-            return
         address = urlsplit(self.path)
         query = parse_qs(address.query)
         found = _OBJECT.fullmatch(address.path)
@@ -80,6 +76,5 @@ class Handler(server.RequestHandler):
 
 
 if __name__ == "__main__":
-    Handler.denies_writes = "--deny-writes" in sys.argv
     server.RequestHandler = Handler
     server.create_server("127.0.0.1", int(sys.argv[1]), True, BUCKET).run()

@@ -8,12 +8,14 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from armd_jax import config as configs
 from armd_jax import files, remote
 from armd_jax.cli import main as cli
 from armd_jax.data import bucket_files, packing, text_files
 from armd_jax.data.corpora import open_corpus
 from armd_jax.data_config import DataConfig
 from armd_jax.errors import UserError
+from armd_jax.training import run_data
 
 
 def _lines(name: str) -> bytes:
@@ -117,6 +119,22 @@ def test_a_change_is_noticed(there):
     after = open_corpus(config)
     assert after.fingerprint != before.fingerprint
     assert next(after.documents("train")).startswith("y says")
+
+
+def test_a_cache_in_a_bucket(there, tmp_path, monkeypatch):
+    """Rows that one run prepared into `data.cache_dir` are taken by the next one, on whatever machine."""
+    values = configs.default_config_dict()
+    values.data.update(path=there, tokenizer="bytes", cache_dir=f"{there}-cache")
+    values.model.update(max_length=16)
+    values.order.update(max_permuted=1)
+    config = configs.from_config_dict(values)
+    first, _ = run_data.prepare(config, tmp_path / "one", progress=False)
+    digest = first.digest
+    remote.forget_all()
+    monkeypatch.setattr(packing, "_write", lambda *_: pytest.fail("it was prepared once more"))
+    again, _ = run_data.prepare(config, tmp_path / "two", progress=False)
+    assert again.digest == digest and "armd-copy-" in str(again.folder)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("damaged", ["error", "skip"])
