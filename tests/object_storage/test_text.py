@@ -88,6 +88,20 @@ def test_prepared_like_a_folder(text, there, tmp_path, monkeypatch, capsys, glob
             assert why in said
 
 
+def test_little_stays_on_the_disk(there, monkeypatch):
+    """With no space to keep anything, one object at a time is on the disk, and all are read to their end, twice."""
+    monkeypatch.setattr(bucket_files, "KEPT", 1)
+    config = DataConfig(path=f"{there}/**/*.json*", split_by_name=False, valid_fraction=0.0, test_fraction=0.0)
+    corpus, folder = open_corpus(config), remote.copy_for(there, "text")
+    for _ in range(2):
+        count = 0
+        for _ in corpus.documents("train"):
+            count += 1
+            with_content = [path.name for path in folder.rglob("*") if path.is_file() and path.stat().st_blocks]
+            assert len(with_content) == 1
+        assert count % 40 == 0 and count >= 120
+
+
 def test_what_is_known_is_not_fetched(there, tmp_path):
     """Text whose rows are there already is known by what the store lists, until it changes."""
     config = DataConfig(path=there, tokenizer="bytes")
