@@ -9,6 +9,7 @@ import socket
 from collections.abc import Iterator
 from typing import Any, Literal, assert_never
 
+from armd_jax import files
 from armd_jax.errors import UserError, shown
 
 Scheme = Literal["gs", "s3"]
@@ -91,12 +92,17 @@ def _no_credentials(scheme: Scheme, address: str, detail: str) -> UserError:
 
 @contextlib.contextmanager
 def told(scheme: Scheme, address: str) -> Iterator[None]:
-    """Raises UserError, in one line, for whatever a library raises about the bucket."""
+    """Raises UserError, in one line, for whatever a library raises about the bucket.
+
+    A full disk on this machine stays the OSError that it is.
+    """
     try:
         yield
     except (UserError, MemoryError):
         raise
     except Exception as error:  # each library has exceptions of its own for the same few things
+        if isinstance(error, OSError) and error.errno in files.FULL:
+            raise
         raise _in_one_line(scheme, address, error) from error
 
 

@@ -24,7 +24,7 @@ GROUND = {
     "files": {"errors"},
     "streams": set(),
     "order_config": {"errors", "typed", "names"},
-    "stores": {"errors"},
+    "stores": {"errors", "files"},
     "remote": {"errors", "files", "stores"},
     "data_config": {"errors", "typed", "files", "names", "remote"},
     "config": {"errors", "typed", "files", "names", "order_config", "data_config", "remote"},

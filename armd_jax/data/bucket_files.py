@@ -16,7 +16,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from armd_jax import remote
+from armd_jax import files, remote
 from armd_jax.errors import UserError
 from armd_jax.remote import Copy
 
@@ -71,18 +71,20 @@ class _Text:
         if not objects:
             raise UserError(f"{self._copy.address}: there are no objects, or there is no such bucket")
         folder = self._copy.folder
-        files = {folder / name if name else folder: found for name, found in objects.items()}
-        for old in self._objects.keys() - files.keys():
+        wanted = {folder / name if name else folder: found for name, found in objects.items()}
+        for old in self._objects.keys() - wanted.keys():
             old.unlink(missing_ok=True)
             self._fetched.pop(old, None)
             del self._objects[old]
-        for path, found in files.items():
+        for path, found in wanted.items():
             if self._objects.get(path) != found:
                 self._objects[path] = found
                 try:
                     path.parent.mkdir(parents=True, exist_ok=True)
                     self._empty(path)
                 except OSError as error:  # as of an object `a/b` beside an object `a`
+                    if error.errno in files.FULL:
+                        raise
                     raise UserError(f"{path}: this object cannot be a file here: {error.strerror}") from error
 
     def fetch(self, file: Path) -> None:

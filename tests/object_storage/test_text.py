@@ -115,6 +115,13 @@ def test_what_is_known_is_not_fetched(there, tmp_path):
     assert set(fetched) <= {"d.json", "settings.json"}  # whose first lines decide
 
 
+def test_a_full_disk_is_no_fault_of_the_store(there, full_disk):
+    """Text that does not fit here is told as anything else that does not fit."""
+    folder = pathlib.Path(bucket_files.laid_out(there))
+    with full_disk(100), pytest.raises(OSError, match="File too large"):
+        bucket_files.here(folder / "b.jsonl")
+
+
 def test_a_change_is_noticed(there):
     """An object that is replaced while it is read is an error in one line; afterwards its new content is read."""
     config = DataConfig(path=f"{there}-changes/*.jsonl", split_by_name=False, valid_fraction=0.0, test_fraction=0.0)
