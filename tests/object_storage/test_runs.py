@@ -17,9 +17,10 @@ from armd_jax.training import lease
 
 @pytest.mark.slow
 def test_a_run_in_a_bucket(tmp_path, capsys, smoke_config, smoke_run, corpus, bucket, quick_compilation, metrics):
-    """Prepared, trained, listed, sampled, exported and reported in a bucket: the same as on a disk."""
-    prepared, run, export = (f"{bucket}/whole/{name}" for name in ("prepared", "run", "export"))
-    prepare = ["prepare", f"--source={corpus}", f"--out={prepared}", "--tokenizer=bytes", "--length=64"]
+    """Text, prepared, trained on, listed, sampled, exported and reported in a bucket: the same as on a disk."""
+    text, prepared, run, export = (f"{bucket}/whole/{name}" for name in ("text.jsonl", "prepared", "run", "export"))
+    remote.Copy("gs" if bucket.startswith("gs") else "s3", bucket, "read").files.put(str(corpus), text.split("://")[1])
+    prepare = ["prepare", f"--source={text}", f"--out={prepared}", "--tokenizer=bytes", "--length=64"]
     assert cli.main(prepare) == 0
     assert cli.main(["train", f"--config={smoke_config}", f"--workdir={run}", f"--config.data.path={prepared}"]) == 0
     for verb in ("checkpoints", "report"):
