@@ -309,6 +309,13 @@ MUTATIONS = (
         "object_storage/test_text.py::test_a_change_is_noticed",
     ),
     Mutation(
+        "what was created counts as ours, although the answer was lost",
+        "remote.py",
+        "with self.told(), contextlib.suppress(FileExistsError):",
+        "with self.told():",
+        "object_storage/test_faults.py::test_an_answer_that_is_lost",
+    ),
+    Mutation(
         "without credentials nothing is tried for a minute",
         "stores.py",
         "    if writes or os.environ.get(_GOOGLE_FILE):\n",
