@@ -18,7 +18,11 @@ HERE = pathlib.Path(__file__).parent
 NEEDED = ("gcsfs", "s3fs", "gcp_storage_emulator", "moto")
 SECRET = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1"}
 
-collect_ignore_glob = [] if all(map(importlib.util.find_spec, NEEDED)) else ["test_*.py"]
+
+@pytest.fixture(scope="session", autouse=True)
+def _needed() -> None:
+    if not all(map(importlib.util.find_spec, NEEDED)):
+        pytest.skip(f"needs {', '.join(NEEDED)}")
 
 
 @contextlib.contextmanager
