@@ -49,7 +49,7 @@ class DataConfig:
     valid_fraction: float = _field(0.05, fraction="open")  # held out for validation if the source brings no such split
     test_fraction: float = _field(0.05, fraction="open")
     shard_rows: int = _field(8192, at_least=1)  # rows per file
-    cache_dir: str = _path("", may_change=True, optional=True)  # where prepared data are kept; empty: <workdir>/data
+    cache_dir: str = _place("", may_change=True, optional=True)  # where prepared data are kept; empty: <workdir>/data
     damaged: names.Damaged = "error"  # whether a document that is not text is an error, or is skipped and counted
     # Whether a row begins anew at each document in it: attention, orders and positions stay within the document.
     reset: names.Reset = "none"

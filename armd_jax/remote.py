@@ -22,16 +22,15 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
 from typing import Any, Literal, assert_never
 
-from armd_jax import files
-from armd_jax.errors import UserError, shown
+from armd_jax import files, stores
+from armd_jax.errors import UserError
+from armd_jax.stores import Scheme
 
-Scheme = Literal["gs", "s3"]
 # What a folder is for: it is read, and may be written; it is written; it is made; a training writes it, and what is
-# stored of it, and when, is up to whoever holds the lease.
-Use = Literal["read", "write", "new", "run"]
+# stored of it, and when, is up to whoever holds the lease; it is text, which is fetched file by file when it is read.
+Use = Literal["read", "write", "new", "run", "text"]
 
 _ADDRESS = re.compile(r"(gs|s3):/+([a-z0-9][a-z0-9._-]+)((?:/+[^/]+)*)/*", re.DOTALL)
 _MARKERS = ("_CHECKPOINT_METADATA", "manifest.json", "part.json", "config.json")  # stored last, in this order
@@ -40,9 +39,8 @@ _COMMITTED = "commit_success.txt"
 _PREFIX = "armd-copy-"
 _JUST_MADE = 60  # seconds in which a process may have made a folder but not locked it yet
 _AT_ONCE = 1 << 25  # bytes: a file up to this size is read before it is sent, so that it may grow meanwhile
-_NEED_EXTRA = {"gs": "gcsfs", "s3": "s3fs"}
 
-_copies: "dict[str, Copy]" = {}
+_copies: "dict[tuple[str, bool], Copy]" = {}  # by the address, and whether it is for text
 
 
 def is_address(path: str | os.PathLike[str]) -> bool:
@@ -66,9 +64,10 @@ def copy_for(path: str | os.PathLike[str], use: Use = "read") -> pathlib.Path:
         return pathlib.Path(path)
     scheme: Scheme = "gs" if found[1] == "gs" else "s3"
     address = f"{scheme}://{found[2]}" + re.sub("/+", "/", found[3])
-    if address not in _copies:
-        _copies[address] = Copy(scheme, address, use)
-    return _copies[address].folder
+    key = address, use == "text"
+    if key not in _copies:
+        _copies[key] = Copy(scheme, address, use)
+    return _copies[key].folder
 
 
 def local(path: str | os.PathLike[str]) -> pathlib.Path:
@@ -101,7 +100,7 @@ def fetch_all() -> None:
         match copy.use:
             case "write" | "new" | "run":
                 copy.check_writable()
-            case "read":
+            case "read" | "text":
                 pass
             case _:
                 assert_never(copy.use)
@@ -121,7 +120,7 @@ def store_all() -> None:
                     copy.store()
                 except UserError as error:
                     print(f"{error}; nothing was written there; --out=FOLDER keeps it elsewhere", file=sys.stderr)
-            case "run":
+            case "run" | "text":
                 pass
             case _:
                 assert_never(copy.use)
@@ -196,18 +195,8 @@ class Copy:
 
     @property
     def files(self) -> Any:
-        """The file system of fsspec. Raises UserError if the library for it is not installed."""
-        try:
-            # Its class for buckets with real folders asks each bucket of what kind it is, in lines of warnings.
-            os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
-            import fsspec
-
-            # Others write there too: an answer from a cache would be wrong.
-            fsspec.config.conf.setdefault({"gs": "gcs", "s3": "s3"}[self.scheme], {})["use_listings_cache"] = False
-            return fsspec.filesystem({"gs": "gcs", "s3": "s3"}[self.scheme])
-        except ImportError as error:
-            name = _NEED_EXTRA[self.scheme]
-            raise UserError(f"{self.address}: needs {name}, of the extra cloud: pip install -e '.[cloud]'") from error
+        """The file system of fsspec. Raises UserError if it cannot be used, see `stores.file_system`."""
+        return stores.file_system(self.scheme, self.address, writes=self.use in ("write", "new", "run"))
 
     def fetch(self) -> None:
         """Brings the copy up to date with the bucket. Raises UserError if it cannot be read."""
@@ -272,12 +261,10 @@ class Copy:
 
     def write_small(self, name: str, text: str, new: bool = False) -> bool:
         """Writes such an object. Returns whether it was written: with `new`, only if there was none."""
-        with self.told():
-            try:
-                # Creating exclusively is a precondition that the store checks; what is read back shows that it did.
-                self.files.pipe_file(f"{self._root}/{name}", text.encode(), mode="create" if new else "overwrite")
-            except FileExistsError:
-                return False
+        # Creating exclusively is a precondition that the store checks; what is read back shows that it did. Something
+        # that exists may be our own: the answer was lost, and the library sent it again.
+        with self.told(), contextlib.suppress(FileExistsError):
+            self.files.pipe_file(f"{self._root}/{name}", text.encode(), mode="create" if new else "overwrite")
         return not new or self.read_small(name) == text
 
     def names_below(self, folder: str) -> list[str]:
@@ -293,13 +280,21 @@ class Copy:
         with self.told(), contextlib.suppress(FileNotFoundError):
             self.files.rm_file(f"{self._root}/{name}")
 
-    def _listed(self) -> dict[str, object]:
-        """The objects that are copied, each with what tells one version of it from another."""
+    def objects(self) -> dict[str, dict[str, Any]]:
+        """What the store tells of every object, by its name below the address; an object of that address has none."""
         try:
             found = self.files.find(self._root, detail=True)
         except FileNotFoundError:
             return {}
-        named = {key[len(self._root) + 1 :]: info for key, info in found.items() if key.startswith(self._root + "/")}
+        names = {key: key[len(self._root) :].removeprefix("/") for key in found}
+        # Some tools write objects that stand for folders; names such as `..` would lead out of the copy.
+        wrong = {key for key in found if {"", ".", ".."} & set(names[key].split("/")) and key != self._root}
+        below = [key for key in found if key not in wrong and f"{key}/".startswith(f"{self._root}/")]
+        return {names[key]: found[key] for key in below}
+
+    def _listed(self) -> dict[str, object]:
+        """The objects that are copied, each with what tells one version of it from another."""
+        named = self.objects()
         whole = {name.split("/")[1] for name in named if re.fullmatch(r"checkpoints/\d+/_CHECKPOINT_METADATA", name)}
         versions: dict[str, object] = {}
         for name, info in named.items():
@@ -314,15 +309,9 @@ class Copy:
             return False
         return not any(not part or part.startswith(".") or _UNFINISHED in part for part in parts)
 
-    @contextlib.contextmanager
-    def told(self) -> Iterator[None]:
+    def told(self) -> contextlib.AbstractContextManager[None]:
         """Raises UserError, in one line, for whatever a library raises about the bucket."""
-        try:
-            yield
-        except (UserError, MemoryError):
-            raise
-        except Exception as error:  # each library has exceptions of its own for the same few things
-            raise UserError(f"{self.address}: {_reason(error)}") from error
+        return stores.told(self.scheme, self.address)
 
 
 def _remove_abandoned() -> None:
@@ -348,17 +337,3 @@ def _turn(name: str) -> tuple[int, str]:
     """The place of a file among those that are stored."""
     last = name.rsplit("/", 1)[-1]
     return (_MARKERS.index(last) + 1 if last in _MARKERS else 0), name
-
-
-def _reason(error: Exception) -> str:
-    """What an error about a bucket means, in one line."""
-    lines = str(error).split("\n")
-    detail = shown(lines[0]) if lines[0] else type(error).__name__
-    text = f"{type(error).__name__} {error}".lower()
-    if "credential" in text or "anonymous caller" in text:
-        return f"no credentials for it ({detail})"
-    if isinstance(error, PermissionError) or re.search(r"forbidden|access denied|\b40[13]\b", text):
-        return f"access is denied ({detail})"
-    if isinstance(error, FileNotFoundError) or re.search(r"nosuchbucket|\b404\b", text):
-        return f"there is no such bucket or object ({detail})"
-    return f"cannot be reached ({type(error).__name__}: {detail})"

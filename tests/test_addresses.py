@@ -1,4 +1,4 @@
-"""Addresses are not paths: what can be neither read nor written there says so, see also test_object_storage.py."""
+"""Addresses are not paths: what can be neither read nor written there says so, see also object_storage/."""
 
 import argparse
 import dataclasses
@@ -19,7 +19,7 @@ EVAL = "eval --run=here"
 
 # Command lines, and the argument or the field that the one line must name. Every row has one address.
 COMMANDS = [
-    ("prepare --source=gs://bucket/*.jsonl --out=new", "--source"),
+    ("prepare --source=hdfs://host/*.jsonl --out=new", "--source"),
     ("prepare --out=hdfs://host:9000/prepared", "--out"),
     (f"{PREPARE} --tokenizer=hf://gpt2", "--tokenizer"),
     ("train --config=https://example.org/experiment.py --workdir=new", "--config"),

@@ -20,6 +20,11 @@ def local(text: str) -> str:
     return text
 
 
+def source(text: str) -> str:
+    """The type of an argument that names text, in whatever form, on this machine or in object storage."""
+    return text if remote.is_address(text) else local(text)
+
+
 def folder(text: str) -> pathlib.Path:
     """The type of an argument that names a folder to read.
 

@@ -14,8 +14,8 @@ from armd_jax.cli.arguments import (
     check_out,
     check_seed,
     folder,
-    local,
     show_and_keep,
+    source,
     whole_numbers,
 )
 from armd_jax.errors import UserError
@@ -35,7 +35,7 @@ def add(parser: argparse.ArgumentParser) -> None:
         "--split", default=None, choices=typed.choices(Split), help="default: test, or valid if the text has no test"
     )
     parser.add_argument(
-        "--data", default=None, type=local, help="other text: file, folder, glob, tfds:NAME or prepared folder"
+        "--data", default=None, type=source, help="other text: file, folder, glob, tfds:NAME or prepared folder"
     )
     parser.add_argument(
         "--streams", default=None, help="numbers of streams of the strided orders; default: of 2,4,8 those that fit"

@@ -8,7 +8,7 @@ import shlex
 from collections.abc import Sequence
 
 from armd_jax import remote
-from armd_jax.cli.arguments import folder, local, show
+from armd_jax.cli.arguments import folder, local, show, source
 from armd_jax.config import from_config_dict
 from armd_jax.data_config import DataConfig
 from armd_jax.errors import UserError, shown
@@ -22,7 +22,7 @@ _MOST_PARTS = 99_999  # as many as their names have digits for
 def add(parser: argparse.ArgumentParser) -> None:
     """Declares the arguments."""
     parser.add_argument(
-        "--source", default="", type=local, help="file, folder, glob or tfds:NAME; empty: the embedded corpus"
+        "--source", default="", type=source, help="file, folder, glob or tfds:NAME; empty: the embedded corpus"
     )
     parser.add_argument("--out", required=True, type=folder, help="folder to write")
     parser.add_argument(

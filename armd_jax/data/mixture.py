@@ -117,7 +117,7 @@ def open_chosen(config: DataConfig, length: int) -> tuple[Data, DataConfig]:
 
 def _open(config: DataConfig, path: str, length: int) -> tuple[PreparedData, str]:
     """One source, and what `data.tokenizer` is with it."""
-    folder = prepared.folder_of(path, FIELD)
+    folder = prepared.folder_of(path)
     if folder is None:
         raise UserError(f"{FIELD}: {path!r} is no folder that `armd prepare` wrote; prepare the text first")
     data, section = prepared.open_chosen(folder, dataclasses.replace(config, path=path), length, FIELD)

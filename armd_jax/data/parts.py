@@ -23,7 +23,7 @@ import numpy as np
 from tqdm import tqdm
 
 from armd_jax import files, remote, typed
-from armd_jax.data import batching, encoding, progress, tokenizers
+from armd_jax.data import batching, bucket_files, encoding, progress, tokenizers
 from armd_jax.data.batching import Tally
 from armd_jax.data.building import large_folder
 from armd_jax.data.corpora import Corpus, open_corpus
@@ -359,4 +359,4 @@ def _hashed(piece: Piece) -> SourceFile | None:
     """The file of a piece with the hash of its content; None if it is none."""
     if piece.file is None or piece.path is None:
         return None
-    return dataclasses.replace(piece.file, sha256=hash_file(piece.path))
+    return dataclasses.replace(piece.file, sha256=hash_file(bucket_files.here(piece.path)))

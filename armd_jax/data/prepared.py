@@ -13,18 +13,17 @@ from armd_jax.data_config import DataConfig, is_named_tokenizer
 from armd_jax.errors import UserError
 
 
-def folder_of(path: str, field: str = "data.path") -> Path | None:
+def folder_of(path: str) -> Path | None:
     """The prepared folder that a path names; None if it names anything else.
 
     A manifest.json alone does not make one, because other programs write files of that name beside text.
-
-    field: that of the config that has the path.
-    Raises UserError if the path is an address where there is none.
     """
-    folder = remote.local(path)
+    folder = remote.copy_for(path)
+    if (copy := remote.copy_of(folder)) is not None:
+        if copy.read_small(MANIFEST_FILE) is None:
+            return None  # before all of what may be text is fetched
+        copy.fetch()
     is_one = bool(path) and (folder / MANIFEST_FILE).is_file() and (folder / TOKENIZER_FOLDER).is_dir()
-    if remote.is_address(path) and not is_one:
-        raise UserError(f"{field}={path!r}: no prepared data there; only such are read from object storage")
     return folder if is_one else None
 
 

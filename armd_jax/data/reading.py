@@ -20,10 +20,11 @@ from armd_jax.names import Damaged, Split
 class Position:
     """How far a file has been read, for messages.
 
+    file: how people call it.
     line: what was read last; 0 if the file is not read piece by piece. unit: what the pieces are.
     """
 
-    file: Path
+    file: str
     line: int = 0
     unit: str = "line"
 

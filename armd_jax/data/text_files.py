@@ -18,7 +18,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 
-from armd_jax.data import found_files, tables
+from armd_jax import remote
+from armd_jax.data import bucket_files, found_files, tables
 from armd_jax.data.reading import (
     KnownFiles,
     Piece,
@@ -195,7 +196,7 @@ def _why_left_out(file: Path, by_name: bool, text_field: str) -> str:
 def _first_line_is_a_document(file: Path, compression: Compression, text_field: str) -> bool:
     """Whether a file holds JSON lines. A file that cannot be read is taken for one: reading it tells what is wrong."""
     try:
-        with compression.open(file) as stream:
+        with compression.open(bucket_files.here(file)) as stream:
             # A document of another kind may be one line of many gigabytes, which the first character tells apart.
             start = stream.read(1 << 16).removeprefix(codecs.BOM_UTF8).lstrip()
             if not start.startswith(b"{"):
@@ -247,7 +248,7 @@ def open_source(config: DataConfig, known: KnownFiles) -> Source:
 def _identify(name: str, path: Path, known: KnownFiles) -> SourceFile:
     about = path.stat()  # before the content is read, so that a change from now on gives the file another time
     name = os.fsencode(name).decode(errors="backslashreplace")  # a file may have a name that is not UTF-8
-    sha256 = known.get((name, about.st_size, about.st_mtime_ns)) or hash_file(path)
+    sha256 = known.get((name, about.st_size, about.st_mtime_ns)) or hash_file(bucket_files.here(path))
     return SourceFile(name, about.st_size, about.st_mtime_ns, sha256)
 
 
@@ -260,9 +261,9 @@ def _piece(file: _TextFile, about: SourceFile, config: DataConfig) -> Piece:
 def _read_files(files: list[_TextFile], text_field: str) -> Iterator[TextOrError]:
     """The documents of all files. Raises UserError if a file cannot be read to its end."""
     for file in files:
-        position, compression = Position(file.path), file.format.compression
+        position, compression = Position(remote.spelled(str(file.path))), file.format.compression
         try:
-            with compression.open(file.path) as stream:
+            with compression.open(bucket_files.here(file.path)) as stream:
                 yield from file.format.read(stream, position, text_field)
         except compression.errors() as error:
             place = f"{file.path}, after line {position.line}" if position.line else str(file.path)
@@ -276,7 +277,8 @@ def _choose_files(config: DataConfig) -> tuple[dict[str, _TextFile], dict[str, s
 
     Raises UserError if there are none.
     """
-    found = found_files.find(config.path)
+    path = bucket_files.laid_out(config.path)
+    found = found_files.find(path)
     files: dict[str, _TextFile] = {}
     left_out = dict(found.left_out)
     for name, file in found.files.items():
@@ -291,7 +293,7 @@ def _choose_files(config: DataConfig) -> tuple[dict[str, _TextFile], dict[str, s
             left_out[name] = "the compressed form of a file that is read"
     if files:
         return files, dict(sorted(left_out.items()))
-    if Path(config.path).is_file():
+    if Path(path).is_file():
         (reason,) = left_out.values()
         raise UserError(
             f"data.path={config.path!r}: cannot read this kind of file: {reason}; known: {', '.join(SUFFIXES)}"

@@ -5,6 +5,7 @@ import pathlib
 from collections.abc import Sequence
 from typing import assert_never
 
+from armd_jax import remote
 from armd_jax.config import Config
 from armd_jax.data import manifest as manifests
 from armd_jax.data import mixture, packing, prepared
@@ -71,7 +72,7 @@ def _from_text(
     """The text that `source` names, or the config if it is None, as rows of the run's tokens."""
     length, cache = config.model.max_length, config.data.cache_dir
     fresh = (run if rows is None else rows) / "data"
-    roots = [run / "data", *([pathlib.Path(cache)] if cache else []), fresh]
+    roots = [run / "data", *([remote.local(cache)] if cache else []), fresh]
     # The config names the tokenizer that training asked for; the files of the tokenizer itself are in the run.
     data = dataclasses.replace(config.data, tokenizer=str(run / "tokenizer"), tfds_data_dir="")
     candidates = [data]

@@ -55,7 +55,9 @@ def prepare(
         tokenizer = tokenizers.ready_made(config.data)
         if tokenizer is not None:
             with_vocabulary(config, tokenizer, old)  # a mistake is found before any text is prepared
-        data = packing.prepare(config.data, length, _root(config, workdir), progress=progress)
+        root = _root(config, workdir)
+        data = packing.prepare(config.data, length, root, progress=progress)
+        _store(root)
     config = with_vocabulary(config, data.tokenizer, old)
     if progress and isinstance(data, Mixture):
         print(mixture.described(data, config.training.num_steps, config.training.batch_size), file=sys.stderr)
@@ -87,7 +89,18 @@ def _mixed(config: Config, workdir: pathlib.Path, progress: bool, old: Config | 
 
 
 def _root(config: Config, workdir: pathlib.Path) -> pathlib.Path:
-    return pathlib.Path(config.data.cache_dir) if config.data.cache_dir else workdir / "data"
+    """The folder that prepared folders are in. One in object storage is fetched, with all that is in it."""
+    if not config.data.cache_dir:
+        return workdir / "data"
+    root = remote.local(config.data.cache_dir)
+    if (copy := remote.copy_of(root)) is not None and not any(manifests.prepared_below(root)):
+        copy.check_writable()  # before hours of work, and not if all may be there
+    return root
+
+
+def _store(root: pathlib.Path) -> None:
+    if (copy := remote.copy_of(root)) is not None:
+        copy.store()
 
 
 def _again(config: Config, old: Config, workdir: pathlib.Path, progress: bool) -> PreparedData:
@@ -131,6 +144,7 @@ def _again(config: Config, old: Config, workdir: pathlib.Path, progress: bool) -
         if is_new:
             shutil.rmtree(folder, ignore_errors=True)
         raise
+    _store(root)
     if own is not None and progress and own.manifest.splits != data.manifest.splits:
         print(f"{workdir}: the training rows are as before, but the held-out text has changed", file=sys.stderr)
     return data
@@ -157,7 +171,7 @@ def own_rows(run: pathlib.Path, config: Config) -> Data | None:
         if isinstance(manifest, UserError):
             raise manifest
     chosen = prepared.folder_of(config.data.path)
-    cache = [pathlib.Path(config.data.cache_dir)] if config.data.cache_dir else []
+    cache = [remote.local(config.data.cache_dir)] if config.data.cache_dir else []
     return prepared.open_rows(
         [*map(remote.local, last), *cache, *([chosen] if chosen is not None else [])], trained.digest
     )

@@ -1,13 +1,12 @@
 """Object storage on loopback, for tests: the emulator of GCS, with what it lacks of the real one.
 
 `gcp-storage-emulator` ignores preconditions and leaves out the headers with an object's generation, both of which
-TensorStore and leases need. It can also fail: a share of all requests with 503, and all writes with 403.
-Run it as a program: `python tests/object_store.py PORT [SHARE_OF_503] [--deny-writes]`.
+TensorStore and leases need, and would keep an upload whose end is missing. Faults are those of `faulty_proxy.py`.
+Run it as a program: `python object_store.py PORT`.
 """
 
 import contextlib
 import io
-import random
 import re
 import sys
 from urllib.parse import parse_qs, unquote, urlsplit
@@ -22,24 +21,18 @@ _OBJECT = re.compile(r"(?:/[a-z]+)?(?:/storage/v1)?/b/([^/]+)/o/?(.*)")
 class Handler(server.RequestHandler):
     """A request handler of the emulator that knows generations and preconditions."""
 
-    failing = 0.0
-    denies_writes = False
-    random = random.Random(0)
     _generation = ""
 
     def _answer(self, method: str) -> None:
-        if self.random.random() < self.failing:
-            self._refuse(503)
-            return
-        if self.denies_writes and method != "GET":
-            self._refuse(403)
-            return
         address = urlsplit(self.path)
         query = parse_qs(address.query)
         found = _OBJECT.fullmatch(address.path)
         bucket, name = (found[1], unquote(found[2])) if found else (None, "")
         if method in ("POST", "PUT") and "content-length" in self.headers:
             body = self.rfile.read(int(self.headers["content-length"]))
+            if len(body) < int(self.headers["content-length"]):
+                self.close_connection = True
+                return
             self.rfile = io.BytesIO(body)
             in_body = re.search(rb'"name": ?"([^"]+)"', body[:1000])
             name = query.get("name", [in_body[1].decode() if in_body else name])[0]
@@ -83,7 +76,5 @@ class Handler(server.RequestHandler):
 
 
 if __name__ == "__main__":
-    Handler.failing = float(sys.argv[2]) if len(sys.argv) > 2 else 0.0
-    Handler.denies_writes = "--deny-writes" in sys.argv
     server.RequestHandler = Handler
     server.create_server("127.0.0.1", int(sys.argv[1]), True, BUCKET).run()
