@@ -1,14 +1,17 @@
 """Object storage on loopback, for tests: the emulator of GCS, with what it lacks of the real one.
 
 `gcp-storage-emulator` ignores preconditions and leaves out the headers with an object's generation, both of which
-TensorStore and leases need, and would keep an upload whose end is missing. Faults are those of `faulty_proxy.py`.
+TensorStore and leases need, and would keep an upload whose end is missing. It forgets an upload in parts that has
+ended, so that whoever lost the answer and asks again is told that there is none. Faults are those of `faulty_proxy.py`.
 Run it as a program: `python object_store.py PORT`.
 """
 
 import contextlib
 import io
+import json
 import re
 import sys
+from typing import ClassVar
 from urllib.parse import parse_qs, unquote, urlsplit
 
 from gcp_storage_emulator import server
@@ -22,6 +25,7 @@ class Handler(server.RequestHandler):
     """A request handler of the emulator that knows generations and preconditions."""
 
     _generation = ""
+    _ended: ClassVar[dict[str, bytes]] = {}  # uploads in parts, and what the store said of the object
 
     def _answer(self, method: str) -> None:
         address = urlsplit(self.path)
@@ -36,6 +40,15 @@ class Handler(server.RequestHandler):
             self.rfile = io.BytesIO(body)
             in_body = re.search(rb'"name": ?"([^"]+)"', body[:1000])
             name = query.get("name", [in_body[1].decode() if in_body else name])[0]
+        upload = query.get("upload_id", [""])[0]
+        if upload in self._ended:
+            self._generation = ""
+            self.send_response(200)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(self._ended[upload])))
+            self.end_headers()
+            self.wfile.write(self._ended[upload])
+            return
         self._generation = ""
         now = "0"
         if bucket and name:
@@ -49,6 +62,9 @@ class Handler(server.RequestHandler):
                 return
             self._generation = now if method == "GET" and now != "0" else ""
         server.Router(self).handle(method)
+        if bucket and upload and upload not in self.storage.resumable:
+            with contextlib.suppress(NotFound):
+                self._ended[upload] = json.dumps(self.storage.get_file_obj(bucket, name)).encode()
 
     def _refuse(self, status: int) -> None:
         if not isinstance(self.rfile, io.BytesIO):  # what is left unread would be cut off with an error

@@ -13,29 +13,30 @@ import urllib.request
 import pytest
 
 from armd_jax import files, remote
-from armd_jax.cli import main as cli
 
 HERE = pathlib.Path(__file__).parent
 ARMD = [sys.executable, "-m", "armd_jax"]
-FAULTS = ["--unavailable=97", "--slow=89", "--torn=31", "--silent=47"]  # each at every Nth request
+# Each at every Nth request, of which there are many more in gs://, where Orbax writes checkpoints itself.
+FAULTS = {
+    "gs": ["--unavailable=307", "--slow=293", "--torn=31", "--silent=47"],
+    "s3": ["--unavailable=97", "--slow=89", "--torn=31", "--silent=47"],
+}
 # What makes a checkpoint count, and is stored last.
 LAST_OF = {"gs": "commit_success.txt", "s3": "_CHECKPOINT_METADATA"}
 
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture(scope="module")
-def weights_on_disk(smoke_run, tmp_path_factory) -> bytes:
-    """The export of the run on a disk."""
-    out = tmp_path_factory.mktemp("export") / "export"
-    assert cli.main(["export", f"--run={smoke_run}", f"--out={out}"]) == 0
-    return (out / "model.safetensors").read_bytes()
+def _digests(run: str, step: int) -> dict[str, int]:
+    """The digest of every array of a checkpoint."""
+    checkpoint = remote.checkpoint_folder(remote.local(run)) / str(step)
+    found: dict[str, int] = json.loads((checkpoint / "meta" / "metadata").read_text())["digests"]
+    assert len(found) > 30
+    return found
 
 
 @pytest.mark.parametrize("scheme", ["gs", "s3"])
-def test_killed_runs_go_on(
-    tmp_path, smoke_config, smoke_run, weights_on_disk, corpus, ports, serve, environment, metrics, scheme
-):
+def test_killed_runs_go_on(tmp_path, smoke_config, smoke_run, corpus, ports, serve, environment, metrics, scheme):
     """A training that is killed, in a store with all kinds of faults, ends like one on a disk, to the bit."""
     kills, run = int(os.environ.get("ARMD_KILLS", "2")), f"{scheme}://bucket/killed"
     store = remote.Copy(scheme, run, "read")  # as it is, without faults
@@ -47,7 +48,7 @@ def test_killed_runs_go_on(
     def lives() -> list[str]:
         return store.names_below(".lock")
 
-    with serve(str(HERE / "faulty_proxy.py"), "PORT", str(ports[scheme]), *FAULTS) as proxy:
+    with serve(str(HERE / "faulty_proxy.py"), "PORT", str(ports[scheme]), *FAULTS[scheme]) as proxy:
         leads = os.environ | environment(proxy, proxy) | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}  # as in smoke_run
         command = [*ARMD, "train", f"--config={smoke_config}", f"--config.data.path={corpus}"]
         command += [f"--workdir={run}"]
@@ -61,18 +62,20 @@ def test_killed_runs_go_on(
             time.sleep(delay)
             process.send_signal(signal.SIGKILL)
             process.wait()
-        ended = subprocess.run(command, env=leads, capture_output=True, text=True)
+        for _ in range(3):  # if the last save fails, it is told, and the same command goes on
+            ended = subprocess.run(command, env=leads, capture_output=True, text=True)
+            if ended.returncode == 0 or "the run can go on from step" not in ended.stderr:
+                break
         assert ended.returncode == 0, ended.stderr
         with urllib.request.urlopen(f"http://127.0.0.1:{proxy}/faults") as answer:
             faults = json.load(answer)
     assert [kind for kind, number in faults.items() if number] == ["unavailable", "slow", "torn", "silent"]
-    assert cli.main(["export", f"--run={run}", f"--out={tmp_path / 'export'}"]) == 0
     for name in ("metrics.jsonl", "events.jsonl"):
         (tmp_path / name).write_text(store.read_small(name))
     assert metrics(tmp_path / "metrics.jsonl") == metrics(smoke_run / "metrics.jsonl")
     events = [row["event"] for row in files.read_json_lines(tmp_path / "events.jsonl")]
     assert events.count("resume") >= 1
-    assert (tmp_path / "export" / "model.safetensors").read_bytes() == weights_on_disk
+    assert _digests(run, 40) == _digests(str(smoke_run), 40)
     lasted = [event for event in events if event != "spent"]
     print(f"{scheme}: {kills} kills, faults {faults}, events {lasted}")
 
@@ -95,7 +98,7 @@ def _train(command: list[str], processes: int, devices: int) -> None:
 def test_another_mesh(tmp_path, smoke_config, corpus, ports, metrics):
     """Two processes share a run in a bucket, and one goes on with it over other devices: to the bit as on a disk."""
     command = [*ARMD, "train", f"--config={smoke_config}", f"--config.data.path={corpus}"]
-    command += ["--config.order.sbp_steps=0", "--config.optimizer.schedule=constant"]
+    command += ["--config.order.sbp_steps=0", "--config.optimizer.schedule=constant", "--config.model.num_layers=1"]
     command += ["--config.training.checkpoint_every=4", "--config.training.eval_every=100"]
     runs = [f"{tmp_path}/run", "gs://bucket/mesh/run", "s3://bucket/mesh/run"]
     for run in runs[:2]:
@@ -105,9 +108,7 @@ def test_another_mesh(tmp_path, smoke_config, corpus, ports, metrics):
     found = []
     for run in runs:
         _train([*command, f"--workdir={run}", "--config.training.num_steps=8", "--config.mesh.fsdp=4"], 1, 4)
-        export = tmp_path / f"export{len(found)}"
-        assert cli.main(["export", f"--run={run}", f"--out={export}"]) == 0
-        found.append(((export / "model.safetensors").read_bytes(), metrics(remote.local(run) / "metrics.jsonl")))
+        found.append((_digests(run, 8), metrics(remote.local(run) / "metrics.jsonl")))
     assert found[0] == found[1] == found[2]
     assert [row["step"] for row in found[0][1] if "train/loss" in row] == list(range(1, 9))
 

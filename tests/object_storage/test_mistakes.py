@@ -82,12 +82,12 @@ def test_denied_writes(ports, serve, environment, smoke_config, scheme):
 def test_no_credentials(smoke_config, tmp_path, line, why):
     """One line within seconds; for one command, with a metadata server that takes the connection and never answers."""
     with socket.create_server(("127.0.0.1", 0)) as silent:
-        metadata = f"127.0.0.1:{silent.getsockname()[1] if 'gcloud' in why else 1}"
+        metadata = f"127.0.0.1:{silent.getsockname()[1]}"
         theirs = ("AWS_", "GOOGLE_", "STORAGE_EMULATOR", "TENSORSTORE_", "CLOUDSDK_")
         bare = {name: value for name, value in os.environ.items() if not name.startswith(theirs)}
         bare |= {"HOME": str(tmp_path), "CLOUDSDK_CONFIG": str(tmp_path), "AWS_CONFIG_FILE": str(tmp_path / "none")}
         bare |= {"GCE_METADATA_IP": metadata, "GCE_METADATA_HOST": metadata, "GCE_METADATA_TIMEOUT": "1"}
-        bare |= {"AWS_EC2_METADATA_SERVICE_ENDPOINT": f"http://{metadata}"}
+        bare |= {"AWS_EC2_METADATA_DISABLED": "true"} | ({} if "gcloud" in why else {"NO_GCE_CHECK": "true"})
         bare |= {"AWS_SHARED_CREDENTIALS_FILE": str(tmp_path / "none")}
         line = _said([*ARMD, *line.format(config=smoke_config).split()], bare)
     assert "no credentials for it" in line and why in line
