@@ -4,8 +4,8 @@ Command:   armd train --config=experiments/owt_1_3b.py --config.data.path=GLOB -
                --workdir=runs/owt_1_3b
            GLOB matches .jsonl(.gz) shards with a `text` field; GPT2 is a folder with vocab.json and merges.txt.
 Hardware:  two slices of a TPU v5e-256, the weights replicated over the slices and sharded inside each. Not run yet.
-           `armd compile --topology=v5e:16x16 --slices=2`: peak 3.5 of 16 GiB per chip, predicted 131 ms per step at
-           best (91% MFU, limited by compute).
+           `armd compile --topology=v5e:16x16 --slices=2`: peak 3.5 of 16 GiB per chip, 131 ms per step at best
+           (91% MFU, limited by compute).
 """
 
 from ml_collections import ConfigDict
@@ -23,7 +23,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.model.max_length = 2048
     config.model.update(num_layers=24, two_stream_layers=12)  # M = L / 2, as in the paper
     config.model.update(width=2048, num_heads=16)  # heads of 128, which fill a TPU's lanes
-    config.model.aggregator = "positional"  # the paper's, with which the figures above were predicted
+    config.model.aggregator = "positional"  # the paper's, which the figures above are for
     config.model.remat = "dots"  # keeps matrix products and attention; the backward pass computes the rest again
 
     # Optimizer. The paper has no model of this size; GPT-3 1.3B was trained with these.

@@ -4,7 +4,7 @@ Command:   armd train --config=experiments/owt_7b.py --config.data.path=GLOB --c
                --workdir=runs/owt_7b
            GLOB matches .jsonl(.gz) shards with a `text` field; GPT2 is a folder with vocab.json and merges.txt.
 Hardware:  a TPU v5p of 8 x 8 x 8 chips. Not run yet. `armd compile --topology=v5p:8x8x8`: peak 35.7 of 95 GiB per
-           chip, predicted 1134 ms per step at best (94% MFU, limited by compute); with remat "full" 9.0 GiB and
+           chip, 1134 ms per step at best (94% MFU, limited by compute); with remat "full" 9.0 GiB and
            1411 ms.
 """
 
@@ -24,7 +24,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.model.update(num_layers=32, two_stream_layers=16)  # M = L / 2, as in the paper
     config.model.update(width=4096, num_heads=32)  # heads of 128, which fill a TPU's lanes
     config.model.update(mlp="swiglu", norm="rmsnorm", tie_embeddings=False)
-    config.model.aggregator = "positional"  # the paper's, with which the figures above were predicted
+    config.model.aggregator = "positional"  # the paper's, which the figures above are for
     config.model.remat = "dots"  # with "full" a step takes 1.24 times as long and a quarter of the memory
 
     # Optimizer. The paper has no model of this size; LLaMA 7B was trained with these.

@@ -3,7 +3,7 @@
 Command:   armd train --config=experiments/owt_medium.py --config.data.path=GLOB --config.data.tokenizer=GPT2
                --workdir=runs/owt_medium
            GLOB matches .jsonl(.gz) shards with a `text` field; GPT2 is a folder with vocab.json and merges.txt.
-Hardware:  a TPU v5e-256. Not run yet. `armd compile --topology=v5e:16x16`: peak 2.7 of 16 GiB per chip, predicted
+Hardware:  a TPU v5e-256. Not run yet. `armd compile --topology=v5e:16x16`: peak 2.7 of 16 GiB per chip,
            38 ms per step at best (84% MFU, limited by memory as much as by compute). On other slices set mesh.fsdp.
 Paper:     zero-shot perplexity (LAMBADA / WikiText2 / PTB / WikiText103 / 1BW) after 120K steps
            40.62 / 27.57 / 105.09 / 27.09 / 45.49, after 300K 39.08 / 26.06 / 97.75 / 25.55 / 43.91

@@ -4,7 +4,7 @@ Command:   armd train --config=experiments/owt_small.py --config.data.path=GLOB 
                --workdir=runs/owt_small
            GLOB matches .jsonl(.gz) shards with a `text` field; GPT2 is a folder with vocab.json and merges.txt.
 Hardware:  a TPU v5e-16 or 8 GPUs of 80 GB. Not run yet. `armd compile --topology=v5e:4x4`: peak 5.8 of 16 GiB per
-           chip, predicted 311 ms per step at best (54% MFU, limited by memory).
+           chip, 311 ms per step at best (54% MFU, limited by memory).
 Paper:     zero-shot perplexity (LAMBADA / WikiText2 / PTB / WikiText103 / 1BW) after 180K steps
            44.66 / 36.25 / 130.31 / 35.66 / 53.18, after 400K 45.35 / 35.64 / 123.43 / 35.15 / 52.94
            (GPT-2: 45.04 / 42.43 / 138.43 / 41.60 / 75.20).

@@ -79,7 +79,7 @@ def run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
     del overrides
     from armd_jax.data import beam, encoding, merging, packing, parts, prepared
     from armd_jax.data.corpora import open_corpus
-    from armd_jax.data.manifest import known_files
+    from armd_jax.data.manifest import MANIFEST_FILE, TOKENIZER_FOLDER, known_files
 
     workers = encoding.cores() if args.workers is None else args.workers
     if workers < 1:
@@ -98,7 +98,9 @@ def run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
     if args.shard:
         return _make_part(args, config.data, workers)
     work = parts.Work(config.data, args.out, count or 1, _address(args.out))
-    if args.beam:
+    merges = bool(count) and not (args.out / MANIFEST_FILE).is_file()  # if it is whole, its parts may be gone
+    if args.beam and merges:
+        packing.check_out(args.out)
         beam.make_parts(work, workers, args.beam_flag)
     if count:
         rows = merging.merge(work, args.length)
@@ -121,11 +123,11 @@ def run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
             )
             lines[-1] += f" (the first: {counts['first_damaged']})" if counts["damaged"] else ""
     # The tokenizer is named too, because experiment files name one of their own.
-    words = [f"--config.data.path={args.out}", f"--config.data.tokenizer={args.out / packing.TOKENIZER_FOLDER}"]
+    words = [f"--config.data.path={args.out}", f"--config.data.tokenizer={args.out / TOKENIZER_FOLDER}"]
     words += [f"--config.model.max_length={args.length}"]
     train = f"armd train --config=FILE.py --workdir=RUN {shlex.join(words)}"
     lines.append(f"to train on them, here or on another machine: {train}")
-    lines += [f"{work.folder} can be removed now"] if count else []
+    lines += [f"{work.folder} can be removed now"] if merges else []
     result = {"out": str(args.out), "selection": dataclasses.asdict(corpus.selection)}
     result |= {"splits": splits, "left_out": left_out, "train": train}
     return show(args, result, "\n".join(lines))
@@ -151,8 +153,9 @@ def _address(out: pathlib.Path) -> str:
 
 
 def _make_part(args: argparse.Namespace, data: DataConfig, workers: int) -> int:
-    from armd_jax.data import parts
+    from armd_jax.data import packing, parts
 
+    packing.check_out(args.out)  # what cannot be merged there later need not be made
     number, count = args.shard
     work = parts.Work(data, args.out, count, _address(args.out))
     note = parts.prepare_part(work, number, workers)

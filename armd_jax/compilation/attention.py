@@ -11,6 +11,7 @@ from armd_jax.compilation.hlo import Instruction
 from armd_jax.config import Config
 from armd_jax.core.context import LayerGroup
 from armd_jax.core.kernels.attention import KEY_CHUNKS
+from armd_jax.names import kernel_fault
 from armd_jax.order_config import block_patterns
 
 _LOOP = re.compile(rf'op_name="[^"]*{KEY_CHUNKS}(\d+)/while"')
@@ -38,7 +39,7 @@ def splash_forward_flops(config: Config) -> float:
 
     The kernel computes a tile of the scores whole if any of it is visible, so these are more than the visible pairs of
     query and key: 1.5 times as many at N = 1024, whose tiles are 512 wide. If orders have several block patterns, this
-    is the mean over them. 0 if the blocks are drawn, for which there is no such kernel.
+    is the mean over them. 0 if the blocks are drawn or the rows have a length for which there is no such kernel.
     """
     from armd_jax.core.kernels import splash  # imports Pallas
 
@@ -53,7 +54,7 @@ def splash_forward_flops(config: Config) -> float:
             "causal": model.num_layers - two_stream,
         }
         patterns = block_patterns(config.order)
-    if patterns is None:
+    if patterns is None or kernel_fault("splash", model.max_length, model.head_width):
         return 0.0
     tables = [splash.computed_pairs(model.max_length, streams) for streams in patterns]
     pairs = sum(count * table[group] for group, count in layers.items() for table in tables) / len(tables)

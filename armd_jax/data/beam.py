@@ -1,7 +1,9 @@
 """Parts of a corpus made by an Apache Beam pipeline (extra `beam`): on this machine, or on what its options name."""
 
+import contextlib
 import dataclasses
 import functools
+import io
 import re
 from collections.abc import Sequence
 
@@ -24,7 +26,13 @@ def make_parts(work: parts.Work, workers: int, flags: Sequence[str]) -> None:
     work.tokenizer()
     work = dataclasses.replace(work, out=work.out.absolute())  # workers may be in another folder
     try:
-        with beam.Pipeline(options=PipelineOptions(list(flags))) as pipeline:
+        with contextlib.redirect_stderr(io.StringIO()):
+            options = PipelineOptions(list(flags))
+            options.get_all_options()  # reads the flags
+    except SystemExit as error:
+        raise UserError(f"--beam-flag: Beam takes no such options: {' '.join(flags)}") from error
+    try:
+        with beam.Pipeline(options=options) as pipeline:
             numbers = pipeline | "part numbers" >> beam.Create(range(work.count))
             spread = numbers | "to all workers" >> beam.Reshuffle()
             spread | "make parts" >> beam.Map(functools.partial(_make, work, workers))

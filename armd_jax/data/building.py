@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from armd_jax import files
+from armd_jax import files, remote
 from armd_jax.errors import UserError
 
 JUST_MADE = 60  # seconds in which another process may have made a folder but not locked it yet
@@ -59,6 +59,21 @@ def large_folder(folder: Path, last_file: str, goes_on: Callable[[Path], bool]) 
         if isinstance(error, OSError):
             raise UserError(f"cannot write prepared data to {folder}: {error.strerror or error}") from error
         raise
+
+
+def remove_torn(folder: Path, last_file: str, is_its_own: Callable[[str], bool] = lambda name: True) -> None:
+    """Removes, from the copy of a folder in object storage, what a process stored there that was killed meanwhile.
+
+    A folder on a disk never looks like this, because it takes its name when it is whole.
+
+    last_file: the file that is stored last. is_its_own: whether such a folder may have a file of this name in it; if
+        there is any other, all stays as it is.
+    """
+    if remote.copy_of(folder) is None or not folder.is_dir() or (folder / last_file).is_file():
+        return
+    names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+    if all(map(is_its_own, names)):
+        shutil.rmtree(folder)
 
 
 @contextlib.contextmanager

@@ -19,6 +19,7 @@ from armd_jax.names import Split, TokenizerKind
 
 FORMAT = 2
 MANIFEST_FILE = "manifest.json"
+TOKENIZER_FOLDER = "tokenizer"
 _SHARD_NAME = re.compile(rf"({'|'.join(typed.choices(Split))})-\d{{5,}}\.array_record")
 
 RowDtype = Literal["<u2", "<u4"]  # NumPy's names of little-endian unsigned integers
@@ -131,6 +132,11 @@ class Manifest:
         """sha256 of what decides the training batches besides seed and step: the training rows and the tokenizer."""
         shards = [shard.sha256 for shard in self.splits["train"].shards]
         return hashlib.sha256("\0".join([self.tokenizer.hash, *shards]).encode()).hexdigest()
+
+
+def may_hold(name: str) -> bool:
+    """Whether a prepared folder may have a file of this name, relative to it, besides its manifest."""
+    return name.startswith(f"{TOKENIZER_FOLDER}/") or _SHARD_NAME.fullmatch(name) is not None
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:

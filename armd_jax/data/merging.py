@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from armd_jax import remote
 from armd_jax.data import packing
 from armd_jax.data.batching import Tally
 from armd_jax.data.corpora import Corpus, open_corpus
@@ -40,6 +41,9 @@ def merge(work: Work, length: int, shown: bool = True) -> packing.PreparedData:
 def open_parts(work: Work) -> TokenStreams:
     """The tokens of all parts, as streams. Raises UserError as `merge` does."""
     folders = [work.part(number) for number in range(work.count)]
+    for number, folder in enumerate(folders):
+        if remote.copy_of(folder) is None and folder.exists() and not (folder / NOTE).is_file():
+            raise UserError(f"{work.place(number)}: no part ({NOTE} is missing); remove it and make the part again")
     missing = [number for number, folder in enumerate(folders) if not (folder / NOTE).is_file()]
     if missing:
         more = f" and {len(missing) - _NAMED_AT_MOST:,} more" if len(missing) > _NAMED_AT_MOST else ""

@@ -22,11 +22,12 @@ from armd_jax import typed
 from armd_jax.data import progress as progress_notes
 from armd_jax.data import tokenizers
 from armd_jax.data.batching import Tally, progress_bar
-from armd_jax.data.building import large_folder
+from armd_jax.data.building import large_folder, remove_torn
 from armd_jax.data.corpora import Corpus, open_corpus
 from armd_jax.data.manifest import (
     FORMAT,
     MANIFEST_FILE,
+    TOKENIZER_FOLDER,
     Counts,
     Manifest,
     PackedSplit,
@@ -34,6 +35,7 @@ from armd_jax.data.manifest import (
     TokenizerIdentity,
     TrainingSample,
     known_files,
+    may_hold,
     read_manifest,
     row_dtype,
     write_manifest,
@@ -47,7 +49,6 @@ from armd_jax.data_config import DataConfig
 from armd_jax.errors import UserError
 from armd_jax.names import Split
 
-TOKENIZER_FOLDER = "tokenizer"
 HASHED_AT_ONCE = 1 << 30  # bytes of shards, a second or two of sha256; of larger data each shard is hashed at first use
 
 
@@ -151,11 +152,8 @@ def prepare_into(
     streams: the tokens of the corpus, if they are there already.
     """
     corpus, request = corpus or open_corpus(config, known_files(out)), tokenizers.request_of(config)
-    if out.exists() and not out.is_dir():
-        raise UserError(f"{out} is a file; give a folder to prepare into")
-    if out.is_dir() and any(out.iterdir()):
-        if not (out / MANIFEST_FILE).is_file():
-            raise UserError(f"{out} is not empty and holds no prepared data; give another folder")
+    check_out(out)
+    if (out / MANIFEST_FILE).is_file():
         if progress:
             _tell_selection(corpus)
     else:
@@ -164,6 +162,15 @@ def prepare_into(
         with large_folder(out, MANIFEST_FILE, functools.partial(_goes_on, identity)) as partial:
             _write(config, streams, request, length, partial, progress)
     return _open_fitting(out, corpus, request, length)
+
+
+def check_out(out: Path) -> None:
+    """Raises UserError unless a folder is missing, empty, or holds prepared data."""
+    remove_torn(out, MANIFEST_FILE, may_hold)
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out} is a file; give a folder to prepare into")
+    if out.is_dir() and any(out.iterdir()) and not (out / MANIFEST_FILE).is_file():
+        raise UserError(f"{out} is not empty and holds no prepared data; give another folder")
 
 
 def open_prepared(folder: Path, config: DataConfig | None = None, length: int | None = None) -> PreparedData:

@@ -25,7 +25,7 @@ from tqdm import tqdm
 from armd_jax import files, remote, typed
 from armd_jax.data import batching, bucket_files, encoding, progress, tokenizers
 from armd_jax.data.batching import Tally
-from armd_jax.data.building import large_folder
+from armd_jax.data.building import large_folder, remove_torn
 from armd_jax.data.corpora import Corpus, open_corpus
 from armd_jax.data.encoding import Batch
 from armd_jax.data.manifest import FORMAT, RowDtype, row_dtype
@@ -202,6 +202,7 @@ def prepare_part(work: Work, number: int, workers: int = 1, shown: bool = True) 
     tokenizer, corpus = work.tokenizer(), work.corpus()
     identity, folder = work.identity(number, corpus), work.part(number)
     copy = remote.copy_of(folder)
+    remove_torn(folder, NOTE)
     if not os.path.exists(folder):
         if copy is not None:
             copy.check_writable()

@@ -7,8 +7,15 @@ from pathlib import Path
 from armd_jax import remote
 from armd_jax.data import tokenizers
 from armd_jax.data.corpora import Corpus
-from armd_jax.data.manifest import MANIFEST_FILE, Manifest, TokenizerIdentity, prepared_below, read_manifest
-from armd_jax.data.packing import TOKENIZER_FOLDER, PreparedData, open_prepared
+from armd_jax.data.manifest import (
+    MANIFEST_FILE,
+    TOKENIZER_FOLDER,
+    Manifest,
+    TokenizerIdentity,
+    prepared_below,
+    read_manifest,
+)
+from armd_jax.data.packing import PreparedData, open_prepared
 from armd_jax.data_config import DataConfig, is_named_tokenizer
 from armd_jax.errors import UserError
 

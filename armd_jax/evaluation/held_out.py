@@ -49,7 +49,10 @@ def find(
     """
     data = run_data.own_rows(run, config) if source is None else None
     if data is None and source is None and config.data.mixture:
-        data, _ = mixture.open_chosen(config.data, config.model.max_length)
+        try:
+            data, _ = mixture.open_chosen(config.data, config.model.max_length)
+        except UserError as error:
+            raise UserError(f"{error}; or give the text with --data") from error
         if workdirs.trained_on(run) is not None:
             raise UserError(f"{run}: data.mixture names other rows than it was trained on; give the text with --data")
     elif data is None:

@@ -137,7 +137,7 @@ def _again(config: Config, old: Config, workdir: pathlib.Path, progress: bool) -
     except UserError as error:
         if not changes:
             raise
-        raise workdirs.other_data(workdir, "on other text", f"{changes}: {error}", own) from error
+        raise workdirs.other_data(workdir, "on other rows", f"{changes}: {error}", own) from error
     try:
         workdirs.check_same_data(workdir, data, changes, own)
     except UserError:

@@ -113,10 +113,7 @@ def constrain(mesh: Mesh) -> Constrain:
     """What tells the network's activations how to lie on the mesh."""
 
     def apply(array: jax.Array, axes: Axes) -> jax.Array:
-        rules = dict(USE_RULES)
-        if "targets" in axes and array.shape[axes.index("targets")] % mesh.shape["tensor"]:
-            rules["targets"] = None  # rows may have any length, and XLA only cuts into equal parts
-        spec = PartitionSpec(*(rules[axis] for axis in axes))
+        spec = PartitionSpec(*(USE_RULES[axis] for axis in axes))
         return jax.lax.with_sharding_constraint(array, NamedSharding(mesh, spec))
 
     return no_constraint if mesh.size == 1 else apply

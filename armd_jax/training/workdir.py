@@ -112,7 +112,7 @@ def check_same_data(workdir: pathlib.Path, data: Data, changes: str, own: Prepar
     if begun_on is None and changes:  # an early version did not note the digest, so that only names can be compared
         raise other_data(workdir, "of other data", changes, own)
     if begun_on is not None and begun_on.digest != data.digest:
-        raise other_data(workdir, "on other text", changes, own)
+        raise other_data(workdir, "on other rows", changes, own)
 
 
 def other_data(workdir: pathlib.Path, what: str, changes: str, own: PreparedData | None) -> UserError:

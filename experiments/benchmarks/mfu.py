@@ -46,7 +46,10 @@ def experiment(args: argparse.Namespace, overrides: list[str]) -> Config:
     values.mesh.update(data=-1, fsdp=1, tensor=1)
     values.model.vocab_size = args.vocab
     experiment_file.apply_overrides(values, overrides)
-    return configs.from_config_dict(values)
+    config = configs.from_config_dict(values)
+    if not config.model.has_orders:
+        raise UserError(f"{args.config}: model.kind={config.model.kind!r}: only steps of an ARMD are measured")
+    return config
 
 
 def ar_of(config: Config) -> Config:
@@ -100,8 +103,8 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=9)
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     args, overrides = parser.parse_known_args()
-    if args.turns < 1 or args.product < 1:
-        sys.exit("error: --turns and --product must be at least 1")
+    if args.turns < 1 or args.product < 1 or args.vocab < 1:
+        sys.exit("error: --turns, --product and --vocab must be at least 1")
     try:
         config = experiment(args, overrides)
         models = {"ARMD": config, "AR": ar_of(config)}

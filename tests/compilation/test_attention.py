@@ -78,5 +78,8 @@ def test_several_patterns_are_their_mean():
     both = attention.splash_forward_flops(_config(kind="strided", streams=(1, 8)))
     assert both == sum(alone) / 2
     assert attention.splash_forward_flops(_config(kind="masked_diffusion")) == 0.0
+    config = _config(kind="left_to_right")
+    odd = dataclasses.replace(config, model=dataclasses.replace(config.model, max_length=250))
+    assert attention.splash_forward_flops(odd) == 0.0  # no kernel has rows of this length
     denoiser = dataclasses.replace(_config(), model=ModelConfig(kind="denoiser", num_layers=2, max_length=1024))
     assert attention.splash_forward_flops(denoiser) == 2 * 4 * 768 * 1024**2 * 3

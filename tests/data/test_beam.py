@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import shutil
 import sys
 
 import pytest
@@ -27,7 +28,13 @@ def test_a_pipeline_makes_the_folder_of_one_process(corpus, tmp_path, capsys):
     assert cli.main([*words, f"--out={tmp_path / 'out'}", "--beam=3", *flags]) == 0
     assert _content(tmp_path / "out") == _content(tmp_path / "whole")
     assert first.items() < _content(tmp_path / "out.parts").items()
+    shutil.rmtree(tmp_path / "out.parts")
+    assert cli.main([*words, f"--out={tmp_path / 'out'}", "--beam=3"]) == 0  # it is whole, and needs no parts
+    assert not (tmp_path / "out.parts").exists()
     capsys.readouterr()
+    assert cli.main([*words, f"--out={tmp_path / 'new'}", "--beam=3", "--beam-flag=--direct_num_workers=x"]) == 2
+    (error,) = capsys.readouterr().err.splitlines()
+    assert error == "error: --beam-flag: Beam takes no such options: --direct_num_workers=x"
 
 
 def test_what_goes_wrong_in_a_step_is_one_line(tmp_path, capsys):

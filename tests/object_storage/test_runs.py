@@ -49,9 +49,15 @@ def test_a_run_in_a_bucket(tmp_path, capsys, smoke_config, smoke_run, corpus, bu
 
 @pytest.mark.slow
 def test_parts_in_a_bucket(tmp_path, capsys, corpus, bucket):
-    """Each made and merged by a command that has nothing of the others on its disk, and stored with its note last."""
-    text = f"{bucket}/parts/text.jsonl"
-    remote.Copy("gs" if bucket.startswith("gs") else "s3", bucket, "read").files.put(str(corpus), text.split("://")[1])
+    """Each made and merged by a command that has nothing of the others on its disk, and stored with its note last.
+
+    What a command has left that was killed while it stored a part, or what was merged, is replaced.
+    """
+    text, below = f"{bucket}/parts/text.jsonl", f"{bucket.split('://')[1]}/parts/rows"
+    store = remote.Copy("gs" if bucket.startswith("gs") else "s3", bucket, "read").files
+    store.put(str(corpus), text.split("://")[1])
+    for name in (".parts/00000-of-00002/train.tokens", "/train-00007.array_record", "/tokenizer/left"):
+        store.pipe_file(below + name, b"torn")
     prepare = ["prepare", f"--source={text}", "--tokenizer=bytes", "--length=64"]
     assert cli.main([*prepare, f"--out={tmp_path / 'whole'}"]) == 0
     prepare.append(f"--out={bucket}/parts/rows")

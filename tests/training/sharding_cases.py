@@ -68,6 +68,11 @@ def main(out: str) -> None:
         placed, mesh = _placed(denoiser, shape)
         _, losses = _train(placed, mesh, state.create(placed, mesh), tokens)
         results[f"denoiser/{name}"] = np.asarray(losses)
+    uneven = dataclasses.replace(config.model, max_length=LENGTH - 1)
+    for name in ("one", "tensor"):
+        placed, mesh = _placed(dataclasses.replace(config, model=uneven), MESHES[name])
+        _, losses = _train(placed, mesh, state.create(placed, mesh), tokens[:2, :, :-1])
+        results[f"uneven/{name}"] = np.asarray(losses)
     np.savez(out, **results)
 
 

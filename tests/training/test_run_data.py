@@ -99,16 +99,16 @@ def test_a_run_is_what_it_holds(place, capsys, name):
 
 
 CHANGES = {
-    "another text": ({"path": "other.jsonl"}, r"on other text \(data.path was 'docs.jsonl', now 'other.jsonl'\)"),
-    "a text that is too short": ({"path": "short.txt"}, r"on other text \(data.path was .*now 'short.txt': "),
-    "another division": ({"valid_fraction": 0.3}, r"on other text \(data.valid_fraction was 0.05, now 0.3\)"),
+    "another text": ({"path": "other.jsonl"}, r"on other rows \(data.path was 'docs.jsonl', now 'other.jsonl'\)"),
+    "a text that is too short": ({"path": "short.txt"}, r"on other rows \(data.path was .*now 'short.txt': "),
+    "another division": ({"valid_fraction": 0.3}, r"on other rows \(data.valid_fraction was 0.05, now 0.3\)"),
     "another tokenizer": ({"tokenizer": "words"}, r"another tokenizer \(data.tokenizer was 'bytes', now 'words'\)"),
     "a tokenizer to be trained": (
         {"tokenizer": "sentencepiece"},
         r"another tokenizer \(data.tokenizer was 'bytes', now",
     ),
     "a misspelled path": ({"path": "dosc.jsonl"}, r"'dosc.jsonl': there is no such file"),
-    "rows of another text": ({"path": "prep"}, r"on other text \(data.path was 'docs.jsonl', now 'prep'"),
+    "rows of another text": ({"path": "prep"}, r"on other rows \(data.path was 'docs.jsonl', now 'prep'"),
 }
 
 
@@ -132,7 +132,7 @@ def test_the_way_that_the_error_shows_leads_on(place):
     """Where the text has changed under its old name, the run's own rows can be given in its place."""
     pathlib.Path("docs.jsonl").write_text(pathlib.Path("docs.jsonl").read_text().replace("river", "brook"))
     with pytest.raises(
-        UserError, match=r"on other text than .*; bring it back, or .*own rows, data.path='(.*)'"
+        UserError, match=r"on other rows than .*; bring it back, or .*own rows, data.path='(.*)'"
     ) as raised:
         _go_on(pathlib.Path("run"))
     own = str(raised.value).rpartition("data.path='")[2].rstrip("'")
@@ -169,7 +169,7 @@ def test_a_run_on_the_embedded_corpus_survives_another_python(tmp_path, monkeypa
     monkeypatch.setattr(embedded, "embedded_documents", lambda: (*texts, "One more module, new in this version.\n" * 9))
     found, _ = _go_on(tmp_path / "run", path="")
     assert found.digest == workdirs.trained_on(tmp_path / "run").digest
-    with pytest.raises(UserError, match=r"on other text \(data.valid_fraction"):
+    with pytest.raises(UserError, match=r"on other rows \(data.valid_fraction"):
         _go_on(tmp_path / "run", path="", valid_fraction=0.3)
 
 

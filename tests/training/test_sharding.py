@@ -54,6 +54,12 @@ def test_no_work_is_done_twice(results):
         assert results[f"{name}/flops"] < 1.1 * results["one/flops"] / 8, name
 
 
+def test_rows_need_not_be_divisible_by_the_tensor_axis(results):
+    """The aggregator's vectors of 15 targets are cut into 4 parts."""
+    np.testing.assert_allclose(results["uneven/tensor"], results["uneven/one"], rtol=1e-5)
+    assert len(results["uneven/one"]) == 2
+
+
 def test_a_denoiser_trains_on_a_mesh_like_on_one_device(results):
     """Its masks are drawn for the whole batch, so that 20 losses agree to 1e-4."""
     one, mixed = results["denoiser/one"], results["denoiser/mixed"]
