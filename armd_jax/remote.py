@@ -22,6 +22,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from typing import Any, Literal, assert_never
 
 from armd_jax import files, stores
@@ -208,24 +209,33 @@ class Copy:
                 path = self.folder / name
                 if path.exists() and self._there.get(name) == version:
                     continue
-                path.parent.mkdir(parents=True, exist_ok=True)
+                part = path.with_name(f".{path.name}.part")
                 try:
-                    self.files.get_file(f"{self._root}/{name}", str(path))
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    self.files.get_file(f"{self._root}/{name}", str(part))
+                    part.replace(path)  # half a file would be stored in the place of a whole object
                 except FileNotFoundError:  # removed since, as old checkpoints are
                     continue
+                except (FileExistsError, NotADirectoryError, IsADirectoryError) as error:
+                    what = "this object cannot be a file here, because another one is below or above it"
+                    raise UserError(f"{self.address}/{name}: {what}") from error
                 self._there[name], self._stored[name] = version, _stamp(path)
             for name in self._there.keys() - found.keys():
                 (self.folder / name).unlink(missing_ok=True)
                 del self._there[name], self._stored[name]
 
-    def store(self) -> None:
-        """Stores what changed in the copy since it was fetched or stored. Raises UserError if it cannot be stored."""
+    def store(self, before_each: Callable[[], None] = lambda: None) -> None:
+        """Stores what changed in the copy since it was fetched or stored. Raises UserError if it cannot be stored.
+
+        before_each: called before each object is stored or removed; what it raises ends the storing.
+        """
         with self._lock, self.told():
             # Not `rglob`, which fails if Orbax removes a folder meanwhile.
             found = [pathlib.Path(root) / file for root, _, names in os.walk(self.folder) for file in names]
             here = {path.relative_to(self.folder).as_posix(): path for path in found}
             here = {name: path for name, path in here.items() if self._is_copied(name)}
             for name in sorted(self._stored.keys() - here.keys(), key=_turn, reverse=True):
+                before_each()
                 with contextlib.suppress(FileNotFoundError):
                     self.files.rm_file(f"{self._root}/{name}")
                 self._there.pop(name, None)
@@ -234,6 +244,7 @@ class Copy:
                 with contextlib.suppress(FileNotFoundError):  # it was removed meanwhile; the next call removes it there
                     stamp = _stamp(here[name])
                     if self._stored.get(name) != stamp:
+                        before_each()
                         self._send(here[name], f"{self._root}/{name}")
                         self._there[name], self._stored[name] = None, stamp
 

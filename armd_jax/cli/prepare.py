@@ -8,7 +8,7 @@ import shlex
 from collections.abc import Sequence
 
 from armd_jax import remote
-from armd_jax.cli.arguments import folder, local, show, source
+from armd_jax.cli.arguments import local, out_folder, show, source
 from armd_jax.config import from_config_dict
 from armd_jax.data_config import DataConfig
 from armd_jax.errors import UserError, shown
@@ -24,7 +24,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--source", default="", type=source, help="file, folder, glob or tfds:NAME; empty: the embedded corpus"
     )
-    parser.add_argument("--out", required=True, type=folder, help="folder to write")
+    parser.add_argument("--out", required=True, type=out_folder, help="folder to write")
     parser.add_argument(
         "--tokenizer", default="sentencepiece", type=local, help="sentencepiece, bytes or a vocabulary folder"
     )

@@ -29,9 +29,10 @@ def of(config: Config, tokens_BN: jax.Array) -> jax.Array | None:
 
 
 def begins(tokens_BN: jax.Array, end_of_text: int) -> jax.Array:
-    """int32 [B, N]: the natural position at which the document of each token begins. An end-of-text is the last token.
+    """int32 [B, N]: the natural position at which the document of each token begins.
 
-    The first document of a row may be the rest of one that began in another row, and counts from there.
+    An end-of-text is the last token of its document. If the row begins with the rest of a document of another row, that
+    rest is a document for itself, and begins at 0.
     """
     behind_end_BN = jnp.pad(tokens_BN[:, :-1] == end_of_text, ((0, 0), (1, 0)), constant_values=True)
     index_BN = jnp.broadcast_to(jnp.arange(tokens_BN.shape[1], dtype=jnp.int32), tokens_BN.shape)

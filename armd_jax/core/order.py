@@ -322,6 +322,8 @@ def padding_last(order: Order, valid_BN: jax.Array) -> Order:
 
 def _regroup(order: Order, group_BN: jax.Array, single_BN: jax.Array, within_BN: jax.Array) -> Order:
     """Sorts stably by (group, within). Indices marked `single` get blocks of their own; the others keep theirs."""
+    if order.first_BN is not None:
+        raise UserError("documents are kept apart already; put evidence first and padding last before that")
     length = order.shape[1]
     index = jnp.arange(length)
     source_BN = jnp.argsort(group_BN * length + within_BN, axis=1, stable=True)

@@ -27,7 +27,7 @@ def folder_of(path: str) -> Path | None:
     """
     folder = remote.copy_for(path)
     if (copy := remote.copy_of(folder)) is not None:
-        if copy.read_small(MANIFEST_FILE) is None:
+        if copy.read_small(MANIFEST_FILE) is None or not copy.names_below(TOKENIZER_FOLDER):
             return None  # before all of what may be text is fetched
         copy.fetch()
     is_one = bool(path) and (folder / MANIFEST_FILE).is_file() and (folder / TOKENIZER_FOLDER).is_dir()

@@ -10,6 +10,7 @@ from typing import NoReturn, assert_never
 
 import jax
 
+from armd_jax import remote
 from armd_jax.errors import UserError, out_of_memory
 from armd_jax.names import Switch
 
@@ -122,7 +123,7 @@ def run_together(run: Callable[[], int], if_memory_runs_out: str) -> int | NoRet
     try:
         return run()
     except UserError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        print(f"error: {' '.join(remote.spelled(str(error)).split())}", file=sys.stderr, flush=True)
         os._exit(2)
     except BaseException as error:
         this, asked = f"process {jax.process_index()} of {jax.process_count()}", out_of_memory(error)

@@ -56,7 +56,9 @@ def prepare(
         if tokenizer is not None:
             with_vocabulary(config, tokenizer, old)  # a mistake is found before any text is prepared
         root = _root(config, workdir)
-        data = packing.prepare(config.data, length, root, progress=progress)
+        corpus = open_corpus(config.data, manifests.known_files(root))
+        _check_writable(root, packing.folder_for(config.data, corpus, length, root))
+        data = packing.prepare(config.data, length, root, progress=progress, corpus=corpus)
         _store(root)
     config = with_vocabulary(config, data.tokenizer, old)
     if progress and isinstance(data, Mixture):
@@ -92,10 +94,13 @@ def _root(config: Config, workdir: pathlib.Path) -> pathlib.Path:
     """The folder that prepared folders are in. One in object storage is fetched, with all that is in it."""
     if not config.data.cache_dir:
         return workdir / "data"
-    root = remote.local(config.data.cache_dir)
-    if (copy := remote.copy_of(root)) is not None and not any(manifests.prepared_below(root)):
-        copy.check_writable()  # before hours of work, and not if all may be there
-    return root
+    return remote.local(config.data.cache_dir)
+
+
+def _check_writable(root: pathlib.Path, folder: pathlib.Path) -> None:
+    """Raises UserError if `folder` has to be made and cannot be stored: before hours of work."""
+    if (copy := remote.copy_of(root)) is not None and not folder.exists():
+        copy.check_writable()
 
 
 def _store(root: pathlib.Path) -> None:
@@ -132,6 +137,7 @@ def _again(config: Config, old: Config, workdir: pathlib.Path, progress: bool) -
     # Files of other names may hold the same documents. That shows once they are rows.
     folder = packing.folder_for(config.data, corpus, config.model.max_length, root)
     is_new = not folder.exists() and root == workdir / "data"
+    _check_writable(root, folder)
     try:
         data = packing.prepare(config.data, config.model.max_length, root, progress=progress, corpus=corpus)
     except UserError as error:

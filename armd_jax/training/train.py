@@ -84,6 +84,9 @@ def train(
         placement.for_training(config, mesh)
         if primary:
             stack.enter_context(workdirs.locked(workdir))
+            old = workdirs.begun(workdir)  # whoever held the run until now may have begun it, or gone on with it
+            if old is not None:
+                workdirs.check_continuation(old, config, workdir)
             stack.enter_context(workdirs.left_as_found(workdir))
         with watch.during("preparing"):
             data, config = run_data.prepare_together(config, workdir, progress, old)

@@ -1,4 +1,4 @@
-"""Documents that are kept apart: a row of several is computed as if each of them were a row, to the last bit."""
+"""Documents that are kept apart: each is computed as if it were a row, and no bit of it depends on the others."""
 
 import dataclasses
 import functools

@@ -63,11 +63,16 @@ def test_no_extra(library, scheme):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["gs", "s3"])
-def test_denied_writes(ports, serve, environment, smoke_config, scheme):
+def test_denied_writes(ports, serve, environment, smoke_config, scheme, tmp_path):
     """One line, before any work."""
     train = [*ARMD, "train", f"--config={smoke_config}", f"--workdir={scheme}://bucket/denied"]
+    prepare = [*ARMD, "prepare", "--tokenizer=bytes", f"--out={scheme}://bucket/denied"]
+    cached = [*ARMD, "train", f"--config={smoke_config}", f"--workdir={tmp_path / 'run'}"]
+    cached.append(f"--config.data.cache_dir={scheme}://bucket/denied")
     with serve(str(HERE / "faulty_proxy.py"), "PORT", str(ports[scheme]), "--denied=1") as proxy:
-        assert "access is denied" in _said(train, os.environ | environment(proxy, proxy))
+        for command in (train, prepare, cached):
+            assert "access is denied" in _said(command, os.environ | environment(proxy, proxy))
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow

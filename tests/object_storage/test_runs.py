@@ -120,6 +120,60 @@ def test_one_training_at_a_time(bucket):
                 mine.store()
 
 
+def _copy(address: str) -> remote.Copy:
+    return remote.Copy("gs" if address.startswith("gs") else "s3", address, "run")
+
+
+def test_storing_for_long_does_not_end_a_lease(bucket, monkeypatch):
+    """While an object is stored for longer than a lease lasts, beats go on, and another training is refused."""
+    monkeypatch.setattr(lease, "BEAT", 0.1)
+    monkeypatch.setattr(lease, "LEASE", 1.0)
+    monkeypatch.setattr(lease, "_has_died", lambda content: False)
+    mine, other = (_copy(f"{bucket}/long-{os.getpid()}") for _ in range(2))
+    slow, send = threading.Event(), remote.Copy._send
+    monkeypatch.setattr(remote.Copy, "_send", lambda *args: (slow.set(), time.sleep(2.5), send(*args)))
+    with lease.held(mine):
+        mine.folder.mkdir(exist_ok=True)
+        (mine.folder / "large").write_text("large")
+        assert slow.wait(10)
+        with pytest.raises(UserError, match="a training is running in it"), lease.held(other):
+            pass
+    assert other.read_small("large") == "large"
+
+
+@pytest.mark.parametrize("later", [1, 2])
+def test_whoever_was_taken_over_stores_nothing(bucket, later):
+    """Also if the one that took over has ended meanwhile, and was followed by another."""
+    copy, address = _copy(f"{bucket}/over-{later}-{os.getpid()}"), f"{bucket}/over-{later}-{os.getpid()}"
+    with lease.held(copy):
+        mine = lease._held[address]
+        copy.folder.mkdir(exist_ok=True)
+        number = mine._number + later
+        copy.write_small(f".lock/{number:08d}", "another")
+        copy.write_small("metrics.jsonl", "theirs")
+        (copy.folder / "metrics.jsonl").write_text("mine")
+    assert mine.lost
+    assert copy.read_small("metrics.jsonl") == "theirs" and copy.read_small(f".lock/{number:08d}") == "another"
+
+
+def test_half_a_fetch_is_not_stored(bucket, monkeypatch):
+    """A fetch that breaks off leaves the object in the bucket as it was."""
+    address = f"{bucket}/half-{os.getpid()}"
+    _copy(address).write_small("whole", "all of it")
+    copy = _copy(address)
+
+    def broken(key: str, path: str) -> None:
+        pathlib.Path(path).write_text("all")
+        raise OSError("the connection is gone")
+
+    monkeypatch.setattr(copy.files, "get_file", broken)
+    with pytest.raises(UserError, match="cannot be reached"), lease.held(copy):
+        pass
+    monkeypatch.undo()
+    copy.store()
+    assert copy.read_small("whole") == "all of it" and not (copy.folder / "whole").exists()
+
+
 def test_of_several_one_takes_the_lease(bucket):
     """Several trainings that begin together: one of them gets the run."""
     address, got, lost = f"{bucket}/race-{os.getpid()}", [], []
