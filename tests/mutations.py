@@ -274,6 +274,13 @@ MUTATIONS = (
         "training/test_sharding.py::test_no_work_is_done_twice",
     ),
     Mutation(
+        "a lease is lost to any later holder",
+        "training/lease.py",
+        "self.lost = any(number > self._number for number in _numbers(self._copy))",
+        "self.lost = False",
+        "object_storage/test_runs.py::test_whoever_was_taken_over_stores_nothing",
+    ),
+    Mutation(
         "long gradients are cut",
         "training/optimizer.py",
         "if settings.clip_norm else update",
