@@ -175,7 +175,7 @@ def test_processes_open_the_folders_themselves(place, monkeypatch):
     told = []
     monkeypatch.setattr(run_data, "_from_first", lambda text: told.append(text) or told[0])
     first, resolved = run_data.prepare_together(_config(), place / "run", False, None)
-    assert resolved.data == dataclasses.replace(_config().data, tokenizer="wiki/tokenizer")
+    assert resolved.data == dataclasses.replace(_config().data, tokenizer="wiki/tokenizer", end_of_text=256)
     assert resolved.model.vocab_size == 257
     monkeypatch.setattr(run_data.jax, "process_index", lambda: 1)
     other, same = run_data.prepare_together(_config(), place / "run", False, None)

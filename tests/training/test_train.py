@@ -494,7 +494,7 @@ def test_a_run_is_not_continued_on_other_text(tmp_path, capsys, corpus, smoke_co
     capsys.readouterr()
     assert cli.main(command) == 2
     last = capsys.readouterr().err.splitlines()[-1]
-    assert last.startswith("error: ") and ("another tokenizer" if tokenizer != "bytes" else "other text") in last
+    assert last.startswith("error: ") and ("another tokenizer" if tokenizer != "bytes" else "other rows") in last
     after = _files(run)
     assert {name: after[name] for name in before} == before
     assert all(name.startswith("data/") for name in after.keys() - before.keys())
