@@ -20,5 +20,7 @@ PARAMETERS: dict[str, Axes] = {
     "right": (None, "embed"),
 }
 ROWS: Axes = ("batch", "length", "embed")
+# Whole on every device: XLA would cut them like the rows below, and RoPE's tables with them, which each layer needs.
+PLACES: Axes = ("batch", "length")
 FIRST_ROWS: Axes = ("batch", "targets", "embed")  # as the aggregator makes them, each for itself
 LOGITS: Axes = ("batch", "length", "vocab")

@@ -64,7 +64,7 @@ def residual_stream(
     g_BGD = context.constrain(g_BGD, axes.FIRST_ROWS)
     aggregate = None if state is None else aggregator.state_after(rows, x_BXD, state)
     # The aggregator adds up vectors of tokens alone. Learned positions come in behind it.
-    g_positions_BG = rows.g_positions_BG - prediction_offset(config)
+    g_positions_BG = context.constrain(rows.g_positions_BG - prediction_offset(config), axes.PLACES)
     x_BXD, g_BGD = _with_positions(params, x_BXD, rows.x_positions_BX), _with_positions(params, g_BGD, g_positions_BG)
     g_BGD = context.constrain(embedding_context.dropout(config.dropout, g_BGD, 1), axes.ROWS)
     x_kv: tuple[KeyValue, ...] = ()
@@ -189,7 +189,7 @@ def _two_stream_layers(
     num_x, num_two = x_BXD.shape[1], config.two_stream_layers
     caches = None if cache is None else cache.x_kv
     h_BRD = jnp.concatenate([x_BXD, g_BGD], axis=1)
-    g_positions_BG = rows.g_positions_BG - prediction_offset(config)
+    g_positions_BG = context.constrain(rows.g_positions_BG - prediction_offset(config), axes.PLACES)
     rotary = rotary_table(jnp.concatenate([rows.x_positions_BX, g_positions_BG], axis=1), config)
     lens_BR = jnp.concatenate([rows.x_len_BX, rows.g_strict_len_BG], axis=1)
     document_BN = rows.document_BN

@@ -76,11 +76,17 @@ def ports() -> Iterator[dict[str, int]]:
     s3fs.S3FileSystem.clear_instance_cache()
 
 
-@pytest.fixture(params=["gs", "s3"])
-def bucket(request: pytest.FixtureRequest, ports: dict[str, int]) -> Iterator[str]:
-    """The address of a bucket."""
-    yield f"{request.param}://bucket"
+@pytest.fixture(autouse=True)
+def _forgotten() -> Iterator[None]:
+    """No copy of a bucket is left for the next test, also none of another folder: commands would fetch it."""
+    yield
     remote.forget_all()
+
+
+@pytest.fixture(params=["gs", "s3"])
+def bucket(request: pytest.FixtureRequest, ports: dict[str, int]) -> str:
+    """The address of a bucket."""
+    return f"{request.param}://bucket"
 
 
 @pytest.fixture(scope="session")
