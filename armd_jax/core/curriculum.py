@@ -194,21 +194,15 @@ def draw(
         does so with each of them, and every order stays inside them (see `core.documents`). None: they are not.
     """
     rows = batch, length, first_BN
-    draws = [functools.partial(_draw_part, part, key, step, num_steps, *rows) for part in _parts(config)]
+    draws = [functools.partial(_draw_part, part, key, step, num_steps, rows) for part in _parts(config)]
     drawn = draws[0]() if len(draws) == 1 else jax.lax.switch(part_of_step(config, key), draws)
     return drawn if first_BN is None else documents.keep_apart(drawn, first_BN)
 
 
 def _draw_part(
-    config: OrderConfig,
-    key: jax.Array,
-    step: jax.Array,
-    num_steps: int,
-    batch: int,
-    length: int,
-    first_BN: jax.Array | None,
+    config: OrderConfig, key: jax.Array, step: jax.Array, num_steps: int, rows: tuple[int, int, jax.Array | None]
 ) -> Order:
-    keys, rows = _Keys(*jax.random.split(key)), (batch, length, first_BN)
+    keys = _Keys(*jax.random.split(key))
     base = functools.partial(_base(config).draw, keys, step, *rows)
     if not config.sbp_steps:
         return base()

@@ -7,6 +7,8 @@ import os
 import platform
 import statistics
 import sys
+import time
+from collections.abc import Callable
 from importlib import metadata
 from typing import Any
 
@@ -15,6 +17,7 @@ import jax
 from armd_jax.config import ModelConfig, check_model
 from armd_jax.errors import UserError
 
+Case = Callable[[], Any]  # what is timed, finished when it returns
 SIZE_FLAGS = {"layers": 8, "two-stream": 4, "width": 256, "heads": 8, "length": 256, "vocab": 4096}
 
 
@@ -120,6 +123,13 @@ def print_machine(facts: dict[str, Any], args: argparse.Namespace) -> None:
     if not args.hf:
         reason = "--no-hf" if args.no_hf else "torch or transformers is not installed"
         print(f"Hugging Face GPT-2 left out: {reason}")
+
+
+def timed(case: Case) -> float:
+    """Seconds of one call."""
+    start = time.perf_counter()
+    case()
+    return time.perf_counter() - start
 
 
 def median_ratio(numerators: list[float], denominators: list[float]) -> float:

@@ -14,8 +14,6 @@ import argparse
 import dataclasses
 import statistics
 import sys
-import time
-from collections.abc import Callable
 from typing import Any
 
 from armd_jax.training import host_memory
@@ -26,7 +24,7 @@ if host_memory.trains_on_cpu():
 import jax
 import jax.numpy as jnp
 import numpy as np
-from common import machine, print_json, print_versions
+from common import Case, machine, print_json, print_versions, timed
 
 from armd_jax import config as configs
 from armd_jax import experiment_file
@@ -35,8 +33,6 @@ from armd_jax.core import flops, sizes
 from armd_jax.core.peaks import peak_flops
 from armd_jax.errors import UserError
 from armd_jax.training import divisibility, placement, sharding, state, step
-
-Case = Callable[[], Any]  # one step, finished when it returns
 
 
 def experiment(args: argparse.Namespace, overrides: list[str]) -> Config:
@@ -84,13 +80,6 @@ def product_case(size: int, dtype: Any) -> Case:
     product = jax.jit(jnp.matmul)
     matrix = jax.random.normal(jax.random.key(0), (size, size), dtype)
     return lambda: jax.block_until_ready(product(matrix, matrix))
-
-
-def timed(case: Case) -> float:
-    """Seconds of one call."""
-    start = time.perf_counter()
-    case()
-    return time.perf_counter() - start
 
 
 def main() -> None:

@@ -10,8 +10,6 @@ attention counts. Freed memory stays with the process, as in `armd train`.
 import argparse
 import statistics
 import sys
-import time
-from collections.abc import Callable
 from typing import Any
 
 from armd_jax.core import parameters
@@ -24,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from common import add_size_flags, gpt2, has_hugging_face, machine, median_ratio, model_configs, print_json
+from common import Case, add_size_flags, gpt2, has_hugging_face, machine, median_ratio, model_configs, print_json, timed
 from common import print_machine as print_header
 
 from armd_jax.config import ModelConfig
@@ -34,7 +32,6 @@ from armd_jax.core.network import Params
 from armd_jax.core.order import Order
 
 State = tuple[Params, optax.OptState]
-Case = Callable[[], Any]  # one step, finished when it returns
 
 
 def jax_cases(config: ModelConfig, batch: int) -> tuple[Case, Case]:
@@ -84,13 +81,6 @@ def hf_case(args: argparse.Namespace, attention: str) -> Case:
             torch.cuda.synchronize()
 
     return train
-
-
-def timed(case: Case) -> float:
-    """Seconds of one call."""
-    start = time.perf_counter()
-    case()
-    return time.perf_counter() - start
 
 
 def main() -> None:
