@@ -1,0 +1,270 @@
+"""The study: what of ARMD is true at sizes that two CPU cores can train, as one sweep.
+
+Command:   bash launch/study.sh TEXT            all of it; TEXT is a file, a folder or a quoted glob
+           bash launch/study.sh TEXT minutes    its main rows with one seed and fewer steps
+       or  armd sweep --config=experiments/study/study.py --out=runs/study --jobs=2 --config.data.path=TEXT
+Hardware:  2 CPU cores. `gpu` as the argument is the larger form: models of 125M parameters on one GPU of 80 GB.
+Data:      any text of 5 MB or more; 0.4% of its documents are held out for validation and as many for the test. The
+           page has figures of 30,000 articles of Wikipedia.
+Result:    README.md in this folder.
+
+Every row trains on the same batches of a seed, with the same number of updates unless its name says otherwise, and with
+as many parameters as the others of its size. Learning rates are those that the rows `rate` find best.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from armd_jax import config as configs
+from armd_jax.core import flops
+from armd_jax.errors import UserError
+from armd_jax.sweeps import Member, Members, Sweep, chain, choices, product, seeds, then
+
+RATES = {"AR": (6e-3, 1.2e-2, 2.4e-2), "ARMD-identity": (6e-3, 1.2e-2, 2.4e-2), "MDLM": (6e-3, 1.2e-2, 2.4e-2)}
+BEST = {"AR": 1.2e-2, "ARMD-identity": 1.2e-2, "MDLM": 1.2e-2}  # what the rows `rate` found; a test compares them
+TEMPERATURES = (0.7, 0.8, 0.9, 1.0, 1.1)
+BASELINES = ("AR", "MDLM")
+WIDTHS = (192, 256, 384)
+
+Overrides = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Form:
+    """How large the study is.
+
+    steps: of the main rows. short: of the others; 0: there are no others. seeds: of the main rows. width, layers,
+    heads, length: of the models. samples: texts of each way of writing. judge: the member that scores these texts.
+    """
+
+    steps: int
+    short: int = 0
+    seeds: int = 1
+    batch_size: int = 8
+    width: int = 192
+    layers: int = 4
+    heads: int = 6
+    positions: int = 64
+    length: int = 512
+    vocabulary: int = 4096
+    samples: int = 256
+    judge: str = "model=AR,seed=0"
+
+
+FORMS = {
+    "": Form(steps=300, short=150, seeds=3, judge="size=384-AR"),  # the AR model with the lowest loss
+    "minutes": Form(steps=120, samples=64),
+    "smoke": Form(steps=10, short=8, samples=2, vocabulary=300, length=64, judge="size=384-AR"),
+    "gpu": Form(
+        steps=6000, batch_size=32, width=768, layers=12, heads=12, positions=128, length=1024, vocabulary=32_000
+    ),
+}
+
+
+def base(form: Form) -> ConfigDict:
+    """ARMD under the curriculum with strided steps at the end; 2.6M parameters with a vocabulary of 4096."""
+    config = configs.default_config_dict()
+    config.data.update(vocab_size=form.vocabulary, valid_fraction=0.004, test_fraction=0.004)
+
+    # Model. A stream that starts cold costs so much whatever its length is, so that short rows would show streams worse
+    # than they are.
+    config.model.update(max_length=form.length, num_layers=form.layers, two_stream_layers=form.layers // 2)
+    config.model.update(width=form.width, num_heads=form.heads, positional_width=form.positions, residual_init="zero")
+
+    # Optimizer: as in the quickstart, but with Muon, which helps every kind of model.
+    config.optimizer.update(kind="muon", base_width=form.width, embedding_rate=2.0)
+    config.optimizer.update(schedule="cosine", final_fraction=0.05, beta2=0.98, weight_decay=0.1, ema_decay=0.98)
+
+    config.order.update(max_permuted=8, streams=(1, 2, 4, 8))
+    config.training.update(batch_size=form.batch_size, log_every=10, eval_batches=8)
+    return config
+
+
+def schedule(steps: int, sbp: float = 0.2) -> Overrides:
+    """Fields that follow from the number of steps: shares of warm-up, of the phases of orders, and of evaluations.
+
+    sbp: the share of the steps at the end whose orders are strided.
+    """
+    return {
+        "training.num_steps": steps,
+        "training.eval_every": max(steps // 12, 1),
+        "training.checkpoint_every": max(steps // 2, 1),
+        "optimizer.warmup_steps": steps // 10,
+        "order.ar_steps": steps // 2,
+        "order.permute_steps": 3 * steps // 4,
+        "order.sbp_steps": math.ceil(steps * sbp),
+    }
+
+
+def kinds(form: Form) -> dict[str, Overrides]:
+    """Overrides that make each kind of model, with as many parameters as an ARMD of these sizes.
+
+    What an ARMD has beside the layers, the aggregator, goes into the MLPs of the others.
+    """
+    mlp = 4 * form.width + round((form.width + form.positions) / (2 * form.layers))
+    return {
+        "AR": {
+            "model.two_stream_layers": 0,
+            "model.aggregator": "shift",
+            "model.residual_init": "unscaled",
+            "model.mlp_width": mlp,
+            "order.kind": "left_to_right",
+            "order.sbp_steps": 0,
+        },
+        "ARMD-identity": {"order.kind": "left_to_right", "order.sbp_steps": 0},
+        "ARMD-curriculum": {},
+        "MDLM": {
+            "model.kind": "denoiser",
+            "model.residual_init": "unscaled",
+            "model.mlp_width": mlp,
+            "order.sbp_steps": 0,
+        },
+    }
+
+
+def equal_flops(form: Form, kind: str) -> int:
+    """Steps in which a kind of model needs the FLOPs of an ARMD's training."""
+    need = []
+    for name in ("ARMD-curriculum", kind):
+        config = base(form)
+        for field, value in kinds(form)[name].items():
+            config.update_from_flattened_dict({field: value})
+        model = configs.from_config_dict(config).model
+        need.append(flops.training_flops_per_token(dataclasses.replace(model, vocab_size=form.vocabulary)).total)
+    return round(form.steps * need[0] / need[1])
+
+
+def trained(form: Form, kind: str, steps: int) -> Overrides:
+    """Overrides of a kind of model that is trained for so many steps at the rate that is best for it."""
+    rate = BEST["ARMD-identity" if kind == "ARMD-curriculum" else kind]
+    return schedule(steps) | {"optimizer.learning_rate": rate} | kinds(form)[kind]
+
+
+def main_rows(form: Form) -> Members:
+    """Every kind of model at equal steps, and the baselines with the FLOPs of an ARMD; the rows with several seeds."""
+    equal = {f"{kind}-equal-FLOPs": trained(form, kind, equal_flops(form, kind)) for kind in BASELINES}
+    rows = {kind: trained(form, kind, form.steps) for kind in kinds(form)} | equal
+    return product(choices("model", rows), seeds(form.seeds))
+
+
+def orders(form: Form) -> Members:
+    """Kinds of orders, all with the strided steps at the end; `scatter-8` is also what other tables start from."""
+    rows: dict[str, Overrides] = {
+        f"{permute}-{count}": {"order.permute": permute, "order.max_permuted": count}
+        for permute in ("scatter", "window", "reinsert")
+        for count in (8, 32)
+    }
+    first, *others = _short(form, "order", rows | {"uniform": {"order.kind": "uniform"}})
+    return chain(then((first,), _lossless(form)), tuple(others))
+
+
+def aggregators(form: Form) -> Members:
+    """Prefix aggregators, with MLPs that make up for what they have less or more than the default."""
+    return _short(
+        form,
+        "aggregator",
+        {
+            "positional": {"model.aggregator": "positional", "model.mlp_width": 792},
+            "mean": {"model.aggregator": "mean", "model.mlp_width": 792},
+            "shift": {"model.aggregator": "shift", "model.mlp_width": 800},
+            "both-neighbours": {"model.neighbours": "both", "model.mlp_width": 744},
+        },
+    )
+
+
+def two_stream_layers(form: Form) -> Members:
+    """M = 0, 1 = L / 4 and 4 = L; the others have 2 = L / 2."""
+    return _short(form, "M", {str(count): {"model.two_stream_layers": count} for count in (0, 1, 4)})
+
+
+def strided_steps(form: Form) -> Members:
+    """The share of strided steps at the end, in percent; the others have 20."""
+    rows = {"0": 0.0, "2.5": 0.025}
+    return _short(form, "SBP", {name: schedule(form.short, share) for name, share in rows.items()})
+
+
+def blocks(form: Form) -> Members:
+    """Blocks of neighbouring tokens in a tenth of the steps, for lossless decoding."""
+    rows = _short(form, "blocks", {"contiguous": {"order.mix": ("contiguous:0.1",)}})
+    return then(rows, _lossless(form))
+
+
+def _lossless(form: Form) -> str:
+    """The command that lets a member write losslessly."""
+    judge = f"eval --judge={{sweep}}/members/{form.judge} --samples={form.samples // 2} --batch=32 --temperatures=1"
+    return f"{judge} --modes=lossless --streams=2,4"
+
+
+def _short(form: Form, name: str, rows: Mapping[str, Overrides]) -> Members:
+    """Variants of ARMD under the curriculum."""
+    return choices(name, {label: trained(form, "ARMD-curriculum", form.short) | row for label, row in rows.items()})
+
+
+def sizes(form: Form) -> Members:
+    """Models of other widths, and those of the main rows in as many steps."""
+    rows = {
+        f"{width}-{kind}": trained(form, kind, form.short)
+        | {"model.width": width, "model.num_heads": width // 32}
+        | kinds(dataclasses.replace(form, width=width))[kind]
+        for width in WIDTHS
+        for kind in ("AR", "ARMD-identity")
+    }
+    return choices("size", rows | {"192-MDLM": trained(form, "MDLM", form.short)})
+
+
+def rates(form: Form) -> Members:
+    """Learning rates beside the best ones, which the rows of `sizes` are trained at."""
+    return choices(
+        "rate",
+        {
+            f"{kind}-{rate:g}": trained(form, kind, form.short) | {"optimizer.learning_rate": rate}
+            for kind, several in RATES.items()
+            for rate in several
+            if rate != BEST[kind]
+        },
+    )
+
+
+def get_sweep(arg: str = "") -> Sweep:
+    """`minutes`: the main rows with one seed. `smoke`: every row for a few steps. `gpu`: models of 125M parameters."""
+    if arg not in FORMS:
+        raise UserError(f"unknown argument {arg!r} of the study: it takes {', '.join(filter(None, FORMS))} or nothing")
+    form = FORMS[arg]
+    members = sizes(form) if form.short else ()
+    members += tuple(_measured(member, form) for member in main_rows(form))
+    if form.short:
+        members += chain(
+            orders(form), aggregators(form), two_stream_layers(form), strided_steps(form), blocks(form), rates(form)
+        )
+    return Sweep(base(form), tuple(_evaluated(member) for member in members))
+
+
+def _evaluated(member: Member) -> Member:
+    """With the likelihoods that its kind of model has."""
+    match member.overrides:
+        case {"model.kind": "denoiser"}:
+            how = "--draws=4"
+        case {"model.aggregator": "shift", "model.two_stream_layers": 0}:
+            how = "--streams=2 --draws=0"  # of an autoregressive model, only left to right means anything
+        case _:
+            how = "--streams=2,4,8 --price"
+    return dataclasses.replace(member, after=(f"eval --split=test --no-baselines {how}", *member.after))
+
+
+def _measured(member: Member, form: Form) -> Member:
+    """With figures of the texts that it writes, if it is an ARMD that has learned to write in streams."""
+    if not member.row.endswith("ARMD-curriculum"):
+        return member
+    judge = f"eval --judge={{sweep}}/members/{form.judge} --batch=32"
+    commands = [
+        f"{judge} --samples={form.samples} --temperatures=1 --streams=1,2,4,8",
+        f"{judge} --samples={form.samples} --temperatures=1 --streams=2 --modes=lossless",
+    ]
+    if not member.seed:  # one seed is enough for a picture
+        several = ",".join(map(str, TEMPERATURES))
+        commands.append(f"{judge} --samples={form.samples // 2} --temperatures={several} --streams=1,2,4,8")
+    return then((member,), *commands)[0]

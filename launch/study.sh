@@ -1,0 +1,30 @@
+#!/usr/bin/env bash
+# The study of experiments/study: trains and measures every row on your text, about two hours on two idle cores, and
+# writes the page and its pictures from what came out. If it is run again, it continues where it was.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+if [ "${1:-}" = "--help" ] || [ $# = 0 ]; then
+    sed -n '2,3s/^# //p' launch/study.sh
+    echo "usage: bash launch/study.sh TEXT [minutes|gpu] [--config.section.field=value ...]"
+    echo "TEXT is a file, a folder or a quoted glob. minutes: the main rows with one seed, in ten minutes. gpu: models of"
+    echo "125M parameters on one GPU. OUT=runs/study names the folder of everything, JOBS=2 how many rows are trained at once."
+    [ $# = 0 ] && exit 2 || exit 0
+fi
+. launch/environment.sh
+OUT=${OUT:-runs/study}
+case $1 in
+    /* | tfds:*) TEXT=$1 ;;
+    *) TEXT=$OLDPWD/$1 ;; # as it is meant where the command was given
+esac
+shift
+FORM=""
+if [ $# -gt 0 ] && [ "${1#--}" = "$1" ]; then
+    FORM=$1
+    shift
+fi
+
+use_environment .venv/run ""
+armd sweep --config="experiments/study/study.py${FORM:+:$FORM}" --out="$OUT" --jobs="${JOBS:-2}" \
+    --config.data.path="$TEXT" "$@"
+armd report --sweep="$OUT"
+python experiments/study/write_up.py --sweep="$OUT" --out="$OUT/page"
