@@ -41,6 +41,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
     """Lists, launches or runs the members. Exit code 1 if one of them failed, 75 if a signal stopped the sweep."""
+    args.result_is_printed = args.list or args.launcher is not None  # else it is a folder, whoever reads the last line
     if args.jobs < 1:
         raise UserError(f"--jobs={args.jobs}: must be at least 1")
     if args.launcher is None and (args.submit or args.launcher_flag):

@@ -75,10 +75,6 @@ class Plan:
 
     def write(self) -> None:
         """Writes sweep.json, and the configs of members that have not begun. The lock must be held."""
-        for folder in ("configs", "members"):
-            (self.folder.path / folder).mkdir(exist_ok=True)
-        for job in self.jobs:
-            files.write(self.folder.config_file(job.name), configs.to_json(job.config))
         members = [
             {
                 "name": job.name,
@@ -91,7 +87,13 @@ class Plan:
         ]
         axes = sweeps.axes_of(tuple(job.member for job in self.jobs))
         record = {"config": self.spec, "axes": axes, "members": members}
-        files.write(self.folder.path / "sweep.json", typed.to_json(record, indent=2) + "\n")
+        files.write(
+            self.folder.path / "sweep.json", typed.to_json(record, indent=2) + "\n"
+        )  # makes it a sweep's folder
+        for folder in ("configs", "members"):
+            (self.folder.path / folder).mkdir(exist_ok=True)
+        for job in self.jobs:
+            files.write(self.folder.config_file(job.name), configs.to_json(job.config))
 
 
 def load(spec: str, overrides: Sequence[str]) -> Sweep:
@@ -169,7 +171,7 @@ def _check_folder(plan: Plan) -> None:
     if reason := files.unwritable(folder.path):
         raise UserError(f"--out={folder.path}: {reason}")
     before = folder.names()
-    if not before and folder.path.is_dir() and any(path.name != ".lock" for path in folder.path.iterdir()):
+    if not before and folder.path.is_dir() and any(path.name[0] != "." for path in folder.path.iterdir()):
         raise UserError(f"--out={folder.path}: holds other files and no sweep; name a new folder")
     if before and not {job.name for job in plan.jobs} & set(before) and any(map(folder.begun, before)):
         raise UserError(f"--out={folder.path}: holds another sweep, without any of these members; name a new folder")

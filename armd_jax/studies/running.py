@@ -239,11 +239,15 @@ class _Child:
 
 
 def _cores(at_once: int) -> list[set[int]]:
-    """The cores of each of so many processes; none if they may use all."""
+    """The cores of each of so many processes; none if they may use all.
+
+    All get the same number, on which the last bits of a training depend, even if cores are left over.
+    """
     if at_once == 1 or not hasattr(os, "sched_getaffinity"):
         return [set() for _ in range(at_once)]
     cores = sorted(os.sched_getaffinity(0))
-    return [set(cores[slot::at_once]) or {cores[slot % len(cores)]} for slot in range(at_once)]
+    size = max(len(cores) // at_once, 1)
+    return [{cores[(slot * size + at) % len(cores)] for at in range(size)} for slot in range(at_once)]
 
 
 def _reason(running: _Process, code: int) -> str:
