@@ -7,6 +7,10 @@ import reprlib
 from collections.abc import Sequence
 from typing import Any
 
+# The exit code after a signal stopped a command and everything was saved; the same command continues. It is EX_TEMPFAIL
+# of sysexits.h.
+STOPPED = 75
+
 _shorten = reprlib.Repr()
 _shorten.maxstring = _shorten.maxother = 200
 

@@ -1,11 +1,13 @@
 """The edge of the configuration: experiment files, and `--config.section.field=value` words of the command line.
 
 An experiment file defines `get_config(arg)`, which returns an `ml_collections.ConfigDict`. It may import other files of
-its folder, so that one experiment can start from another: `from owt_small import get_config as owt_small`.
+its folder and of the one above, so that one experiment can start from another: `from owt_small import get_config as
+owt_small`.
 """
 
 import ast
 import contextlib
+import dataclasses
 import functools
 import importlib.abc
 import importlib.machinery
@@ -18,7 +20,8 @@ from typing import Any, get_type_hints
 
 import ml_collections
 
-from armd_jax.config import Config
+from armd_jax import files
+from armd_jax.config import Config, from_config_dict
 from armd_jax.errors import UserError, nearest, shown
 
 _LONGEST_VALUE = 1000  # characters of a number or a tuple
@@ -47,21 +50,50 @@ class _Siblings(importlib.abc.MetaPathFinder):
 
 @contextlib.contextmanager
 def _siblings_of(file: pathlib.Path) -> Generator[None]:
-    """Lets the file import its siblings, and forgets them afterwards: another folder may have files of that name."""
+    """Lets the file import its siblings, and forgets them afterwards: another folder may have files of that name.
+
+    What nobody else knows is looked for in the folder above, too, so that a sweep can start from an experiment there.
+    """
     folder = file.parent.resolve()
-    finder, before = _Siblings(folder), set(sys.modules)
-    sys.meta_path.insert(0, finder)
+    first, last, before = _Siblings(folder), _Siblings(folder.parent), set(sys.modules)
+    sys.meta_path.insert(0, first)
+    sys.meta_path.append(last)
     try:
         yield
     finally:
-        sys.meta_path.remove(finder)
+        sys.meta_path.remove(first)
+        sys.meta_path.remove(last)
         for name in set(sys.modules) - before:
             if isinstance(getattr(sys.modules[name], "__loader__", None), _SourceOnly):
                 del sys.modules[name]
 
 
 def load_config_file(spec: str) -> ml_collections.ConfigDict:
-    """The ConfigDict that `get_config(arg)` of an experiment file returns; `spec` is `file.py` or `file.py:arg`."""
+    """The ConfigDict that `get_config(arg)` of an experiment file returns; `spec` is `file.py` or `file.py:arg`.
+
+    `spec` may also be the config.json of a run, or another file that has a resolved config as JSON.
+    """
+    if spec.endswith(".json"):
+        return _stored_config(spec)
+    config: ml_collections.ConfigDict = load(spec, "get_config", ml_collections.ConfigDict, "ml_collections.ConfigDict")
+    return config
+
+
+def _stored_config(path: str) -> ml_collections.ConfigDict:
+    if not pathlib.Path(path).is_file():
+        raise UserError(f"--config={path}: there is no file {path!r}")
+    try:
+        return ml_collections.ConfigDict(dataclasses.asdict(from_config_dict(files.read_json(pathlib.Path(path)))))
+    except UserError as error:
+        raise UserError(f"--config={path}: {error}") from error
+
+
+def load(spec: str, function: str, returned: type, called: str) -> Any:
+    """What a function of a Python file returns; `spec` is `file.py` or `file.py:arg`, and gives its argument.
+
+    returned, called: what it must return, and how that is called in a message.
+    Raises UserError if the file or the function fails, or if it returns anything else.
+    """
     path, colon, arg = spec.partition(":")
     file = pathlib.Path(path)
     if not file.is_file():
@@ -79,17 +111,17 @@ def load_config_file(spec: str) -> ml_collections.ConfigDict:
             raise
         except (Exception, SystemExit) as error:  # whatever it raises is the user's to mend
             raise UserError(f"--config={spec}: the file fails with {type(error).__name__}: {error}") from error
-        if not hasattr(module, "get_config"):
-            raise UserError(f"--config={spec}: the file defines no get_config(arg)")
+        if not hasattr(module, function):
+            raise UserError(f"--config={spec}: the file defines no {function}(arg)")
         try:
-            config = module.get_config(arg) if colon else module.get_config()
+            found = getattr(module, function)(*([arg] if colon else []))
         except UserError:
             raise
         except (Exception, SystemExit) as error:
-            raise UserError(f"--config={spec}: get_config fails with {type(error).__name__}: {error}") from error
-    if not isinstance(config, ml_collections.ConfigDict):
-        raise UserError(f"--config={spec}: get_config must return an ml_collections.ConfigDict")
-    return config
+            raise UserError(f"--config={spec}: {function} fails with {type(error).__name__}: {error}") from error
+    if not isinstance(found, returned):
+        raise UserError(f"--config={spec}: {function} must return an {called}")
+    return found
 
 
 def apply_overrides(config: ml_collections.ConfigDict, overrides: Sequence[str]) -> None:

@@ -18,6 +18,7 @@ from armd_jax.errors import UserError, shown
 # The disk is full, the user's share of it is, or the file would be larger than files may be.
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _PROBE = 1 << 20  # bytes: more than a library may have kept back
+_TAIL = 1 << 16  # bytes from the end of a file that `last_json_line` looks at
 
 # How addresses begin: gs://bucket/run, s3a://x; also gs:/bucket/run, which pathlib makes of it, and dbfs:/mnt.
 # `tfds:/folder` is no address: `tfds:` is this package's own word in front of a path.
@@ -167,6 +168,24 @@ def read_json_lines(path: pathlib.Path) -> list[dict[str, Any]]:
             break
         rows.append(row)
     return rows
+
+
+def last_json_line(path: pathlib.Path) -> dict[str, Any] | None:
+    """The last whole object in a .jsonl file, found from its end; None if there is none in the last 64 KiB."""
+    try:
+        with open(path, "rb") as file:
+            file.seek(max(file.seek(0, os.SEEK_END) - _TAIL, 0))
+            lines = file.read().splitlines(keepends=True)
+    except OSError:
+        return None
+    for line in reversed(lines):
+        if line.endswith(b"\n"):
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError):
+                return None
+            return row if isinstance(row, dict) else None
+    return None
 
 
 def append(path: pathlib.Path, lines: str) -> None:

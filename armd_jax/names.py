@@ -46,6 +46,7 @@ TokenizerKind = Literal[NamedTokenizer, VocabularyTokenizerKind]
 DenoisingSampler = Literal["first_hitting", "ancestral", "confidence"]
 DecodingMode = Literal["strided", "lossless", "confident"]  # of a model that is trained on orders
 HuggingFaceFamily = Literal["llama", "gpt2", "armd"]  # how weights are named and laid out in Hugging Face folders
+SweepLauncher = Literal["slurm", "xpk", "gke"]  # a launcher of launch/ that `armd sweep` can call
 CompiledProgram = Literal["train", "sample"]  # what `armd compile` compiles: the training step or the sampler
 ExportFormat = Literal["armd", "stablehlo", "huggingface"]  # what `armd export` writes
 ExportCode = Literal["auto", "native", "remote"]  # huggingface: whose code reads it, that of transformers or its own

@@ -34,6 +34,8 @@ COMMANDS = [
     (f"{TRAIN} --config.data.tokenizer=https://example.org/gpt2", "data.tokenizer"),
     (f"{TRAIN} --config.data.cache_dir=hdfs://host:9000/prepared", "data.cache_dir"),
     (f"{TRAIN} --config.training.init_from=abfss://container@account/run", "training.init_from"),
+    ("sweep --config=gs://bucket/sweep.py --out=new", "--config"),
+    ("sweep --config={smoke} --out=gs://bucket/sweep", "--out"),
     ("eval --run=hdfs://host/run", "--run"),
     (f"{EVAL} --data=s3a://bucket/text.txt", "--data"),
     (f"{EVAL} --out=s3a://bucket/figures", "--out"),
@@ -55,7 +57,7 @@ COMMANDS = [
 ]
 # Arguments and fields that take a text which names no file.
 OTHER_TEXTS = {"--text-field", "--coordinator", "--topology", "--streams", "--steps", "--stop", "--prompt", "--suffix"}
-OTHER_TEXTS |= {"--mesh", "--host", "--tasks", "--shard", "--beam-flag"}
+OTHER_TEXTS |= {"--mesh", "--host", "--tasks", "--shard", "--beam-flag", "--only", "--launcher-flag"}
 OTHER_FIELDS = {"data.text_field", "training.wandb_project"}
 
 

@@ -28,7 +28,8 @@ GROUND = {
     "remote": {"errors", "files", "stores"},
     "data_config": {"errors", "typed", "files", "names", "remote"},
     "config": {"errors", "typed", "files", "names", "order_config", "data_config", "remote"},
-    "experiment_file": {"errors", "config"},
+    "experiment_file": {"errors", "files", "config"},
+    "sweeps": {"errors", "config"},
 }
 # The rooms, and what each may import beside itself. Nobody imports `cli`.
 MATHEMATICS = {"errors", "typed", "names", "order_config", "config", "core"}
@@ -43,6 +44,8 @@ ALLOWED = {
     "compilation": READERS | {"training", "inference", "compilation"},
     "report": READERS | {"training", "inference", "evaluation", "report"},
     "serving": READERS | {"inference", "evaluation", "serving"},
+    "studies": {"errors", "typed", "files", "names", "config", "experiment_file", "sweeps", "core", "training"}
+    | {"compilation", "studies"},
     "cli": READERS
     | {
         "experiment_file",
@@ -54,6 +57,7 @@ ALLOWED = {
         "compilation",
         "report",
         "serving",
+        "studies",
         "cli",
     },
 }

@@ -18,7 +18,7 @@ PAGES = [page for folder in FOLDERS for page in sorted((ROOT / folder).glob("*.m
 NOTEBOOK = ROOT / "experiments/tour.ipynb"
 # Modules beside the rooms.
 SECTIONS = {"order_config", "data_config"}
-GROUND = {"errors", "typed", "names", "files", "remote", "streams", "config", "experiment_file"} | SECTIONS
+GROUND = {"errors", "typed", "names", "files", "remote", "streams", "config", "experiment_file", "sweeps"} | SECTIONS
 
 
 def _name(page: pathlib.Path) -> str:

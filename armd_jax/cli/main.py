@@ -26,6 +26,7 @@ from armd_jax.cli import (
     report,
     sample,
     serve,
+    sweep,
     train,
 )
 from armd_jax.cli import compile as compile_verb
@@ -36,6 +37,7 @@ from armd_jax.errors import UserError, out_of_memory
 VERBS = {
     "prepare": prepare,
     "train": train,
+    "sweep": sweep,
     "eval": eval_verb,
     "sample": sample,
     "export": export,
@@ -136,7 +138,7 @@ def _parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB", parser_class=_Parser)
     for name, module in VERBS.items():
         verb = verbs.add_parser(name, help=module.HELP, description=module.HELP, allow_abbrev=False)
-        verb.set_defaults(takes_overrides=False, result_is_printed=True)
+        verb.set_defaults(takes_overrides=False, result_is_printed=True, parser=parser)
         verb.add_argument("--json", action="store_true", help="print results as one JSON object")
         module.add(verb)
     return parser

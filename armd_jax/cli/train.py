@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from armd_jax import typed
 from armd_jax.cli.arguments import add_config, failed, read_config, show, workdir
 from armd_jax.config import Config
-from armd_jax.errors import UserError
+from armd_jax.errors import STOPPED, UserError
 from armd_jax.names import Switch
 
 HELP = "Train a model, or continue the run that is in the workdir."
@@ -72,7 +72,6 @@ def _train(args: argparse.Namespace, config: Config) -> int:
     from armd_jax.training import stopwatch, train
     from armd_jax.training import workdir as workdirs
     from armd_jax.training.faults import RunFailed
-    from armd_jax.training.preemption import STOPPED
 
     start = fine_tuning.initial_params if config.training.init_from else None
     try:

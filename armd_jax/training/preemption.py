@@ -11,9 +11,6 @@ from typing import Any
 import jax
 from jax.experimental import multihost_utils
 
-# The exit code after a signal stopped the run and everything was saved; the same command continues. It is EX_TEMPFAIL
-# of sysexits.h.
-STOPPED = 75
 # What people and cluster managers send to ask for an end. A second one ends the process at once.
 _ASKING = (signal.SIGTERM, signal.SIGINT)
 # What announces an end: the terminal or the ssh connection was lost (SIGHUP), a time limit is near (SIGUSR2, because

@@ -1,0 +1,23 @@
+"""How far the curriculum shuffles and in which way, on the quickstart: 2 numbers of tokens x 3 ways x 2 seeds.
+
+Command:   armd sweep --config=experiments/sweeps/curriculum.py --out=runs/curriculum
+       or  armd sweep --config=experiments/sweeps/curriculum.py:smoke --out=runs/curriculum-smoke
+Hardware:  2 CPU cores: 12 times the quickstart, which `--list` estimates once a member is finished. With `:smoke`, a
+           few minutes.
+Data:      that of the quickstart, whose rows are made once and shared by all members.
+"""
+
+from quickstart import get_config as quickstart
+
+from armd_jax.sweeps import Sweep, axis, product, seeds
+
+
+def get_sweep(arg: str = "") -> Sweep:
+    """`smoke`: every member under a minute on two cores."""
+    base = quickstart(arg)
+    members = product(
+        axis("order.max_permuted", [8, 32]),  # rho
+        axis("order.permute", ["scatter", "window", "reinsert"]),
+        seeds(2),
+    )
+    return Sweep(base, members, after=("eval --streams=2,4 --no-baselines",))

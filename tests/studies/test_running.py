@@ -1,0 +1,235 @@
+"""Sweeps that run: killed and started again, failed members, signals, and processes that do not outlive them.
+
+`ARMD_KILLS=N` tries twelve members, broken N times at random moments in random ways (`ARMD_SEED` draws others).
+"""
+
+import json
+import os
+import pathlib
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+import pytest
+
+from armd_jax import files
+from armd_jax.cli import main as cli
+from armd_jax.studies import plan as plans
+from armd_jax.studies import record, running
+from armd_jax.studies.plan import Plan
+from armd_jax.studies.record import Done
+from armd_jax.training import run_log
+
+pytestmark = pytest.mark.usefixtures("heeded", "quick_compilation")
+
+EVAL = "eval --streams=2 --draws=1 --no-baselines"
+PATIENCE = 120.0
+SECONDS = 12.0  # about what a member takes
+QUICK = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+
+
+def _start(spec: str, out: pathlib.Path, *flags: str) -> "subprocess.Popen[str]":
+    command = [sys.executable, "-m", "armd_jax", "sweep", f"--config={spec}", f"--out={out}", *flags]
+    return subprocess.Popen(
+        command, env=os.environ | QUICK, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace"
+    )
+
+
+def _plan(spec: str, out: pathlib.Path) -> Plan:
+    return plans.make(plans.load(spec, []), spec, out, lambda words: None)
+
+
+def _wait(condition: Callable[[], object]) -> None:
+    until = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.01)
+
+
+def _children(pid: int) -> list[int]:
+    """The processes that a process has started; none if it has ended."""
+    try:
+        return [int(word) for word in pathlib.Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    except OSError:
+        return []
+
+
+def _lives(pid: int) -> bool:
+    try:
+        return pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def _outcome(run: pathlib.Path) -> tuple[list[dict[str, object]], dict[str, int], bytes]:
+    """What must be the same bits: rows of metrics but for speed, digests of the last checkpoint, and eval.json."""
+    rows = [
+        {name: value for name, value in row.items() if name not in run_log.SPEED}
+        for row in files.read_json_lines(run / "metrics.jsonl")
+    ]
+    last = max((path for path in (run / "checkpoints").iterdir() if path.name.isdecimal()), key=lambda p: int(p.name))
+    digests = json.loads((last / "meta" / "metadata").read_text())["digests"]
+    assert len(rows) == 10 and len(digests) > 20  # 8 steps and 2 evaluations; parameters, average and moments
+    return rows, digests, (run / "eval.json").read_bytes()
+
+
+# --- ways to break a sweep; each takes its process -------------------------------------------------------------------
+
+
+def _kill_it_alone(sweep: "subprocess.Popen[str]") -> None:
+    sweep.kill()
+
+
+def _kill_all(sweep: "subprocess.Popen[str]") -> None:
+    children = _children(sweep.pid)
+    sweep.kill()
+    for pid in children:
+        os.kill(pid, signal.SIGKILL)
+
+
+def _kill_a_child(sweep: "subprocess.Popen[str]") -> None:
+    for pid in _children(sweep.pid):
+        os.kill(pid, signal.SIGKILL)
+
+
+def _stop(sweep: "subprocess.Popen[str]") -> None:
+    sweep.terminate()
+
+
+WAYS = (_kill_it_alone, _stop, _kill_all, _kill_a_child)
+
+
+@pytest.mark.slow
+def test_a_sweep_that_is_killed_ends_like_an_undisturbed_one(tmp_path, sweep_file):
+    """Each member is trained once, and ends with the bits of a training and an evaluation that nobody disturbed.
+
+    After a SIGKILL of the sweep alone, or at a SIGTERM, the training saves and ends.
+    """
+    kills = int(os.environ.get("ARMD_KILLS", "0"))
+    rng = random.Random(int(os.environ.get("ARMD_SEED", "0")))
+    members = 'product(axis("optimizer.learning_rate", [1e-3, 2e-3, 3e-3, 4e-3]), seeds(3))' if kills else "seeds(2)"
+    spec, out = sweep_file(members, f'("{EVAL}",)'), tmp_path / "out"
+    jobs = _plan(spec, out).jobs
+    broken: list[str] = []
+    for number in range(kills or 2):
+        sweep = _start(spec, out)
+        if kills:  # by now, about so much is left of the work, and every moment of it is as likely
+            way = rng.choice(WAYS)
+            time.sleep(rng.uniform(0.5, 2 * SECONDS * len(jobs) / kills))
+        else:  # in the middle of the first training, and of the second
+            way, folder = WAYS[number], out / "members" / jobs[number].name
+            _wait(lambda folder=folder: (folder / "checkpoints" / "2").exists())
+        children = _children(sweep.pid)
+        if sweep.poll() is None:
+            way(sweep)
+            broken.append(way.__name__.removeprefix("_"))
+        printed, told = sweep.communicate(timeout=PATIENCE)
+        if not kills:
+            _wait(lambda children=children: not any(map(_lives, children)))
+            assert "SIGTERM: saving after this step" in (folder / "log.txt").read_text() and len(children) == 1
+            assert _plan(spec, out).folder.events(jobs[number].name)[-1]["event"] == "stop"
+    if not kills:
+        assert sweep.returncode == 75 and "stopped by a signal; the same command continues" in printed
+        assert "stopping: trainings save and end" in told
+    done = _start(spec, out)
+    printed, told = done.communicate(timeout=10 * PATIENCE)
+    assert done.returncode == 0, told
+    assert f"{len(jobs)} of {len(jobs)} members are finished" in printed
+
+    plan = _plan(spec, out)
+    starts = 0
+    for job in plan.jobs:
+        run = plan.folder.member(job.name)
+        assert plan.folder.done(job.name) == Done("finished", ("train", EVAL))
+        assert [row["event"] for row in plan.folder.events(job.name)].count("end") == 1
+        log = (run / "log.txt").read_text()
+        assert "a training is running in it" not in log
+        starts += log.count("$ armd train ")
+        alone = tmp_path / "alone" / job.name
+        command = ["train", f"--config={plan.folder.config_file(job.name)}", f"--workdir={alone}"]
+        assert cli.main(command) == 0 and cli.main([*EVAL.split(), f"--run={alone}"]) == 0
+        assert _outcome(run) == _outcome(alone)
+    assert starts <= len(jobs) + len(broken)  # none began again but those that were broken
+    print(f"{len(jobs)} members, {len(broken)} breaks ({', '.join(broken)}), {starts} processes trained them")
+
+
+@pytest.mark.slow
+def test_a_failed_member_stops_nobody(tmp_path, sweep_file):
+    """It is listed with its reason and tried again by the next call; what waits for it says so; others are finished."""
+    text = tmp_path / "late.txt"
+    late = f'choices("m", {{"late": {{"data.path": {str(text)!r}}}}})'
+    waits = 'then(choices("m", {"good": {}}), "eval --data={sweep}/members/m=late")'
+    spec, out = sweep_file(f"chain({late}, {waits})"), tmp_path / "out"
+    flags = ["--json", "--config.training.num_steps=2", "--config.training.eval_every=0"]
+    sweep = _start(spec, out, *flags)
+    result = json.loads(sweep.communicate(timeout=PATIENCE)[0])
+    failed = dict(result["failed"])
+    assert sweep.returncode == 1
+    assert result["finished"] == [] and set(failed) == {"m=late", "m=good"}
+    assert "late.txt" in failed["m=late"] and "\n" not in failed["m=late"]
+    assert failed["m=good"].endswith("waits for m=late, whose training is not finished")
+    folder = record.Folder(out)
+    assert folder.done("m=late") == Done("failed", (), failed["m=late"])
+    assert folder.done("m=good") == Done("finished", ("train",))
+
+    text.write_text("the old river moves under a stone\n" * 100)
+    before = (folder.member("m=good") / "events.jsonl").read_bytes()
+    sweep = _start(spec, out, "--only=m=late", *flags)
+    assert json.loads(sweep.communicate(timeout=PATIENCE)[0])["finished"] == ["m=late"] and sweep.returncode == 0
+    assert folder.done("m=late") == Done("finished", ("train",))
+    assert (folder.member("m=good") / "events.jsonl").read_bytes() == before
+
+
+_BEGINS = """
+import os, subprocess
+from armd_jax.studies.running import _Child
+child = _Child({min(os.sched_getaffinity(0))})
+process = subprocess.Popen(["sleep", "60"], preexec_fn=child, stdout=subprocess.DEVNULL)
+print(process.pid, *os.sched_getaffinity(process.pid), flush=True)
+os.kill(os.getpid(), 9)
+"""
+
+
+def test_a_process_does_not_outlive_the_sweep():
+    """It is told as soon as the sweep dies, and it has the cores of its place alone."""
+    done = subprocess.run([sys.executable, "-c", _BEGINS], stdout=subprocess.PIPE, text=True)
+    pid, *cores = map(int, done.stdout.split())
+    assert cores == [min(os.sched_getaffinity(0))]
+    _wait(lambda: not _lives(pid))
+
+
+@pytest.mark.parametrize(
+    ("at_once", "cores", "shares"),
+    [
+        (1, {0, 1, 2}, [set()]),
+        (2, {0, 1}, [{0}, {1}]),
+        (2, {3, 5, 8, 9, 10}, [{3, 5}, {8, 9}]),
+        (3, {0, 4}, [{0}, {4}, {0}]),
+    ],
+)
+def test_cores_are_shared_evenly(monkeypatch, at_once, cores, shares):
+    """All have as many, on which the last bits depend; one alone may use all."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: cores)
+    assert running._cores(at_once) == shares
+
+
+@pytest.mark.parametrize(
+    ("after", "reason"),
+    [
+        ("train --workdir=x", "only eval, .* can follow a training"),
+        ("eval --stream=2", "unknown argument '--stream=2'"),
+        ("eval --batch=x", "invalid int value"),
+        ("eval --help", "can follow a training"),
+        ("", "can follow a training"),
+    ],
+)
+def test_a_mistake_in_a_command_is_found_before_anything_runs(tmp_path, capsys, sweep_file, after, reason):
+    spec = sweep_file("seeds(2)", repr((after,)))
+    command = ["sweep", f"--config={spec}", f"--out={tmp_path / 'out'}"]
+    assert cli.main(command) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.search(reason, line) and not (tmp_path / "out").exists()
