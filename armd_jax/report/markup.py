@@ -5,7 +5,7 @@ Every function takes plain text and returns HTML, unless it says otherwise.
 
 import base64
 import html
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from armd_jax.evaluation.results import Sample
 from armd_jax.report.style import GIVEN, call_color, ink_on
@@ -104,10 +104,20 @@ def figure(png: bytes, caption: str, wide: bool = False) -> str:
     )
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table. Its first column holds names, the others numbers."""
-    head = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
-    body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+def table(
+    header: Sequence[str], rows: Sequence[Sequence[str]], strong: Collection[tuple[int, int]] = frozenset()
+) -> str:
+    """A table. Its first column holds names, the others numbers. strong: (row, column) of cells in bold, from 0."""
+
+    def cell(row: int, column: int, text: str) -> str:
+        content = html.escape(text)
+        return f"<td><b>{content}</b></td>" if (row, column) in strong else f"<td>{content}</td>"
+
+    head = "".join(f"<th>{html.escape(name)}</th>" for name in header)
+    body = "".join(
+        "<tr>" + "".join(cell(place, column, text) for column, text in enumerate(row)) + "</tr>"
+        for place, row in enumerate(rows)
+    )
     return f'<div class="scroll"><table><tr>{head}</tr>{body}</table></div>'
 
 

@@ -1,0 +1,104 @@
+"""What is known of a figure by its name: whether less or more of it is better, and whether it is one of speed.
+
+The names are the dotted paths of `sweep_reading`.
+"""
+
+import difflib
+import re
+from collections.abc import Collection, Sequence
+from typing import Literal
+
+from armd_jax.errors import UserError, shown
+from armd_jax.report.sweep_reading import Member, Sweep
+from armd_jax.training.run_log import SPEED
+
+Better = Literal["lower", "higher", "neither"]
+
+# The last part of a path is cut into words. Properties of the text, and errors of figures, are neither.
+_NEITHER = {"error", "least", "learning", "norm", "spread"}
+_TEXT_ALONE = ("eval.unigram", "eval.xz_bits_per_byte")
+_LOWER = {"nll", "loss", "nats", "perplexity", "ppl", "bits", "gap", "cost", "seconds", "repetition", "calls", "cold"}
+_HIGHER = {"accuracy", "acc", "mauve", "distinct", "mfu", "second"}
+# Figures of other files that stand in the table without being asked for.
+_WANTED = {"perplexity", "word_perplexity", "accuracy", "generative_perplexity", "mauve"}
+_WORDS = {
+    "metrics.eval/nll": "held-out loss (nats per token)",
+    "metrics.train/nll": "training loss (nats per token)",
+}
+_MOST = 12  # columns of a table that nobody asked for
+
+
+def better(figure: str) -> Better:
+    """Whether a lower or a higher value is the better one."""
+    words = set(re.split(r"[^a-z]+", figure.rpartition(".")[2].lower()))
+    if words & _NEITHER or "entropy" in words or figure.startswith((*_TEXT_ALONE, "cost.")):
+        return "neither"
+    if words & _HIGHER:
+        return "higher"
+    return "lower" if words & _LOWER else "neither"
+
+
+def of_speed(figure: str) -> bool:
+    """Whether a figure differs between two runs that are equal to the last bit, because it measures time."""
+    name = figure.rpartition(".")[2]
+    return figure.removeprefix("metrics.") in SPEED or bool({"second", "seconds"} & set(name.split("_")))
+
+
+def is_bound(member: Member, figure: str) -> bool:
+    """Whether a member's figure only bounds its likelihood: the true loss is at most that high."""
+    if figure.startswith(("metrics.eval/nll", "metrics.eval/perplexity")):
+        return member.bounds
+    evaluation = member.documents.get("eval")
+    exact = isinstance(evaluation, dict) and evaluation.get("left_to_right") is not None
+    return figure.startswith("eval.elbo.") or (figure.startswith("likelihood.") and not exact)
+
+
+def words(figure: str) -> str:
+    """The figure for people: `eval.strided.4.bits_per_byte` is "strided 4, bits per byte"."""
+    if figure in _WORDS:
+        return _WORDS[figure]
+    file, _, rest = figure.partition(".")
+    parts = [part.replace("_", " ") for part in rest.split(".")] if rest else [file]
+    head = " ".join(parts[:-1]) if file == "eval" else " ".join([file, *parts[:-1]])
+    return f"{head}, {parts[-1]}" if head else parts[-1]
+
+
+def known(members: Collection[Member]) -> list[str]:
+    """Every figure that a member has, in the sequence in which files name them."""
+    return list(dict.fromkeys(figure for member in members for figure in member.figures))
+
+
+def chosen(sweep: Sweep, wanted: Sequence[str] = ()) -> tuple[str, ...]:
+    """The columns of the table: the figures that are wanted, by default those that compare models.
+
+    Raises UserError if no finished member has a wanted figure.
+    """
+    names = known([member for member in sweep.members if member.finished])
+    usual = _usual(sweep, names)
+    for figure in wanted:
+        if figure not in names:
+            close = difflib.get_close_matches(figure[:200], names, n=1, cutoff=0.5)
+            hint = f"did you mean {close[0]!r}?" if close else f"known, among others: {', '.join(usual)}"
+            raise UserError(f"--metric={shown(figure)}: no finished member has it; {hint}")
+    return tuple(dict.fromkeys(wanted)) or usual
+
+
+def _usual(sweep: Sweep, names: Sequence[str]) -> tuple[str, ...]:
+    unit = "bits_per_byte" if "likelihood.bits_per_byte" in names else "nats_per_token"
+    documents = [member.documents.get("eval") for member in sweep.members if member.finished]
+    all_exact = all(one.get("left_to_right") for one in documents if isinstance(one, dict))
+    score = "eval.left_to_right" if all_exact else "likelihood"
+    found = ["metrics.eval/nll", f"{score}.perplexity_per_token", f"{score}.{unit}"]
+    found += sorted((name for name in names if re.fullmatch(rf"eval\.strided\.\d+\.{unit}", name)), key=_streams)
+    found += [f"eval.random_orders.{unit}"]
+    found += [f"eval.elbo.{unit}"] if all_exact else []
+    found += [name for name in names if name.split(".")[0] in ("suites", "generation") and _last(name) in _WANTED]
+    return tuple([name for name in found if name in names][:_MOST]) or tuple(names[:1])
+
+
+def _streams(figure: str) -> int:
+    return int(figure.split(".")[2])
+
+
+def _last(figure: str) -> str:
+    return figure.rpartition(".")[2]

@@ -1,0 +1,221 @@
+"""The pictures of a sweep: losses against steps, tokens, FLOPs and seconds, and a figure against the axes."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal, assert_never
+
+from armd_jax.report import sweep_figures as figures
+from armd_jax.report import sweep_statistics as statistics
+from armd_jax.report.style import BLUE, INK, ORANGE, SKY, VERMILLION, new_figure, png, styled
+from armd_jax.report.sweep_reading import Member, Sweep
+from armd_jax.report.sweep_statistics import Estimate
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+Against = Literal["steps", "tokens", "flops", "seconds"]
+
+_COLORS = (BLUE, VERMILLION, "#009e73", ORANGE, "#cc79a7", SKY, INK)
+_STYLES = ("-", (0, (5, 1.5)))
+MOST_TOGETHER = 12  # rows that one legend can tell apart
+_GREY = "#cccccc"
+_POINTS = 100  # to which a training loss is thinned out
+
+Line = tuple[list[float], list[float]]
+
+
+def curves(sweep: Sweep, against: Against) -> bytes | None:
+    """Held-out and training loss of every row: the mean over its seeds, and a thin line for each of several seeds.
+
+    Of more than a dozen rows, each has a panel of its own. None if no finished member has such a curve.
+    """
+    lines = {row: _of_row(sweep, row, against) for row in sweep.rows}
+    lines = {row: found for row, found in lines.items() if any(found.values())}
+    if not lines:
+        return None
+    return _together(lines, against) if len(lines) <= MOST_TOGETHER else _apart(lines, against)
+
+
+def _of_row(sweep: Sweep, row: str, against: Against) -> dict[str, list[Line]]:
+    """The curves of the finished members of a row by their metric."""
+    members = sweep.finished(row)
+    return {name: [line for one in members if (line := _line(one, name, against))[0]] for name in _METRICS}
+
+
+_METRICS = {statistics.HELD_OUT: "held-out loss (nats per token)", "train/nll": "training loss (nats per token)"}
+
+
+def _line(member: Member, metric: str, against: Against) -> Line:
+    place = _places(member, against)
+    curve = [(place(step), value) for step, value in member.curve(metric) if step > 0]
+    found = [(x, value) for x, value in curve if x is not None]
+    if metric == "train/nll":
+        found = _thinned(found)
+    return [x for x, _ in found], [value for _, value in found]
+
+
+def _places(member: Member, against: Against) -> Callable[[int], float | None]:
+    """Where on the axis a step of a member is; None if that is not known."""
+    cost = member.cost
+    match against:
+        case "steps":
+            return float
+        case "tokens":
+            return lambda step: step * cost.tokens_per_step if cost else None
+        case "flops":
+            return lambda step: step * cost.tokens_per_step * cost.flops_per_token if cost else None
+        case "seconds":
+            return member.seconds().get
+        case _:
+            assert_never(against)
+
+
+def _thinned(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Means over neighbouring points, so that at most `_POINTS` are left."""
+    size = math.ceil(len(points) / _POINTS) or 1
+    parts = [points[at : at + size] for at in range(0, len(points), size)]
+    return [(part[-1][0], sum(value for _, value in part) / len(part)) for part in parts]
+
+
+def _mean(lines: Sequence[Line]) -> Line:
+    """The mean of curves with as many points, point by point; of others, as far as the shortest goes."""
+    xs, ys = ([list(values) for values in zip(*(line[which] for line in lines), strict=False)] for which in (0, 1))
+    return [sum(values) / len(values) for values in xs], [sum(values) / len(values) for values in ys]
+
+
+@styled
+def _together(lines: dict[str, dict[str, list[Line]]], against: Against) -> bytes:
+    columns = 1 if max(map(len, lines)) > 45 else 2 if max(map(len, lines)) > 22 else 3
+    rows = math.ceil(len(lines) / columns)
+    figure = new_figure(8.6, 3.9 + 0.24 * rows)
+    panels = figure.subplots(1, 2)
+    for panel, (metric, label) in zip(panels, _METRICS.items(), strict=True):
+        for number, (row, found) in enumerate(lines.items()):
+            color, style = _COLORS[number % len(_COLORS)], _STYLES[number // len(_COLORS) % len(_STYLES)]
+            _draw(panel, found[metric], row, color, style)
+        panel.set(title=label)
+        _finish(panel, against, [line for found in lines.values() for line in found[metric]])
+    handles, labels = panels[0].get_legend_handles_labels()
+    if not handles:
+        handles, labels = panels[1].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False, fontsize=9)
+    return png(figure)
+
+
+def _draw(panel: "Axes", lines: Sequence[Line], label: str, color: str, style: Any) -> None:
+    if not lines:
+        return
+    if len(lines) > 1:
+        for xs, ys in lines:
+            panel.plot(xs, ys, color=color, linewidth=0.6, alpha=0.4)
+    xs, ys = _mean(lines)
+    marker = "o" if len(xs) < 25 else None
+    panel.plot(xs, ys, color=color, linestyle=style, linewidth=1.8, marker=marker, markersize=3, label=label)
+
+
+def _finish(panel: "Axes", against: Against, lines: Sequence[Line]) -> None:
+    """Axis labels, and a range in which the end of training can be told apart."""
+    labels = {
+        "steps": "steps",
+        "tokens": "tokens",
+        "flops": "model FLOPs of training",
+        "seconds": "seconds of training",
+    }
+    panel.set(xlabel=labels[against])
+    panel.grid(axis="y", color="#dddddd", linewidth=0.6)
+    values = sorted(value for _, ys in lines for value in ys)
+    if not values:
+        panel.text(0.5, 0.5, "not measured", ha="center", va="center", transform=panel.transAxes)
+        panel.set(xticks=[], yticks=[])
+        return
+    ends = [ys[-1] for _, ys in lines]
+    low, high = values[0], values[-1]
+    late = max(ys[len(ys) // 8] for _, ys in lines)  # the very first steps would squeeze all others
+    top = min(high, max(late, low + 1.5 * (max(ends) - low)))
+    margin = 0.05 * (top - low) or 0.05 * abs(top) or 0.1
+    panel.set(ylim=(low - margin, top + margin), xlim=(0, None))
+
+
+@styled
+def _apart(lines: dict[str, dict[str, list[Line]]], against: Against) -> bytes:
+    columns = 4
+    rows = math.ceil(len(lines) / columns)
+    figure = new_figure(8.6, 0.5 + 1.9 * rows)
+    panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flat
+    metric = next(name for name in _METRICS if any(found[name] for found in lines.values()))
+    everything = [line for found in lines.values() for line in found[metric]]
+    means = {row: _mean(found[metric]) for row, found in lines.items() if found[metric]}
+    for panel, (row, found) in zip(panels, lines.items(), strict=False):
+        for xs, ys in means.values():
+            panel.plot(xs, ys, color=_GREY, linewidth=0.7)
+        _draw(panel, found[metric], row, BLUE, "-")
+        _finish(panel, against, everything)
+        panel.set_title(_wrapped(row, 26), fontsize=8)
+        panel.tick_params(labelsize=8)
+        panel.set_xlabel("")
+    for panel in list(panels)[len(lines) :]:
+        panel.set_visible(False)
+    figure.supxlabel({"flops": "model FLOPs of training"}.get(against, against), fontsize=10)
+    figure.supylabel(_METRICS[metric], fontsize=10)
+    return png(figure)
+
+
+def _wrapped(text: str, width: int) -> str:
+    """A row's name in lines, broken after its commas and wherever else it is too long."""
+    lines = [""]
+    for word in text.replace(",", ",\n").splitlines():
+        lines = [*lines, word] if len(lines[-1]) + len(word) > width and lines[-1] else [*lines[:-1], lines[-1] + word]
+    return "\n".join(line[at : at + width] for line in lines for at in range(0, max(len(line), 1), width))
+
+
+def against_axes(sweep: Sweep, figure_name: str) -> bytes | None:
+    """A panel for each axis of several values: the figure of every row, with its standard error.
+
+    Rows that differ in this axis alone are joined. None if no finished member has the figure.
+    """
+    found = {row: statistics.estimate(statistics.by_seed(sweep, row, figure_name).values()) for row in sweep.rows}
+    known = {row: estimate for row, estimate in found.items() if estimate is not None}
+    axes = [axis for axis in sweep.axes if len({str(sweep.values(row)[axis]) for row in known}) > 1]
+    return _dots(sweep, figure_name, known, axes) if known and axes else None
+
+
+@styled
+def _dots(sweep: Sweep, figure_name: str, known: Mapping[str, Estimate], axes: Sequence[str]) -> bytes:
+    """known: the figure of the rows that are drawn. axes: the panels."""
+    labels = {axis: list(dict.fromkeys(_sorted([sweep.values(row)[axis] for row in known]))) for axis in axes}
+    columns = min(len(axes), 2)
+    rows = math.ceil(len(axes) / columns)
+    tallest = max(len(values) for values in labels.values())
+    drawn = new_figure(8.6 if columns > 1 else 7.5, 0.6 + rows * max(2.2, 0.9 + 0.32 * tallest))
+    panels = list(drawn.subplots(rows, columns, squeeze=False).flat)
+    for panel, axis in zip(panels, axes, strict=False):
+        places = {value: place for place, value in enumerate(labels[axis])}
+        others: dict[str, list[tuple[float, int]]] = {}
+        for row, estimate in known.items():
+            place = places[_plain(sweep.values(row)[axis])]
+            panel.errorbar(
+                estimate.mean, place, xerr=estimate.error, fmt="o", color=BLUE, ecolor=BLUE, markersize=5, capsize=3
+            )
+            rest = str([sweep.values(row)[other] for other in sweep.axes if other != axis])
+            others.setdefault(rest, []).append((estimate.mean, place))
+        for joined in others.values():
+            joined.sort(key=lambda point: point[1])
+            panel.plot([x for x, _ in joined], [y for _, y in joined], color=SKY, linewidth=0.9, zorder=0)
+        panel.set(title=axis, yticks=range(len(places)), ylim=(len(places) - 0.5, -0.5))
+        panel.set_yticklabels([_wrapped(str(value), 28) for value in places], fontsize=9)
+        panel.grid(axis="x", color="#dddddd", linewidth=0.6)
+        panel.locator_params(axis="x", nbins=5)
+    for panel in panels[len(axes) :]:
+        panel.set_visible(False)
+    drawn.supxlabel(figures.words(figure_name), fontsize=11)
+    return png(drawn)
+
+
+def _plain(value: Any) -> Any:
+    return value if isinstance(value, int | float | str) else str(value)
+
+
+def _sorted(values: Sequence[Any]) -> list[Any]:
+    """Numbers by size, labels as they come."""
+    plain = [_plain(value) for value in values]
+    return sorted(plain) if all(isinstance(value, int | float) for value in plain) else plain
