@@ -46,6 +46,21 @@ def add(parser: argparse.ArgumentParser) -> None:
         default=None,
         help="random orders per row, 0: none; likewise masks per row for a bound. Default: 1, for a denoiser 4",
     )
+    parser.add_argument(
+        "--orders",
+        type=int,
+        default=None,
+        metavar="K",
+        help="also bound the likelihood of the mixture over all orders, from both sides, by 1, 2, 4, … K random orders",
+    )
+    parser.add_argument(
+        "--rows", type=int, default=None, metavar="R", help="rows that --orders scores, evenly spaced; default: 64"
+    )
+    parser.add_argument(
+        "--price",
+        action="store_true",
+        help="also take apart what streams cost: factorised blocks, and cold starts by place in the stream",
+    )
     parser.add_argument("--batch", type=int, default=16, help="rows per network call")
     parser.add_argument("--seed", type=int, default=0, help="of the random orders and masks")
     parser.add_argument(
@@ -82,12 +97,22 @@ def run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
     streams = whole_numbers(args.streams or "2,4,8", "--streams")
     if (args.draws is not None and args.draws < 0) or args.batch < 1:
         raise UserError("--draws must be at least 0, --batch at least 1")
+    for flag, number in (("--orders", args.orders), ("--rows", args.rows)):
+        if number is not None and number < 1:
+            raise UserError(f"{flag}={number}: must be at least 1")
+    if args.rows is not None and args.orders is None:
+        raise UserError("--rows belongs to --orders=K: how many rows are scored in K orders")
     check_seed(args.seed)
     if args.data == "":
         raise UserError("--data is empty; name a file, a folder, a glob or tfds:NAME")
     config = configs.read(args.run)
     if not config.model.has_orders and args.streams is not None:
         raise UserError(f"--streams={args.streams}: a denoiser has no strided orders to score; leave it out")
+    for flag, given in (("--orders", args.orders is not None), ("--price", args.price)):
+        if given and not config.model.has_orders:
+            raise UserError(
+                f"{flag}: --run={args.run} is a denoiser (model.kind), which has no orders but a bound (ELBO)"
+            )
     # A denoiser has nothing but its bound, and from several draws that has a standard error.
     draws = args.draws if args.draws is not None else 1 if config.model.has_orders else 4
     wrong = [count for count in streams if config.model.max_length % count]
@@ -132,6 +157,9 @@ def run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
             reset=config.data.reset,
             with_baselines=not args.no_baselines,
             kept_in=beside if chosen and beside else [args.run / baselines.FILE, *beside],
+            num_orders=args.orders or 0,
+            num_rows=args.rows or 64,
+            with_price=args.price,
         )
     keep = args.run if args.data is None else None
     return show_and_keep(args, found.as_dict(), perplexity.as_text(found), keep, results.EVALUATION_FILE)
@@ -144,6 +172,9 @@ def _tasks(args: argparse.Namespace) -> int:
         ("--split", args.split is not None),
         ("--draws", args.draws is not None),
         ("--no-baselines", args.no_baselines),
+        ("--orders", args.orders is not None),
+        ("--rows", args.rows is not None),
+        ("--price", args.price),
     ):
         if given:
             raise UserError(f"{flag} does not go together with --tasks, which say themselves what is scored")

@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import math
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import assert_never
 
 import jax
@@ -30,8 +30,9 @@ from armd_jax.data import loader
 from armd_jax.data.manifest import Counts
 from armd_jax.data.mixture import Data, place_of
 from armd_jax.errors import UserError
-from armd_jax.evaluation import baselines, results
-from armd_jax.evaluation.results import Elbo, Evaluation, RandomOrders, Score
+from armd_jax.evaluation import baselines, order_bounds, parallel_price, results
+from armd_jax.evaluation.parallel_price import ByPlace, Passes
+from armd_jax.evaluation.results import Elbo, Evaluation, OrderBounds, RandomOrders, Score, StreamPrice
 from armd_jax.inference.language_model import LanguageModel
 from armd_jax.names import Reset
 from armd_jax.order_config import OrderConfig
@@ -43,7 +44,7 @@ MakeOrder = Callable[[jax.Array, int, int], Order]  # (key, batch, length) -> or
 
 
 @functools.partial(jax.jit, static_argnames=("config", "make_task", "context"))
-def _nll(
+def _nats(
     params: Params,
     config: ModelConfig,
     tokens_BN: jax.Array,
@@ -53,7 +54,7 @@ def _nll(
     context: Context,
 ) -> jax.Array:
     tokens_BN, valid_BN = (context.constrain(a, ("batch", "length")) for a in (tokens_BN, valid_BN))
-    return objective.loss_sums(params, config, tokens_BN, make_task(key, tokens_BN, valid_BN), context).nll
+    return objective.token_nats(params, config, tokens_BN, make_task(key, tokens_BN, valid_BN), context)
 
 
 @functools.cache
@@ -86,6 +87,18 @@ def _in_streams(streams: int, end_of_text: int | None) -> MakeTask:
     return make_task
 
 
+@functools.cache
+def _one_by_one(make_task: MakeTask) -> MakeTask:
+    """The task of an order with the same sequence of tokens, one at a time."""
+
+    def make_one_by_one(key: jax.Array, tokens_BN: jax.Array, valid_BN: jax.Array) -> Task:
+        made = make_task(key, tokens_BN, valid_BN)
+        assert isinstance(made, Order)
+        return orders.one_by_one(made)
+
+    return make_one_by_one
+
+
 def _denoising(key: jax.Array, tokens_BN: jax.Array, valid_BN: jax.Array) -> Task:
     """The task of a denoiser."""
     del tokens_BN
@@ -107,39 +120,62 @@ def total_nats(
     progress: the label of the progress bar; None: no bar. context: how network calls are carried out; a static argument
     of compiled functions.
     """
+    batches = _token_nats(lm, data, split, make_task, batch_size, seed, progress, context)
+    return float(sum(nats_BN.sum() for _, _, nats_BN in batches))
+
+
+def _token_nats(
+    lm: LanguageModel,
+    data: Data,
+    split: str,
+    make_task: MakeTask,
+    batch_size: int,
+    seed: int,
+    progress: str | None,
+    context: Context,
+    chosen: Sequence[int] | None = None,
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """For every batch tokens and valid as of `loader.eval_batches`, and the nats of each token, float64 [B, N].
+
+    The last batch may have rows without any valid token. chosen: the numbers of the rows; None: all of the split.
+    """
     key = jax.random.key(seed)
-    steps = -(-data.counts(split).rows // batch_size)
-    total = 0.0
-    batches = loader.eval_batches(data, split, batch_size)
+    steps = -(-(data.counts(split).rows if chosen is None else len(chosen)) // batch_size)
+    batches = loader.eval_batches(data, split, batch_size, None, chosen)
     for number, (tokens, valid) in enumerate(tqdm(batches, progress, steps, disable=progress is None, leave=False)):
-        batch_key = jax.random.fold_in(key, number)
-        arrays = jnp.asarray(tokens), jnp.asarray(valid), batch_key
-        total += float(_nll(lm.params, lm.config, *arrays, make_task=make_task, context=context))
-    return total
+        arrays = jnp.asarray(tokens), jnp.asarray(valid), jax.random.fold_in(key, number)
+        nats_BN = _nats(lm.params, lm.config, *arrays, make_task=make_task, context=context)
+        yield tokens, valid, np.asarray(nats_BN, np.float64)
 
 
 def score(nats: float, counts: Counts, lossless: bool) -> Score:
     """The figures per token, word and byte of a total. There are no bits per byte if the tokenizer is lossy."""
     return Score(
         nats_per_token=nats / counts.tokens,
-        perplexity_per_token=_exp(nats / counts.tokens),
-        perplexity_per_word=_exp(nats / max(counts.words, 1)),
+        perplexity_per_token=results.perplexity(nats / counts.tokens),
+        perplexity_per_word=results.perplexity(nats / max(counts.words, 1)),
         bits_per_byte=nats / math.log(2) / counts.bytes if lossless else None,
     )
-
-
-def _exp(value: float) -> float:
-    return math.inf if value >= 700 else math.exp(value)  # NaN stays NaN
-
-
-def _left_to_right(key: jax.Array, batch: int, length: int) -> Order:
-    del key
-    return orders.left_to_right(batch, length)
 
 
 def _strided(streams: int, key: jax.Array, batch: int, length: int) -> Order:
     del key
     return orders.strided(batch, length, streams)
+
+
+def _expected(nats_RK: np.ndarray, counts: Counts, lossless: bool) -> RandomOrders:
+    """The expected score over K orders of every row."""
+    draws = nats_RK.shape[1]
+    mean = score(float(nats_RK.mean(axis=1).sum()), counts, lossless)
+    error = order_bounds.error_of_mean(nats_RK) / counts.tokens if draws > 1 else None
+    spread = order_bounds.spread(nats_RK) if draws > 1 else None
+    return RandomOrders(**dataclasses.asdict(mean), draws=draws, standard_error=error, spread=spread)
+
+
+def _bounds(nats_RK: np.ndarray, tokens: int) -> OrderBounds:
+    rows, draws = nats_RK.shape
+    spread = order_bounds.spread(nats_RK) if draws > 1 else None
+    return OrderBounds(rows=rows, tokens=tokens, spread=spread, bounds=order_bounds.measure(-nats_RK, tokens))
 
 
 # Kept, so that the same config gives the same function and compiles once.
@@ -160,12 +196,15 @@ def evaluate(
     reset: Reset = "none",
     with_baselines: bool = True,
     kept_in: Sequence[pathlib.Path] = (),
+    num_orders: int = 0,
+    num_rows: int = 64,
+    with_price: bool = False,
 ) -> Evaluation:
     """All figures of a split.
 
     streams: numbers of streams whose strided orders are scored; those that do not divide the rows are left out.
     draws: random orders per row of tokens, and draws of the ELBO; 0: random orders are not scored, and the ELBO is
-        estimated from one draw. The standard error of the ELBO is known from two draws on.
+        estimated from one draw. Standard errors are known from two draws on.
     trained_on: the orders that the model was trained with. Only those of a masked diffusion matter: they bound the
         likelihood (ELBO).
     progress: whether progress bars are shown on stderr.
@@ -174,6 +213,9 @@ def evaluate(
     reset: `data.reset` of the training, which is what the text is scored with.
     with_baselines: whether the training text's token frequencies and the compressor are measured as well.
     kept_in: files that may hold what these two took long to find out; see `baselines.Baselines`.
+    num_orders: K, from how many random orders per row the likelihood of their mixture is bounded; 0: it is not.
+    num_rows: on how many rows of the split, evenly spaced.
+    with_price: whether the price of parallel sampling is taken apart, for S = 1 and the numbers of `streams`.
     Raises UserError if the model's vocabulary is not the data's, or if the rows are longer than the model's.
     """
     check_data(lm, data)
@@ -187,32 +229,57 @@ def evaluate(
         case _:
             assert_never(reset)
 
-    def nats(make_task: MakeTask, label: str, repeat: int = 1) -> list[float]:
-        shared = lm, data, split, make_task, batch_size
-        name = label if progress else None
-        return [total_nats(*shared, seed + i, name, context) for i in range(repeat)]
+    def passes(make_task: MakeTask, label: str, draws: int, chosen: Sequence[int] | None = None) -> np.ndarray:
+        """Nats of every row in every draw [R, draws]."""
+        name, found = label if progress else None, []
+        for draw in range(draws):
+            batches = _token_nats(lm, data, split, make_task, batch_size, seed + draw, name, context, chosen)
+            found.append(np.concatenate([nats_BN.sum(axis=1) for _, _, nats_BN in batches]))
+        return np.stack(found, axis=1)[: counts.rows if chosen is None else len(chosen)]
 
-    def under(make_order: MakeOrder, label: str, repeat: int = 1) -> Score:
-        return score(float(np.mean(nats(under_order(make_order, end), label, repeat))), counts, lossless)
+    def in_streams(number: int) -> tuple[np.ndarray, ByPlace]:
+        """Nats of every row [R] in a number of streams, and of all tokens by place."""
+        label, found, by_place = f"strided, S = {number}" if progress else None, [], ByPlace(data.length)
+        task = _in_streams(number, end)
+        for tokens, valid, nats in _token_nats(lm, data, split, task, batch_size, seed, label, context):
+            first = jnp.zeros(tokens.shape, jnp.int32) if end is None else documents.begins(jnp.asarray(tokens), end)
+            by_place.add(np.asarray(documents.depths(first, number)), nats, valid)
+            found.append(nats.sum(axis=1))
+        return np.concatenate(found)[: counts.rows], by_place
 
     def bound(make_task: MakeTask, diffusion_steps: int | None) -> Elbo:
-        found = nats(make_task, "ELBO", max(draws, 1))
+        found = passes(make_task, "ELBO", max(draws, 1)).sum(axis=0)
         error = float(np.std(found, ddof=1)) / len(found) ** 0.5 / counts.tokens if len(found) > 1 else None
         mean = score(float(np.mean(found)), counts, lossless)
         return Elbo(**dataclasses.asdict(mean), diffusion_steps=diffusion_steps, draws=len(found), standard_error=error)
 
-    left_to_right = random_orders = elbo = None
+    left_to_right = random_orders = elbo = mixture = None
     strided: dict[str, Score] = {}
+    price: tuple[StreamPrice, ...] | None = None
     match lm.config.kind:
         case "armd":
-            left_to_right = under(_left_to_right, "left to right")
+            one, places_of_one = in_streams(1)
+            left_to_right = score(float(one.sum()), counts, lossless)
+            uniform = under_order(orders.uniform, end)
             if draws:
-                expected = under(orders.uniform, "random orders", draws)
-                random_orders = RandomOrders(**dataclasses.asdict(expected), draws=draws)
+                random_orders = _expected(passes(uniform, "random orders", draws), counts, lossless)
             fitting = [s for s in streams if s > 1 and data.length % s == 0]
-            strided = {
-                str(s): score(nats(_in_streams(s, end), f"strided, S = {s}")[0], counts, lossless) for s in fitting
-            }
+            found = {s: in_streams(s) for s in fitting}
+            strided = {str(s): score(float(nats.sum()), counts, lossless) for s, (nats, _) in found.items()}
+            if with_price:
+                apart = [Passes(1, one, one, one, places_of_one)]
+                for s, (nats, by_place) in found.items():
+                    single = passes(_one_by_one(_in_streams(s, end)), f"one at a time, S = {s}", 1)[:, 0]
+                    apart.append(Passes(s, nats, single, one, by_place))
+                heads = int(places_of_one.tokens[0])
+                price = tuple(parallel_price.measure(part, heads) for part in apart)
+            if num_orders:
+                chosen = [
+                    place * counts.rows // min(num_rows, counts.rows) for place in range(min(num_rows, counts.rows))
+                ]
+                nats_RK = passes(uniform, "bounds over orders", num_orders, chosen)
+                valid = (valid for _, valid in loader.eval_batches(data, split, batch_size, None, chosen))
+                mixture = _bounds(nats_RK, int(sum(valid_BN.sum() for valid_BN in valid)))
             if trained_on is not None and (make_order := _bounding_order(trained_on)):
                 elbo = bound(under_order(make_order, end), trained_on.diffusion_steps)
         case "denoiser":
@@ -236,6 +303,8 @@ def evaluate(
         random_orders=random_orders,
         strided=strided,
         elbo=elbo,
+        order_bounds=mixture,
+        price=price,
         unigram=unigram,
         xz_bits_per_byte=xz,
         seed=seed,
@@ -269,4 +338,18 @@ def as_text(result: Evaluation) -> str:
         )
         bits = results.formatted_bits(row.score, result.lossless, 4)
         lines.append(f"{row.name:<{width}} {bits:>11} {per_token:>13} {per_word:>18}")
+    if found := result.random_orders:
+        if found.spread is not None:
+            lines.append(f"Rows differ by {found.spread:.2f} nats between random orders (standard deviation).")
+    if bounds := result.order_bounds:
+        lines += ["", results.bounds_title(bounds), *_columns(results.bounds_table(bounds))]
+    if result.price:
+        lines += ["", results.PRICE_TITLE, *_columns(results.price_table(result.price))]
+        lines += ["", results.PLACES_TITLE, *_columns(results.places_table(result.price))]
     return "\n".join(lines)
+
+
+def _columns(cells: Sequence[Sequence[str]]) -> list[str]:
+    """The lines of a table, columns aligned to the right."""
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return ["  ".join(f"{cell:>{width}}" for cell, width in zip(row, widths, strict=True)) for row in cells]
