@@ -57,6 +57,13 @@ def add(parser: argparse.ArgumentParser) -> None:
         "--rows", type=int, default=None, metavar="R", help="rows that --orders scores, evenly spaced; default: 64"
     )
     parser.add_argument(
+        "--shuffled",
+        type=int,
+        default=None,
+        metavar="N",
+        help="--orders bounds the mixture over orders in which N random tokens are shuffled; default: over all orders",
+    )
+    parser.add_argument(
         "--price",
         action="store_true",
         help="also take apart what streams cost: factorised blocks, and cold starts by place in the stream",
@@ -97,11 +104,11 @@ def run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
     streams = whole_numbers(args.streams or "2,4,8", "--streams")
     if (args.draws is not None and args.draws < 0) or args.batch < 1:
         raise UserError("--draws must be at least 0, --batch at least 1")
-    for flag, number in (("--orders", args.orders), ("--rows", args.rows)):
+    for flag, number in (("--orders", args.orders), ("--rows", args.rows), ("--shuffled", args.shuffled)):
         if number is not None and number < 1:
             raise UserError(f"{flag}={number}: must be at least 1")
-    if args.rows is not None and args.orders is None:
-        raise UserError("--rows belongs to --orders=K: how many rows are scored in K orders")
+        if number is not None and args.orders is None:
+            raise UserError(f"{flag} belongs to --orders=K, the number of random orders that every row is scored in")
     check_seed(args.seed)
     if args.data == "":
         raise UserError("--data is empty; name a file, a folder, a glob or tfds:NAME")
@@ -113,6 +120,8 @@ def run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
             raise UserError(
                 f"{flag}: --run={args.run} is a denoiser (model.kind), which has no orders but a bound (ELBO)"
             )
+    if args.shuffled is not None and args.shuffled > config.model.max_length:
+        raise UserError(f"--shuffled={args.shuffled}: a row has model.max_length={config.model.max_length} tokens")
     # A denoiser has nothing but its bound, and from several draws that has a standard error.
     draws = args.draws if args.draws is not None else 1 if config.model.has_orders else 4
     wrong = [count for count in streams if config.model.max_length % count]
@@ -126,7 +135,7 @@ def run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
     host_memory.settle()  # before JAX is imported
 
     from armd_jax.data import mixture
-    from armd_jax.evaluation import baselines, held_out, perplexity, results
+    from armd_jax.evaluation import baselines, held_out, perplexity, results, tables
     from armd_jax.interop.load import load
     from armd_jax.training import sharding
 
@@ -159,10 +168,11 @@ def run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
             kept_in=beside if chosen and beside else [args.run / baselines.FILE, *beside],
             num_orders=args.orders or 0,
             num_rows=args.rows or 64,
+            shuffled=args.shuffled,
             with_price=args.price,
         )
     keep = args.run if args.data is None else None
-    return show_and_keep(args, found.as_dict(), perplexity.as_text(found), keep, results.EVALUATION_FILE)
+    return show_and_keep(args, found.as_dict(), tables.as_text(found), keep, results.EVALUATION_FILE)
 
 
 def _tasks(args: argparse.Namespace) -> int:
@@ -174,6 +184,7 @@ def _tasks(args: argparse.Namespace) -> int:
         ("--no-baselines", args.no_baselines),
         ("--orders", args.orders is not None),
         ("--rows", args.rows is not None),
+        ("--shuffled", args.shuffled is not None),
         ("--price", args.price),
     ):
         if given:

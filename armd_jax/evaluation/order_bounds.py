@@ -13,8 +13,10 @@ logarithm is what is bounded here, row by row, from log p(x | order_k) of K orde
   every K >= 2, and tends to it.
 
 Both hold in expectation over the draws, not for each of them. If likelihoods under different orders differ by many
-nats, rare orders dominate p(x), and the mean of few draws says little: the bound from below is then loose, and the one
-from above is not seen to be as high as it is before a rare order is drawn, and its standard error not either.
+nats, rare orders dominate p(x). The bound from below is then loose, but remains one. The expectation of the bound from
+above is then made of rare draws: before one is seen, its estimate is too low, and so is its standard error. The
+variance of a likelihood in units of its squared mean is exp(v) - 1 if its logarithm is normal with variance v: unless
+v, averaged over rows, is at most the logarithm of the number of draws of all rows, `measure` gives no bound from above.
 """
 
 import numpy as np
@@ -45,13 +47,15 @@ def upper(log_p_RK: np.ndarray) -> np.ndarray:
 def measure(log_p_RK: np.ndarray, tokens: int) -> tuple[OrderBound, ...]:
     """The bounds from 1, 2, 4 … and all K orders, in nats per token of all R rows together.
 
-    Fewer than K orders are taken as often as the K draws allow, each draw once, and the results averaged. Standard errors
-    are those over draws, for these rows: from the differences between these groups of draws in every row. If there is
-    one group only, they are estimated by leaving out one draw after another (jackknife).
+    Fewer than K orders are taken as often as the K draws allow, each draw once, and the results averaged. Standard
+    errors are those over draws, for these rows: from the differences between these groups of draws in every row. If
+    there is one group only, they are estimated by leaving out one draw after another (jackknife).
+    There is no bound from above if orders differ too much for the number of draws.
     """
     log_p_RK = np.asarray(log_p_RK, np.float64)
     num_draws = log_p_RK.shape[1]
     powers = [2**i for i in range(num_draws.bit_length()) if 2**i < num_draws]
+    can_bound_above = num_draws > 1 and spread(log_p_RK) ** 2 <= np.log(log_p_RK.size)
     found = []
     for number in [*powers, num_draws]:
         groups = [log_p_RK[:, first : first + number] for first in range(0, num_draws - number + 1, number)]
@@ -59,7 +63,7 @@ def measure(log_p_RK: np.ndarray, tokens: int) -> tuple[OrderBound, ...]:
         above = above_error = None
         if below_error is None and number > 1:
             below_error = _jackknife([lower(np.delete(log_p_RK, draw, axis=1)) for draw in range(number)])
-        if number > 1:
+        if can_bound_above and number > 1:
             above, above_error = _mean_and_error([upper(group) for group in groups])
             if above_error is None and number > 2:
                 above_error = _jackknife([upper(np.delete(log_p_RK, draw, axis=1)) for draw in range(number)])

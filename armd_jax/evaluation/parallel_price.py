@@ -10,8 +10,6 @@ A strided order costs more than the order left to right for two reasons:
 The two add up to the whole difference. Nats by place in the stream show where the second comes from.
 """
 
-import dataclasses
-
 import numpy as np
 
 from armd_jax.evaluation.results import Place, StreamPrice
@@ -34,11 +32,10 @@ class ByPlace:
         self.tokens += np.bincount(depths, minlength=length)
 
     def places(self) -> tuple[Place, ...]:
-        """The first `SINGLE_PLACES` places one by one, and the others by octaves (9-16, 17-32, …), as far as they go."""
+        """The first `SINGLE_PLACES` places one by one and the others by octaves (9-16, 17-32, …), as far as they go."""
         length = int(np.flatnonzero(self.tokens)[-1]) + 1
-        starts = [*range(min(SINGLE_PLACES, length))]
-        while (start := 2 * starts[-1] + 2 if len(starts) > SINGLE_PLACES else len(starts)) < length:
-            starts.append(start)
+        octaves = (SINGLE_PLACES * 2**i for i in range(length.bit_length()))
+        starts = [start for start in (*range(SINGLE_PLACES), *octaves) if start < length]
         found = []
         for start, end in zip(starts, [*starts[1:], length], strict=True):
             tokens, nats = int(self.tokens[start:end].sum()), float(self.nats[start:end].sum())
@@ -48,8 +45,8 @@ class ByPlace:
     def cold_start(self) -> tuple[float | None, float | None]:
         """Nats per token late in the stream, and the nats of a stream beyond that: its cold start.
 
-        Late is the half of all tokens that stand furthest from the head of their stream; whole places, at most half. Both
-        are None if no place is late, as in streams of one token.
+        Late are the places furthest from the head that together hold at most half of all tokens. Both are None if there
+        are none, as in streams of one token.
         """
         cumulated = np.cumsum(self.tokens)
         early = int(np.searchsorted(2 * cumulated, cumulated[-1])) + 1  # places that hold the earlier half
@@ -61,29 +58,26 @@ class ByPlace:
         return late, float(excess / self.tokens[0])
 
 
-@dataclasses.dataclass(frozen=True)
-class Passes:
-    """What the passes over a split found for one number of streams. All nats are sums over rows [R], float64.
+def measure(
+    streams: int,
+    with_blocks_R: np.ndarray,
+    one_by_one_R: np.ndarray,
+    left_to_right_R: np.ndarray,
+    by_place: ByPlace,
+    heads: int,
+) -> StreamPrice:
+    """The price of a number of streams, in nats per token.
 
-    with_blocks, one_by_one: of the strided order. left_to_right: of the same rows. by_place: of `with_blocks`.
+    with_blocks_R, one_by_one_R: nats of every row under the strided order, float64. left_to_right_R: of the same rows.
+    by_place: of the order with blocks. heads: how many heads of streams there are with S = 1.
     """
-
-    streams: int
-    with_blocks: np.ndarray
-    one_by_one: np.ndarray
-    left_to_right: np.ndarray
-    by_place: ByPlace
-
-
-def measure(passes: Passes, documents: int) -> StreamPrice:
-    """The price of a number of streams, in nats per token. documents: the heads of streams with S = 1."""
-    tokens = int(passes.by_place.tokens.sum())
-    gap_R, order_R = passes.with_blocks - passes.one_by_one, passes.one_by_one - passes.left_to_right
-    late, cold_start = passes.by_place.cold_start()
-    more = int(passes.by_place.tokens[0]) - documents
+    tokens = int(by_place.tokens.sum())
+    gap_R, order_R = with_blocks_R - one_by_one_R, one_by_one_R - left_to_right_R
+    late, cold_start = by_place.cold_start()
+    more = int(by_place.tokens[0]) - heads
     return StreamPrice(
-        streams=passes.streams,
-        nats_per_token=float(passes.with_blocks.sum()) / tokens,
+        streams=streams,
+        nats_per_token=float(with_blocks_R.sum()) / tokens,
         independence_gap=float(gap_R.sum()) / tokens,
         independence_gap_error=_error_over_rows(gap_R, tokens),
         order_cost=float(order_R.sum()) / tokens,
@@ -91,7 +85,7 @@ def measure(passes: Passes, documents: int) -> StreamPrice:
         order_cost_per_stream=float(order_R.sum()) / more if more > 0 else None,
         late_nats_per_token=late,
         cold_start=cold_start,
-        places=passes.by_place.places(),
+        places=by_place.places(),
     )
 
 

@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import math
 import pathlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import assert_never
 
 import jax
@@ -31,7 +31,7 @@ from armd_jax.data.manifest import Counts
 from armd_jax.data.mixture import Data, place_of
 from armd_jax.errors import UserError
 from armd_jax.evaluation import baselines, order_bounds, parallel_price, results
-from armd_jax.evaluation.parallel_price import ByPlace, Passes
+from armd_jax.evaluation.parallel_price import ByPlace
 from armd_jax.evaluation.results import Elbo, Evaluation, OrderBounds, RandomOrders, Score, StreamPrice
 from armd_jax.inference.language_model import LanguageModel
 from armd_jax.names import Reset
@@ -163,19 +163,103 @@ def _strided(streams: int, key: jax.Array, batch: int, length: int) -> Order:
     return orders.strided(batch, length, streams)
 
 
-def _expected(nats_RK: np.ndarray, counts: Counts, lossless: bool) -> RandomOrders:
-    """The expected score over K orders of every row."""
-    draws = nats_RK.shape[1]
-    mean = score(float(nats_RK.mean(axis=1).sum()), counts, lossless)
-    error = order_bounds.error_of_mean(nats_RK) / counts.tokens if draws > 1 else None
-    spread = order_bounds.spread(nats_RK) if draws > 1 else None
-    return RandomOrders(**dataclasses.asdict(mean), draws=draws, standard_error=error, spread=spread)
+@functools.cache
+def _with_shuffled(number: int) -> MakeOrder:
+    return lambda key, batch, length: orders.progressive(key, batch, length, number)
 
 
-def _bounds(nats_RK: np.ndarray, tokens: int) -> OrderBounds:
-    rows, draws = nats_RK.shape
-    spread = order_bounds.spread(nats_RK) if draws > 1 else None
-    return OrderBounds(rows=rows, tokens=tokens, spread=spread, bounds=order_bounds.measure(-nats_RK, tokens))
+@dataclasses.dataclass(frozen=True)
+class _Passes:
+    """Passes over the rows of a split. end: end-of-text if documents are kept apart; None: they are not."""
+
+    lm: LanguageModel
+    data: Data
+    split: str
+    batch_size: int
+    seed: int
+    progress: bool
+    context: Context
+    end: int | None
+
+    def score(self, nats: float) -> Score:
+        return score(nats, self.data.counts(self.split), self.data.tokenizer.lossless)
+
+    def _batches(
+        self, make_task: MakeTask, label: str, draw: int, chosen: Sequence[int] | None = None
+    ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        name = label if self.progress else None
+        where = self.lm, self.data, self.split, make_task, self.batch_size, self.seed + draw
+        return _token_nats(*where, name, self.context, chosen)
+
+    def nats(self, make_task: MakeTask, label: str, draws: int, chosen: Sequence[int] | None = None) -> np.ndarray:
+        """Nats of every row (or of the chosen ones) in every draw [R, draws], float64."""
+        num_rows = self.data.counts(self.split).rows if chosen is None else len(chosen)
+        found = []
+        for draw in range(draws):
+            batches = self._batches(make_task, label, draw, chosen)
+            found.append(np.concatenate([nats_BN.sum(axis=1) for _, _, nats_BN in batches])[:num_rows])
+        return np.stack(found, axis=1)
+
+    def in_streams(self, streams: int) -> tuple[np.ndarray, ByPlace]:
+        """Nats of every row [R] under the strided order, and of all tokens by place in the stream."""
+        found, by_place = [], ByPlace(self.data.length)
+        label = "left to right" if streams == 1 else f"strided, S = {streams}"
+        for tokens_BN, valid_BN, nats_BN in self._batches(_in_streams(streams, self.end), label, 0):
+            whole = jnp.zeros(tokens_BN.shape, jnp.int32)
+            first_BN = whole if self.end is None else documents.begins(jnp.asarray(tokens_BN), self.end)
+            by_place.add(np.asarray(documents.depths(first_BN, streams)), nats_BN, valid_BN)
+            found.append(nats_BN.sum(axis=1))
+        return np.concatenate(found)[: self.data.counts(self.split).rows], by_place
+
+    def expected(self, draws: int) -> RandomOrders:
+        """The score expected over random orders."""
+        nats_RK = self.nats(under_order(orders.uniform, self.end), "random orders", draws)
+        mean = self.score(float(nats_RK.mean(axis=1).sum()))
+        if draws == 1:
+            return RandomOrders(**dataclasses.asdict(mean), draws=draws)
+        error = order_bounds.error_of_mean(nats_RK) / self.data.counts(self.split).tokens
+        return RandomOrders(
+            **dataclasses.asdict(mean), draws=draws, standard_error=error, spread=order_bounds.spread(nats_RK)
+        )
+
+    def elbo(self, make_task: MakeTask, draws: int, diffusion_steps: int | None) -> Elbo:
+        # Of a denoiser, the rows of a batch are not drawn independently: the error is known from whole draws alone.
+        found = self.nats(make_task, "ELBO", draws).sum(axis=0)
+        tokens = self.data.counts(self.split).tokens
+        error = float(np.std(found, ddof=1)) / draws**0.5 / tokens if draws > 1 else None
+        mean = self.score(float(np.mean(found)))
+        return Elbo(**dataclasses.asdict(mean), diffusion_steps=diffusion_steps, draws=draws, standard_error=error)
+
+    def bounds(self, num_orders: int, num_rows: int, shuffled: int | None) -> OrderBounds:
+        """Bounds on the likelihood of the mixture over orders, from some rows."""
+        all_rows = self.data.counts(self.split).rows
+        num_rows = min(num_rows, all_rows)
+        chosen = [place * all_rows // num_rows for place in range(num_rows)]
+        make_order = orders.uniform if shuffled is None else _with_shuffled(shuffled)
+        nats_RK = self.nats(under_order(make_order, self.end), "bounds over orders", num_orders, chosen)
+        batches = loader.eval_batches(self.data, self.split, self.batch_size, None, chosen)
+        tokens = int(sum(valid_BN.sum() for _, valid_BN in batches))
+        return OrderBounds(
+            shuffled=shuffled,
+            rows=num_rows,
+            tokens=tokens,
+            spread=order_bounds.spread(nats_RK) if num_orders > 1 else None,
+            bounds=order_bounds.measure(-nats_RK, tokens),
+        )
+
+    def price(self, found: Mapping[int, tuple[np.ndarray, ByPlace]]) -> tuple[StreamPrice, ...]:
+        """What each number of streams costs, from what `in_streams` found for them, and for 1."""
+        one, places_of_one = found[1]
+        prices = []
+        for streams, (nats_R, by_place) in found.items():
+            single_R = nats_R  # blocks of one token already
+            if streams > 1:
+                task = _one_by_one(_in_streams(streams, self.end))
+                single_R = self.nats(task, f"one at a time, S = {streams}", 1)[:, 0]
+            prices.append(
+                parallel_price.measure(streams, nats_R, single_R, one, by_place, int(places_of_one.tokens[0]))
+            )
+        return tuple(prices)
 
 
 # Kept, so that the same config gives the same function and compiles once.
@@ -198,6 +282,7 @@ def evaluate(
     kept_in: Sequence[pathlib.Path] = (),
     num_orders: int = 0,
     num_rows: int = 64,
+    shuffled: int | None = None,
     with_price: bool = False,
 ) -> Evaluation:
     """All figures of a split.
@@ -215,6 +300,8 @@ def evaluate(
     kept_in: files that may hold what these two took long to find out; see `baselines.Baselines`.
     num_orders: K, from how many random orders per row the likelihood of their mixture is bounded; 0: it is not.
     num_rows: on how many rows of the split, evenly spaced.
+    shuffled: the mixture is over the orders in which this many tokens are shuffled (see `order.progressive`), drawn
+        uniformly; None: over all orders.
     with_price: whether the price of parallel sampling is taken apart, for S = 1 and the numbers of `streams`.
     Raises UserError if the model's vocabulary is not the data's, or if the rows are longer than the model's.
     """
@@ -229,68 +316,29 @@ def evaluate(
         case _:
             assert_never(reset)
 
-    def passes(make_task: MakeTask, label: str, draws: int, chosen: Sequence[int] | None = None) -> np.ndarray:
-        """Nats of every row in every draw [R, draws]."""
-        name, found = label if progress else None, []
-        for draw in range(draws):
-            batches = _token_nats(lm, data, split, make_task, batch_size, seed + draw, name, context, chosen)
-            found.append(np.concatenate([nats_BN.sum(axis=1) for _, _, nats_BN in batches]))
-        return np.stack(found, axis=1)[: counts.rows if chosen is None else len(chosen)]
-
-    def in_streams(number: int) -> tuple[np.ndarray, ByPlace]:
-        """Nats of every row [R] in a number of streams, and of all tokens by place."""
-        label, found, by_place = f"strided, S = {number}" if progress else None, [], ByPlace(data.length)
-        task = _in_streams(number, end)
-        for tokens, valid, nats in _token_nats(lm, data, split, task, batch_size, seed, label, context):
-            first = jnp.zeros(tokens.shape, jnp.int32) if end is None else documents.begins(jnp.asarray(tokens), end)
-            by_place.add(np.asarray(documents.depths(first, number)), nats, valid)
-            found.append(nats.sum(axis=1))
-        return np.concatenate(found)[: counts.rows], by_place
-
-    def bound(make_task: MakeTask, diffusion_steps: int | None) -> Elbo:
-        found = passes(make_task, "ELBO", max(draws, 1)).sum(axis=0)
-        error = float(np.std(found, ddof=1)) / len(found) ** 0.5 / counts.tokens if len(found) > 1 else None
-        mean = score(float(np.mean(found)), counts, lossless)
-        return Elbo(**dataclasses.asdict(mean), diffusion_steps=diffusion_steps, draws=len(found), standard_error=error)
-
-    left_to_right = random_orders = elbo = mixture = None
+    passes = _Passes(lm, data, split, batch_size, seed, progress, context, end)
+    left_to_right = random_orders = elbo = bounds = price = None
     strided: dict[str, Score] = {}
-    price: tuple[StreamPrice, ...] | None = None
     match lm.config.kind:
         case "armd":
-            one, places_of_one = in_streams(1)
-            left_to_right = score(float(one.sum()), counts, lossless)
-            uniform = under_order(orders.uniform, end)
-            if draws:
-                random_orders = _expected(passes(uniform, "random orders", draws), counts, lossless)
             fitting = [s for s in streams if s > 1 and data.length % s == 0]
-            found = {s: in_streams(s) for s in fitting}
-            strided = {str(s): score(float(nats.sum()), counts, lossless) for s, (nats, _) in found.items()}
-            if with_price:
-                apart = [Passes(1, one, one, one, places_of_one)]
-                for s, (nats, by_place) in found.items():
-                    single = passes(_one_by_one(_in_streams(s, end)), f"one at a time, S = {s}", 1)[:, 0]
-                    apart.append(Passes(s, nats, single, one, by_place))
-                heads = int(places_of_one.tokens[0])
-                price = tuple(parallel_price.measure(part, heads) for part in apart)
-            if num_orders:
-                chosen = [
-                    place * counts.rows // min(num_rows, counts.rows) for place in range(min(num_rows, counts.rows))
-                ]
-                nats_RK = passes(uniform, "bounds over orders", num_orders, chosen)
-                valid = (valid for _, valid in loader.eval_batches(data, split, batch_size, None, chosen))
-                mixture = _bounds(nats_RK, int(sum(valid_BN.sum() for valid_BN in valid)))
+            found = {s: passes.in_streams(s) for s in (1, *fitting)}
+            scores = {str(s): passes.score(float(nats_R.sum())) for s, (nats_R, _) in found.items()}
+            left_to_right, strided = scores.pop("1"), scores
+            random_orders = passes.expected(draws) if draws else None
+            price = passes.price(found) if with_price else None
+            bounds = passes.bounds(num_orders, num_rows, shuffled) if num_orders else None
             if trained_on is not None and (make_order := _bounding_order(trained_on)):
-                elbo = bound(under_order(make_order, end), trained_on.diffusion_steps)
+                elbo = passes.elbo(under_order(make_order, end), max(draws, 1), trained_on.diffusion_steps)
         case "denoiser":
-            elbo = bound(_denoising, None)
+            elbo = passes.elbo(_denoising, max(draws, 1), None)
         case _:
             assert_never(lm.config.kind)
     unigram: Score | None = None
     xz: float | None = None
     if with_baselines:
         known = baselines.Baselines(data, kept_in)
-        unigram, xz = score(known.unigram_nats(split), counts, lossless), known.xz_bits_per_byte(split)
+        unigram, xz = passes.score(known.unigram_nats(split)), known.xz_bits_per_byte(split)
     return Evaluation(
         split=split,
         lossless=lossless,
@@ -303,7 +351,7 @@ def evaluate(
         random_orders=random_orders,
         strided=strided,
         elbo=elbo,
-        order_bounds=mixture,
+        order_bounds=bounds,
         price=price,
         unigram=unigram,
         xz_bits_per_byte=xz,
@@ -324,32 +372,3 @@ def check_data(lm: LanguageModel, data: Data) -> None:
             f"the checkpoint was made for another vocabulary ({lm.config.vocab_size} tokens) than the data in"
             f" {place_of(data)} ({theirs.vocab_size} tokens): prepare the text with the checkpoint's tokenizer folder"
         )
-
-
-def as_text(result: Evaluation) -> str:
-    """The figures as a table for a terminal."""
-    rows = results.rows(result)
-    width = max(30, *(len(row.name) for row in rows))
-    lines = [f"{result.split}: {result.bytes:,} bytes, {result.tokens:,} tokens, {result.words:,} words"]
-    lines.append(f"{'':<{width}} {'bits/byte':>11} {'ppl/token':>13} {'ppl/word':>18}")
-    for row in rows:
-        per_token, per_word = (
-            results.formatted(value, 3) for value in (row.score.perplexity_per_token, row.score.perplexity_per_word)
-        )
-        bits = results.formatted_bits(row.score, result.lossless, 4)
-        lines.append(f"{row.name:<{width}} {bits:>11} {per_token:>13} {per_word:>18}")
-    if found := result.random_orders:
-        if found.spread is not None:
-            lines.append(f"Rows differ by {found.spread:.2f} nats between random orders (standard deviation).")
-    if bounds := result.order_bounds:
-        lines += ["", results.bounds_title(bounds), *_columns(results.bounds_table(bounds))]
-    if result.price:
-        lines += ["", results.PRICE_TITLE, *_columns(results.price_table(result.price))]
-        lines += ["", results.PLACES_TITLE, *_columns(results.places_table(result.price))]
-    return "\n".join(lines)
-
-
-def _columns(cells: Sequence[Sequence[str]]) -> list[str]:
-    """The lines of a table, columns aligned to the right."""
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    return ["  ".join(f"{cell:>{width}}" for cell, width in zip(row, widths, strict=True)) for row in cells]

@@ -8,7 +8,6 @@ the table of the report and the report's bars are all made from these rows.
 import dataclasses
 import math
 import pathlib
-from collections.abc import Sequence
 from typing import Any, Literal, TypeVar, assert_never
 
 from armd_jax import files, typed
@@ -83,10 +82,13 @@ class OrderBound:
 class OrderBounds:
     """Bounds on the likelihood of the mixture over all orders, by the number of orders, fewest first.
 
+    shuffled: the orders are those in which that many tokens, drawn at random, stand in random order, and all others
+    where they were; None: all permutations.
     rows: how many rows were scored, evenly spaced over the split. tokens: how many they hold.
     spread: the standard deviation of the nats of a row over orders; None after a single draw.
     """
 
+    shuffled: int | None = typed.field(None, absent_if_none=True)
     rows: int = 0
     tokens: int = 0
     spread: float | None = None
@@ -269,71 +271,6 @@ def rows(result: Evaluation) -> list[Row]:
 
 def _give_or_take(error: float | None) -> str:
     return "" if error is None else f", ± {error:.4f} nats per token"
-
-
-PRICE_TITLE = "What streams cost, in nats per token (late, and cold start in nats per stream, by place in the stream):"
-PLACES_TITLE = "Nats per token by place in the stream:"
-
-
-def bounds_title(found: OrderBounds) -> str:
-    """What the bounds are of."""
-    spread = "" if found.spread is None else f"; a row's nats differ by {found.spread:.2f} between orders"
-    rows = f"{found.rows:,} rows, {found.tokens:,} tokens{spread}"
-    return f"Negative log-likelihood of the mixture over all orders ({rows}), from K random ones, in expectation:"
-
-
-def bounds_table(found: OrderBounds) -> list[list[str]]:
-    """The bounds on the likelihood of the mixture over orders, the header first."""
-    cells = [["orders K", "nats per token at least", "at most", "perplexity at least", "at most"]]
-    for bound in found.bounds:
-        sides = (bound.nll_at_least, bound.nll_at_least_error), (bound.nll_at_most, bound.nll_at_most_error)
-        perplexities = (formatted(None if side is None else perplexity(side), 2) for side, _ in sides)
-        cells.append([str(bound.orders), *(with_error(*side) for side in sides), *perplexities])
-    return cells
-
-
-def price_table(found: Sequence[StreamPrice]) -> list[list[str]]:
-    """The price of streams taken apart, the header first."""
-    cells = [
-        [
-            "streams",
-            "nats per token",
-            "independence gap",
-            "cost of the order",
-            "nats per extra stream",
-            "late",
-            "cold start",
-        ]
-    ]
-    for price in found:
-        cells.append(
-            [
-                str(price.streams),
-                formatted(price.nats_per_token, 4),
-                with_error(price.independence_gap, price.independence_gap_error, 5),
-                with_error(price.order_cost, price.order_cost_error, 5),
-                formatted(price.order_cost_per_stream, 2),
-                formatted(price.late_nats_per_token, 4),
-                formatted(price.cold_start, 2),
-            ]
-        )
-    return cells
-
-
-def places_table(found: Sequence[StreamPrice]) -> list[list[str]]:
-    """Nats per token by place in the stream, a column for each number of streams, the header first."""
-    columns = [{(place.first, place.last): place.nats_per_token for place in price.places} for price in found]
-    spans = sorted({span for column in columns for span in column})
-    cells = [["place in the stream", *(f"S = {price.streams}" for price in found)]]
-    for span in spans:
-        name = str(span[0]) if span[0] == span[1] else f"{span[0]}–{span[1]}"
-        cells.append([name, *(formatted(column.get(span), 4) for column in columns)])
-    return cells
-
-
-def with_error(value: float | None, error: float | None, digits: int = 4) -> str:
-    """A figure and its standard error for people, as far as they are known."""
-    return formatted(value, digits) + ("" if value is None or error is None else f" ± {error:.{digits}f}")
 
 
 def perplexity(nats: float) -> float:
