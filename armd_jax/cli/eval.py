@@ -46,6 +46,28 @@ def add(parser: argparse.ArgumentParser) -> None:
         default=None,
         help="random orders per row, 0: none; likewise masks per row for a bound. Default: 1, for a denoiser 4",
     )
+    parser.add_argument(
+        "--orders",
+        type=int,
+        default=None,
+        metavar="K",
+        help="also bound the likelihood of the mixture over all orders, from both sides, by 1, 2, 4, … K random orders",
+    )
+    parser.add_argument(
+        "--rows", type=int, default=None, metavar="R", help="rows that --orders scores, evenly spaced; default: 64"
+    )
+    parser.add_argument(
+        "--shuffled",
+        type=int,
+        default=None,
+        metavar="N",
+        help="--orders bounds the mixture over orders in which N random tokens are shuffled; default: over all orders",
+    )
+    parser.add_argument(
+        "--price",
+        action="store_true",
+        help="also take apart what streams cost: factorised blocks, and cold starts by place in the stream",
+    )
     parser.add_argument("--batch", type=int, default=16, help="rows per network call")
     parser.add_argument("--seed", type=int, default=0, help="of the random orders and masks")
     parser.add_argument(
@@ -82,12 +104,24 @@ def run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
     streams = whole_numbers(args.streams or "2,4,8", "--streams")
     if (args.draws is not None and args.draws < 0) or args.batch < 1:
         raise UserError("--draws must be at least 0, --batch at least 1")
+    for flag, number in (("--orders", args.orders), ("--rows", args.rows), ("--shuffled", args.shuffled)):
+        if number is not None and number < 1:
+            raise UserError(f"{flag}={number}: must be at least 1")
+        if number is not None and args.orders is None:
+            raise UserError(f"{flag} belongs to --orders=K, the number of random orders that every row is scored in")
     check_seed(args.seed)
     if args.data == "":
         raise UserError("--data is empty; name a file, a folder, a glob or tfds:NAME")
     config = configs.read(args.run)
     if not config.model.has_orders and args.streams is not None:
         raise UserError(f"--streams={args.streams}: a denoiser has no strided orders to score; leave it out")
+    for flag, given in (("--orders", args.orders is not None), ("--price", args.price)):
+        if given and not config.model.has_orders:
+            raise UserError(
+                f"{flag}: --run={args.run} is a denoiser (model.kind), which has no orders but a bound (ELBO)"
+            )
+    if args.shuffled is not None and args.shuffled > config.model.max_length:
+        raise UserError(f"--shuffled={args.shuffled}: a row has model.max_length={config.model.max_length} tokens")
     # A denoiser has nothing but its bound, and from several draws that has a standard error.
     draws = args.draws if args.draws is not None else 1 if config.model.has_orders else 4
     wrong = [count for count in streams if config.model.max_length % count]
@@ -101,7 +135,7 @@ def run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
     host_memory.settle()  # before JAX is imported
 
     from armd_jax.data import mixture
-    from armd_jax.evaluation import baselines, held_out, perplexity, results
+    from armd_jax.evaluation import baselines, held_out, perplexity, results, tables
     from armd_jax.interop.load import load
     from armd_jax.training import sharding
 
@@ -132,9 +166,13 @@ def run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
             reset=config.data.reset,
             with_baselines=not args.no_baselines,
             kept_in=beside if chosen and beside else [args.run / baselines.FILE, *beside],
+            num_orders=args.orders or 0,
+            num_rows=args.rows or 64,
+            shuffled=args.shuffled,
+            with_price=args.price,
         )
     keep = args.run if args.data is None else None
-    return show_and_keep(args, found.as_dict(), perplexity.as_text(found), keep, results.EVALUATION_FILE)
+    return show_and_keep(args, found.as_dict(), tables.as_text(found), keep, results.EVALUATION_FILE)
 
 
 def _tasks(args: argparse.Namespace) -> int:
@@ -144,6 +182,10 @@ def _tasks(args: argparse.Namespace) -> int:
         ("--split", args.split is not None),
         ("--draws", args.draws is not None),
         ("--no-baselines", args.no_baselines),
+        ("--orders", args.orders is not None),
+        ("--rows", args.rows is not None),
+        ("--shuffled", args.shuffled is not None),
+        ("--price", args.price),
     ):
         if given:
             raise UserError(f"{flag} does not go together with --tasks, which say themselves what is scored")

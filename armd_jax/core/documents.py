@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from armd_jax.config import Config
-from armd_jax.core.order import Order, place_in_streams
+from armd_jax.core.order import Order, place_in_streams, stream_and_depth
 
 
 def of(config: Config, tokens_BN: jax.Array) -> jax.Array | None:
@@ -73,10 +73,24 @@ def strided(first_BN: jax.Array, streams: jax.Array | int) -> Order:
     first_BN: see `begins`.
     """
     batch, length = first_BN.shape
-    rank_BN = jnp.arange(length, dtype=jnp.int32) - first_BN
-    size_BN = ends(first_BN) - first_BN
-    index_BN, block_BN = place_in_streams(rank_BN, size_BN, jnp.minimum(streams, size_BN))
+    index_BN, block_BN = place_in_streams(*_ranks(first_BN, streams))
     positions_BN = jnp.argsort(first_BN + index_BN, axis=1).astype(jnp.int32)
     # A document of n tokens has at most n blocks, numbered from 1, so that no two documents share a number.
     block_BN = jnp.take_along_axis(first_BN + block_BN, positions_BN, axis=1)
     return Order(positions_BN, block_BN, jnp.ones((batch, length), jnp.float32))
+
+
+def depths(first_BN: jax.Array, streams: int) -> jax.Array:
+    """int32 [B, N]: how many tokens of its stream come before each natural position in the order of `strided`.
+
+    The heads of streams have 0. With one document per row these are the streams of `order.strided`.
+
+    first_BN: see `begins`.
+    """
+    return stream_and_depth(*_ranks(first_BN, streams))[1].astype(jnp.int32)
+
+
+def _ranks(first_BN: jax.Array, streams: jax.Array | int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The place of each token in its document, the number of tokens there, and the number of its streams."""
+    size_BN = ends(first_BN) - first_BN
+    return jnp.arange(first_BN.shape[1], dtype=jnp.int32) - first_BN, size_BN, jnp.minimum(streams, size_BN)

@@ -158,6 +158,21 @@ def task_log_probs(
             assert_never(task)
 
 
+def token_nats(
+    params: Params, config: ModelConfig, tokens_BN: jax.Array, task: Task, context: Context = PLAIN
+) -> jax.Array:
+    """[B, N] float32: what each token adds to the `nll` of `LossSums`, at natural positions; 0 if it is not counted."""
+    log_probs_BN, _ = task_log_probs(params, config, tokens_BN, task, context)
+    nll_BN = jnp.where(task.weight_BN > 0, -log_probs_BN, 0.0)
+    match task:
+        case Order():
+            return to_natural(task, nll_BN)
+        case Corruption():
+            return task.weight_BN * nll_BN
+        case _:
+            assert_never(task)
+
+
 def totals(task: Task) -> tuple[jax.Array, jax.Array]:
     """The `weight` and the `tokens` of `LossSums`, float32 scalars, which depend on the task alone."""
     match task:

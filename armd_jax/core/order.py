@@ -172,14 +172,28 @@ def place_in_streams(rank: Any, num_free: Any, streams: Any, xp: Any = jnp) -> t
 
     All are whole numbers, or arrays of them. xp: the module of NumPy or of JAX's arrays that computes.
     """
+    stream, depth = stream_and_depth(rank, num_free, streams, xp)
+    # The index has no gaps: longer streams come first, so that only the last group is smaller.
+    return depth * streams + stream, xp.where(depth == 0, stream + 1, streams + depth)
+
+
+def stream_and_depth(rank: Any, num_free: Any, streams: Any, xp: Any = jnp) -> tuple[Any, Any]:
+    """Which stream each position belongs to, and how many positions of its stream come before it; both from 0.
+
+    The arguments are those of `place_in_streams`.
+    """
     short, longer = num_free // streams, num_free % streams
     in_longer = rank < longer * (short + 1)
     # Both branches of the selects are evaluated, so the unused one must not divide by zero either.
     past = rank - longer * (short + 1)
     stream = xp.where(in_longer, rank // (short + 1), longer + past // xp.maximum(short, 1))
     depth = xp.where(in_longer, rank % (short + 1), past % xp.maximum(short, 1))
-    # The index has no gaps: longer streams come first, so that only the last group is smaller.
-    return depth * streams + stream, xp.where(depth == 0, stream + 1, streams + depth)
+    return stream, depth
+
+
+def one_by_one(order: Order) -> Order:
+    """The same sequence of tokens with every block cut into single tokens: its likelihood is exact."""
+    return dataclasses.replace(order, block_BN=one_token_blocks(order.positions_BN).block_BN)
 
 
 def check_streams(length: int, streams: int, num_free: int) -> None:

@@ -125,7 +125,7 @@ def train_batches(
 
 
 def eval_batches(
-    data: Data, split: str, batch_size: int, max_batches: int | None = None
+    data: Data, split: str, batch_size: int, max_batches: int | None = None, chosen: Sequence[int] | None = None
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Every row of `split` once, in order: (tokens int32[batch_size, N], valid bool[batch_size, N]).
 
@@ -133,23 +133,27 @@ def eval_batches(
     hold end-of-text and are not valid. Of a mixture, one source follows another, and each has a last row of its own.
 
     max_batches: return at most this many batches. None: all.
+    chosen: the numbers of the rows that are returned, in this order. None: all.
     Raises UserError if there is no such split.
     """
-    starts = range(0, data.counts(split).rows, batch_size)
+    wanted = range(data.counts(split).rows) if chosen is None else chosen
+    starts = range(0, len(wanted), batch_size)
     sources = [(source.rows(split), source.counts(split).tokens) for source in sources_of(data, split)]
-    return (_eval_batch(data, sources, start, batch_size) for start in starts[:max_batches])
+    batches = (wanted[start : start + batch_size] for start in starts[:max_batches])
+    return (_eval_batch(data, sources, numbers, batch_size) for numbers in batches)
 
 
 def _eval_batch(
-    data: Data, sources: Sequence[tuple[PackedRows, int]], start: int, batch_size: int
+    data: Data, sources: Sequence[tuple[PackedRows, int]], numbers: Sequence[int], batch_size: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The rows from `start` on. sources: the rows of each, and how many tokens they hold."""
+    """The rows of these numbers. sources: the rows of each, and how many tokens they hold."""
     tokens_BN = np.full((batch_size, data.length), data.tokenizer.end_of_text, np.int32)
     valid_BN = np.zeros(tokens_BN.shape, bool)
-    first = -start  # where in the batch the first row of the source is, or would be
-    for rows, num_tokens in sources:
-        for row in range(max(-first, 0), min(batch_size - first, len(rows))):
-            tokens_BN[first + row] = rows[row]
-            valid_BN[first + row] = row * data.length + np.arange(data.length) < num_tokens
-        first += len(rows)
+    ends = np.cumsum([len(rows) for rows, _ in sources])
+    for place, number in enumerate(numbers):
+        source = int(np.searchsorted(ends, number, side="right"))
+        rows, num_tokens = sources[source]
+        row = number - int(ends[source]) + len(rows)
+        tokens_BN[place] = rows[row]
+        valid_BN[place] = row * data.length + np.arange(data.length) < num_tokens
     return tokens_BN, valid_BN

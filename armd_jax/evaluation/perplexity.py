@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import math
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import assert_never
 
 import jax
@@ -30,8 +30,9 @@ from armd_jax.data import loader
 from armd_jax.data.manifest import Counts
 from armd_jax.data.mixture import Data, place_of
 from armd_jax.errors import UserError
-from armd_jax.evaluation import baselines, results
-from armd_jax.evaluation.results import Elbo, Evaluation, RandomOrders, Score
+from armd_jax.evaluation import baselines, order_bounds, parallel_price, results
+from armd_jax.evaluation.parallel_price import ByPlace
+from armd_jax.evaluation.results import Elbo, Evaluation, OrderBounds, RandomOrders, Score, StreamPrice
 from armd_jax.inference.language_model import LanguageModel
 from armd_jax.names import Reset
 from armd_jax.order_config import OrderConfig
@@ -43,7 +44,7 @@ MakeOrder = Callable[[jax.Array, int, int], Order]  # (key, batch, length) -> or
 
 
 @functools.partial(jax.jit, static_argnames=("config", "make_task", "context"))
-def _nll(
+def _nats(
     params: Params,
     config: ModelConfig,
     tokens_BN: jax.Array,
@@ -53,7 +54,7 @@ def _nll(
     context: Context,
 ) -> jax.Array:
     tokens_BN, valid_BN = (context.constrain(a, ("batch", "length")) for a in (tokens_BN, valid_BN))
-    return objective.loss_sums(params, config, tokens_BN, make_task(key, tokens_BN, valid_BN), context).nll
+    return objective.token_nats(params, config, tokens_BN, make_task(key, tokens_BN, valid_BN), context)
 
 
 @functools.cache
@@ -86,6 +87,18 @@ def _in_streams(streams: int, end_of_text: int | None) -> MakeTask:
     return make_task
 
 
+@functools.cache
+def _one_by_one(make_task: MakeTask) -> MakeTask:
+    """The task of an order with the same sequence of tokens, one at a time."""
+
+    def make_one_by_one(key: jax.Array, tokens_BN: jax.Array, valid_BN: jax.Array) -> Task:
+        made = make_task(key, tokens_BN, valid_BN)
+        assert isinstance(made, Order)
+        return orders.one_by_one(made)
+
+    return make_one_by_one
+
+
 def _denoising(key: jax.Array, tokens_BN: jax.Array, valid_BN: jax.Array) -> Task:
     """The task of a denoiser."""
     del tokens_BN
@@ -107,39 +120,146 @@ def total_nats(
     progress: the label of the progress bar; None: no bar. context: how network calls are carried out; a static argument
     of compiled functions.
     """
+    batches = _token_nats(lm, data, split, make_task, batch_size, seed, progress, context)
+    return float(sum(nats_BN.sum() for _, _, nats_BN in batches))
+
+
+def _token_nats(
+    lm: LanguageModel,
+    data: Data,
+    split: str,
+    make_task: MakeTask,
+    batch_size: int,
+    seed: int,
+    progress: str | None,
+    context: Context,
+    chosen: Sequence[int] | None = None,
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """For every batch tokens and valid as of `loader.eval_batches`, and the nats of each token, float64 [B, N].
+
+    The last batch may have rows without any valid token. chosen: the numbers of the rows; None: all of the split.
+    """
     key = jax.random.key(seed)
-    steps = -(-data.counts(split).rows // batch_size)
-    total = 0.0
-    batches = loader.eval_batches(data, split, batch_size)
+    steps = -(-(data.counts(split).rows if chosen is None else len(chosen)) // batch_size)
+    batches = loader.eval_batches(data, split, batch_size, None, chosen)
     for number, (tokens, valid) in enumerate(tqdm(batches, progress, steps, disable=progress is None, leave=False)):
-        batch_key = jax.random.fold_in(key, number)
-        arrays = jnp.asarray(tokens), jnp.asarray(valid), batch_key
-        total += float(_nll(lm.params, lm.config, *arrays, make_task=make_task, context=context))
-    return total
+        arrays = jnp.asarray(tokens), jnp.asarray(valid), jax.random.fold_in(key, number)
+        nats_BN = _nats(lm.params, lm.config, *arrays, make_task=make_task, context=context)
+        yield tokens, valid, np.asarray(nats_BN, np.float64)
 
 
 def score(nats: float, counts: Counts, lossless: bool) -> Score:
     """The figures per token, word and byte of a total. There are no bits per byte if the tokenizer is lossy."""
     return Score(
         nats_per_token=nats / counts.tokens,
-        perplexity_per_token=_exp(nats / counts.tokens),
-        perplexity_per_word=_exp(nats / max(counts.words, 1)),
+        perplexity_per_token=results.perplexity(nats / counts.tokens),
+        perplexity_per_word=results.perplexity(nats / max(counts.words, 1)),
         bits_per_byte=nats / math.log(2) / counts.bytes if lossless else None,
     )
-
-
-def _exp(value: float) -> float:
-    return math.inf if value >= 700 else math.exp(value)  # NaN stays NaN
-
-
-def _left_to_right(key: jax.Array, batch: int, length: int) -> Order:
-    del key
-    return orders.left_to_right(batch, length)
 
 
 def _strided(streams: int, key: jax.Array, batch: int, length: int) -> Order:
     del key
     return orders.strided(batch, length, streams)
+
+
+@functools.cache
+def _with_shuffled(number: int) -> MakeOrder:
+    return lambda key, batch, length: orders.progressive(key, batch, length, number)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Passes:
+    """Passes over the rows of a split. end: end-of-text if documents are kept apart; None: they are not."""
+
+    lm: LanguageModel
+    data: Data
+    split: str
+    batch_size: int
+    seed: int
+    progress: bool
+    context: Context
+    end: int | None
+
+    def score(self, nats: float) -> Score:
+        return score(nats, self.data.counts(self.split), self.data.tokenizer.lossless)
+
+    def _batches(
+        self, make_task: MakeTask, label: str, draw: int, chosen: Sequence[int] | None = None
+    ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        name = label if self.progress else None
+        where = self.lm, self.data, self.split, make_task, self.batch_size, self.seed + draw
+        return _token_nats(*where, name, self.context, chosen)
+
+    def nats(self, make_task: MakeTask, label: str, draws: int, chosen: Sequence[int] | None = None) -> np.ndarray:
+        """Nats of every row (or of the chosen ones) in every draw [R, draws], float64."""
+        num_rows = self.data.counts(self.split).rows if chosen is None else len(chosen)
+        found = []
+        for draw in range(draws):
+            batches = self._batches(make_task, label, draw, chosen)
+            found.append(np.concatenate([nats_BN.sum(axis=1) for _, _, nats_BN in batches])[:num_rows])
+        return np.stack(found, axis=1)
+
+    def in_streams(self, streams: int) -> tuple[np.ndarray, ByPlace]:
+        """Nats of every row [R] under the strided order, and of all tokens by place in the stream."""
+        found, by_place = [], ByPlace(self.data.length)
+        label = "left to right" if streams == 1 else f"strided, S = {streams}"
+        for tokens_BN, valid_BN, nats_BN in self._batches(_in_streams(streams, self.end), label, 0):
+            whole = jnp.zeros(tokens_BN.shape, jnp.int32)
+            first_BN = whole if self.end is None else documents.begins(jnp.asarray(tokens_BN), self.end)
+            by_place.add(np.asarray(documents.depths(first_BN, streams)), nats_BN, valid_BN)
+            found.append(nats_BN.sum(axis=1))
+        return np.concatenate(found)[: self.data.counts(self.split).rows], by_place
+
+    def expected(self, draws: int) -> RandomOrders:
+        """The score expected over random orders."""
+        nats_RK = self.nats(under_order(orders.uniform, self.end), "random orders", draws)
+        mean = self.score(float(nats_RK.mean(axis=1).sum()))
+        if draws == 1:
+            return RandomOrders(**dataclasses.asdict(mean), draws=draws)
+        error = order_bounds.error_of_mean(nats_RK) / self.data.counts(self.split).tokens
+        return RandomOrders(
+            **dataclasses.asdict(mean), draws=draws, standard_error=error, spread=order_bounds.spread(nats_RK)
+        )
+
+    def elbo(self, make_task: MakeTask, draws: int, diffusion_steps: int | None) -> Elbo:
+        # Of a denoiser, the rows of a batch are not drawn independently: the error is known from whole draws alone.
+        found = self.nats(make_task, "ELBO", draws).sum(axis=0)
+        tokens = self.data.counts(self.split).tokens
+        error = float(np.std(found, ddof=1)) / draws**0.5 / tokens if draws > 1 else None
+        mean = self.score(float(np.mean(found)))
+        return Elbo(**dataclasses.asdict(mean), diffusion_steps=diffusion_steps, draws=draws, standard_error=error)
+
+    def bounds(self, num_orders: int, num_rows: int, shuffled: int | None) -> OrderBounds:
+        """Bounds on the likelihood of the mixture over orders, from some rows."""
+        all_rows = self.data.counts(self.split).rows
+        num_rows = min(num_rows, all_rows)
+        chosen = [place * all_rows // num_rows for place in range(num_rows)]
+        make_order = orders.uniform if shuffled is None else _with_shuffled(shuffled)
+        nats_RK = self.nats(under_order(make_order, self.end), "bounds over orders", num_orders, chosen)
+        batches = loader.eval_batches(self.data, self.split, self.batch_size, None, chosen)
+        tokens = int(sum(valid_BN.sum() for _, valid_BN in batches))
+        return OrderBounds(
+            shuffled=shuffled,
+            rows=num_rows,
+            tokens=tokens,
+            spread=order_bounds.spread(nats_RK) if num_orders > 1 else None,
+            bounds=order_bounds.measure(-nats_RK, tokens),
+        )
+
+    def price(self, found: Mapping[int, tuple[np.ndarray, ByPlace]]) -> tuple[StreamPrice, ...]:
+        """What each number of streams costs, from what `in_streams` found for them, and for 1."""
+        one, places_of_one = found[1]
+        prices = []
+        for streams, (nats_R, by_place) in found.items():
+            single_R = nats_R  # blocks of one token already
+            if streams > 1:
+                task = _one_by_one(_in_streams(streams, self.end))
+                single_R = self.nats(task, f"one at a time, S = {streams}", 1)[:, 0]
+            prices.append(
+                parallel_price.measure(streams, nats_R, single_R, one, by_place, int(places_of_one.tokens[0]))
+            )
+        return tuple(prices)
 
 
 # Kept, so that the same config gives the same function and compiles once.
@@ -160,12 +280,16 @@ def evaluate(
     reset: Reset = "none",
     with_baselines: bool = True,
     kept_in: Sequence[pathlib.Path] = (),
+    num_orders: int = 0,
+    num_rows: int = 64,
+    shuffled: int | None = None,
+    with_price: bool = False,
 ) -> Evaluation:
     """All figures of a split.
 
     streams: numbers of streams whose strided orders are scored; those that do not divide the rows are left out.
     draws: random orders per row of tokens, and draws of the ELBO; 0: random orders are not scored, and the ELBO is
-        estimated from one draw. The standard error of the ELBO is known from two draws on.
+        estimated from one draw. Standard errors are known from two draws on.
     trained_on: the orders that the model was trained with. Only those of a masked diffusion matter: they bound the
         likelihood (ELBO).
     progress: whether progress bars are shown on stderr.
@@ -174,6 +298,11 @@ def evaluate(
     reset: `data.reset` of the training, which is what the text is scored with.
     with_baselines: whether the training text's token frequencies and the compressor are measured as well.
     kept_in: files that may hold what these two took long to find out; see `baselines.Baselines`.
+    num_orders: K, from how many random orders per row the likelihood of their mixture is bounded; 0: it is not.
+    num_rows: on how many rows of the split, evenly spaced.
+    shuffled: the mixture is over the orders in which this many tokens are shuffled (see `order.progressive`), drawn
+        uniformly; None: over all orders.
+    with_price: whether the price of parallel sampling is taken apart, for S = 1 and the numbers of `streams`.
     Raises UserError if the model's vocabulary is not the data's, or if the rows are longer than the model's.
     """
     check_data(lm, data)
@@ -187,43 +316,29 @@ def evaluate(
         case _:
             assert_never(reset)
 
-    def nats(make_task: MakeTask, label: str, repeat: int = 1) -> list[float]:
-        shared = lm, data, split, make_task, batch_size
-        name = label if progress else None
-        return [total_nats(*shared, seed + i, name, context) for i in range(repeat)]
-
-    def under(make_order: MakeOrder, label: str, repeat: int = 1) -> Score:
-        return score(float(np.mean(nats(under_order(make_order, end), label, repeat))), counts, lossless)
-
-    def bound(make_task: MakeTask, diffusion_steps: int | None) -> Elbo:
-        found = nats(make_task, "ELBO", max(draws, 1))
-        error = float(np.std(found, ddof=1)) / len(found) ** 0.5 / counts.tokens if len(found) > 1 else None
-        mean = score(float(np.mean(found)), counts, lossless)
-        return Elbo(**dataclasses.asdict(mean), diffusion_steps=diffusion_steps, draws=len(found), standard_error=error)
-
-    left_to_right = random_orders = elbo = None
+    passes = _Passes(lm, data, split, batch_size, seed, progress, context, end)
+    left_to_right = random_orders = elbo = bounds = price = None
     strided: dict[str, Score] = {}
     match lm.config.kind:
         case "armd":
-            left_to_right = under(_left_to_right, "left to right")
-            if draws:
-                expected = under(orders.uniform, "random orders", draws)
-                random_orders = RandomOrders(**dataclasses.asdict(expected), draws=draws)
             fitting = [s for s in streams if s > 1 and data.length % s == 0]
-            strided = {
-                str(s): score(nats(_in_streams(s, end), f"strided, S = {s}")[0], counts, lossless) for s in fitting
-            }
+            found = {s: passes.in_streams(s) for s in (1, *fitting)}
+            scores = {str(s): passes.score(float(nats_R.sum())) for s, (nats_R, _) in found.items()}
+            left_to_right, strided = scores.pop("1"), scores
+            random_orders = passes.expected(draws) if draws else None
+            price = passes.price(found) if with_price else None
+            bounds = passes.bounds(num_orders, num_rows, shuffled) if num_orders else None
             if trained_on is not None and (make_order := _bounding_order(trained_on)):
-                elbo = bound(under_order(make_order, end), trained_on.diffusion_steps)
+                elbo = passes.elbo(under_order(make_order, end), max(draws, 1), trained_on.diffusion_steps)
         case "denoiser":
-            elbo = bound(_denoising, None)
+            elbo = passes.elbo(_denoising, max(draws, 1), None)
         case _:
             assert_never(lm.config.kind)
     unigram: Score | None = None
     xz: float | None = None
     if with_baselines:
         known = baselines.Baselines(data, kept_in)
-        unigram, xz = score(known.unigram_nats(split), counts, lossless), known.xz_bits_per_byte(split)
+        unigram, xz = passes.score(known.unigram_nats(split)), known.xz_bits_per_byte(split)
     return Evaluation(
         split=split,
         lossless=lossless,
@@ -236,6 +351,8 @@ def evaluate(
         random_orders=random_orders,
         strided=strided,
         elbo=elbo,
+        order_bounds=bounds,
+        price=price,
         unigram=unigram,
         xz_bits_per_byte=xz,
         seed=seed,
@@ -255,18 +372,3 @@ def check_data(lm: LanguageModel, data: Data) -> None:
             f"the checkpoint was made for another vocabulary ({lm.config.vocab_size} tokens) than the data in"
             f" {place_of(data)} ({theirs.vocab_size} tokens): prepare the text with the checkpoint's tokenizer folder"
         )
-
-
-def as_text(result: Evaluation) -> str:
-    """The figures as a table for a terminal."""
-    rows = results.rows(result)
-    width = max(30, *(len(row.name) for row in rows))
-    lines = [f"{result.split}: {result.bytes:,} bytes, {result.tokens:,} tokens, {result.words:,} words"]
-    lines.append(f"{'':<{width}} {'bits/byte':>11} {'ppl/token':>13} {'ppl/word':>18}")
-    for row in rows:
-        per_token, per_word = (
-            results.formatted(value, 3) for value in (row.score.perplexity_per_token, row.score.perplexity_per_word)
-        )
-        bits = results.formatted_bits(row.score, result.lossless, 4)
-        lines.append(f"{row.name:<{width}} {bits:>11} {per_token:>13} {per_word:>18}")
-    return "\n".join(lines)

@@ -6,6 +6,7 @@ the table of the report and the report's bars are all made from these rows.
 """
 
 import dataclasses
+import math
 import pathlib
 from typing import Any, Literal, TypeVar, assert_never
 
@@ -36,9 +37,16 @@ class Score:
 
 @dataclasses.dataclass(frozen=True)
 class RandomOrders(Score):
-    """The expected score over uniformly random orders. draws: random orders per row of tokens."""
+    """The expected score over uniformly random orders, which are drawn independently for every row.
+
+    draws: random orders per row of tokens.
+    standard_error: of nats_per_token over the draws, for the rows as they are. spread: the standard deviation of the
+    nats of a row over orders, the root of the variance averaged over rows. Both are None after a single draw.
+    """
 
     draws: int | None = None
+    standard_error: float | None = typed.field(None, absent_if_none=True)
+    spread: float | None = typed.field(None, absent_if_none=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +63,73 @@ class Elbo(Score):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class OrderBound:
+    """What K orders say of the negative log-likelihood of the mixture over all orders, in nats per token.
+
+    orders: K. nll_at_most: an estimate of something that is at least the negative log-likelihood, and nll_at_least of
+    something that is at most it, both in expectation over the draws; see `evaluation.order_bounds`. One order bounds it
+    on one side only. Errors are standard errors over the draws, None if they are not known.
+    """
+
+    orders: int
+    nll_at_most: float | None = None
+    nll_at_most_error: float | None = None
+    nll_at_least: float | None = None
+    nll_at_least_error: float | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OrderBounds:
+    """Bounds on the likelihood of the mixture over all orders, by the number of orders, fewest first.
+
+    shuffled: the orders are those in which that many tokens, drawn at random, stand in random order, and all others
+    where they were; None: all permutations.
+    rows: how many rows were scored, evenly spaced over the split. tokens: how many they hold.
+    spread: the standard deviation of the nats of a row over orders; None after a single draw.
+    """
+
+    shuffled: int | None = typed.field(None, absent_if_none=True)
+    rows: int = 0
+    tokens: int = 0
+    spread: float | None = None
+    bounds: tuple[OrderBound, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Place:
+    """Nats of the tokens that are the `first`-th to `last`-th (from 1) of their streams. tokens: how many there are."""
+
+    first: int
+    last: int
+    tokens: int
+    nats_per_token: float | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StreamPrice:
+    """What writing in S streams costs, taken apart (see `evaluation.parallel_price`), in nats per token.
+
+    nats_per_token: of the strided order, whose blocks are factorised.
+    independence_gap: that, minus the same sequence one token at a time. order_cost: the latter, minus left to right.
+    Their errors are standard errors over rows of text; nothing else is random here.
+    order_cost_per_stream: the same in nats for each stream more than with S = 1; None for S = 1.
+    late_nats_per_token: late in the stream. cold_start: nats of a stream beyond that, from its head on.
+    places: nats by place in the stream.
+    """
+
+    streams: int
+    nats_per_token: float | None = None
+    independence_gap: float | None = None
+    independence_gap_error: float | None = None
+    order_cost: float | None = None
+    order_cost_error: float | None = None
+    order_cost_per_stream: float | None = None
+    late_nats_per_token: float | None = None
+    cold_start: float | None = None
+    places: tuple[Place, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Evaluation:
     """All figures of one split of held-out text, as `perplexity.evaluate` returns them.
 
@@ -63,6 +138,8 @@ class Evaluation:
     left_to_right: exact; None if the model has no exact likelihood, as a denoiser.
     strided: scores of strided orders by the number of streams, which is written out ("4"): keys of JSON are texts.
     random_orders, elbo: None if they were not measured.
+    order_bounds: of the mixture over all orders; None if it was not asked for.
+    price: of writing in streams, by their number; None if it was not asked for.
     unigram: the score of the token frequencies of the training split.
     xz_bits_per_byte: bits per byte that `xz -9e` needs after the training text; None if that cannot be known.
     seed: of the random orders.
@@ -79,6 +156,8 @@ class Evaluation:
     random_orders: RandomOrders | None = typed.field(None, absent_if_none=True)
     strided: dict[str, Score] = dataclasses.field(default_factory=dict)
     elbo: Elbo | None = typed.field(None, absent_if_none=True)
+    order_bounds: OrderBounds | None = typed.field(None, absent_if_none=True)
+    price: tuple[StreamPrice, ...] | None = typed.field(None, absent_if_none=True)
     unigram: Score | None = None
     xz_bits_per_byte: float | None = None
     seed: int | None = None
@@ -176,19 +255,27 @@ def rows(result: Evaluation) -> list[Row]:
     found += [Row(f"strided, S = {streams}", "order", score) for streams, score in result.strided.items()]
     if orders := result.random_orders:
         drawn = "" if orders.draws is None else f", {orders.draws} drawn"
-        found.append(Row(f"random orders (expected{drawn})", "order", orders))
+        found.append(Row(f"random orders (expected{drawn}{_give_or_take(orders.standard_error)})", "order", orders))
     if elbo := result.elbo:
         # Only an ARMD with diffusion blocks has time steps; a denoiser has continuous time.
         blocks = elbo.diffusion_steps is not None
         way, steps = ("diffusion blocks", f", T = {elbo.diffusion_steps}") if blocks else ("masked diffusion", "")
-        error = "" if elbo.standard_error is None else f", ± {elbo.standard_error:.4f} nats per token"
-        found.append(Row(f"{way} (ELBO{steps}{error})", "bound", elbo))
+        found.append(Row(f"{way} (ELBO{steps}{_give_or_take(elbo.standard_error)})", "bound", elbo))
     if result.unigram:
         found.append(Row("unigram of the training split", "baseline", result.unigram))
     if result.xz_bits_per_byte is not None:
         compressed = Score(bits_per_byte=result.xz_bits_per_byte)
         found.append(Row("xz -9e after the training text", "compressor", compressed))
     return found
+
+
+def _give_or_take(error: float | None) -> str:
+    return "" if error is None else f", ± {error:.4f} nats per token"
+
+
+def perplexity(nats: float) -> float:
+    """exp, infinite beyond what a float holds."""
+    return math.inf if nats >= 700 else math.exp(nats)  # NaN stays NaN
 
 
 def formatted(value: float | None, digits: int, absent: str = "–") -> str:

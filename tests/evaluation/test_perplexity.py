@@ -11,7 +11,7 @@ from armd_jax import order, typed
 from armd_jax.core import documents
 from armd_jax.data import loader, packing
 from armd_jax.errors import UserError
-from armd_jax.evaluation import baselines, perplexity, results
+from armd_jax.evaluation import baselines, perplexity, results, tables
 from armd_jax.names import OrderKind
 from armd_jax.order_config import OrderConfig
 
@@ -80,7 +80,7 @@ def test_evaluate_reports_all_figures(data, lm):
     scores = [found.left_to_right, found.random_orders, found.elbo, found.strided["2"]]
     assert all(0 < score.bits_per_byte < 40 for score in scores)
     assert 0 < found.xz_bits_per_byte < found.unigram.bits_per_byte
-    text = perplexity.as_text(found)
+    text = tables.as_text(found)
     for words in ("left to right", "random orders", "S = 2", "ELBO, T = 4", "unigram", "xz -9e"):
         assert words in text
     assert "n/a" not in text
@@ -142,7 +142,7 @@ def test_lossy_tokenizer_has_no_bits_per_byte(monkeypatch, data, lm):
     found = perplexity.evaluate(lm, data, "test", streams=(), draws=0, batch_size=4, progress=False)
     assert found.left_to_right.bits_per_byte is None and found.xz_bits_per_byte is None
     assert found.left_to_right.perplexity_per_token > 1
-    text = perplexity.as_text(found)
+    text = tables.as_text(found)
     assert text.count("n/a (lossy)") == len(results.rows(found)) and "xz" not in text
 
 
@@ -153,7 +153,7 @@ def test_baselines_may_be_left_out(monkeypatch, data, lm):
         lm, data, "test", streams=(), draws=0, batch_size=4, progress=False, with_baselines=False
     )
     assert found.unigram is None and found.xz_bits_per_byte is None and found.left_to_right is not None
-    text = perplexity.as_text(found)
+    text = tables.as_text(found)
     assert "left to right" in text and "unigram" not in text and "xz" not in text
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from armd_jax import typed
 from armd_jax.errors import UserError
-from armd_jax.evaluation import perplexity, results
+from armd_jax.evaluation import results, tables
 from armd_jax.evaluation.results import Evaluation, Sample, Samples, Score
 
 # The keys of files that were written before, which must stay.
@@ -68,7 +68,7 @@ def test_every_score_has_its_row():
     assert len(scores) == len(rows) == len({row.name for row in rows})
     for score in scores:
         assert [row.score for row in rows].count(score) == 1, score
-    lines = perplexity.as_text(evaluation).splitlines()
+    lines = tables.as_text(evaluation).splitlines()
     for row in rows:
         assert [
             line for line in lines if line.startswith(f"{row.name} ") and f" {row.score.bits_per_byte:.4f} " in line
@@ -103,8 +103,8 @@ def test_numbers_without_json_are_unknown_in_the_file(tmp_path):
     (tmp_path / results.EVALUATION_FILE).write_text(typed.to_json(evaluation.as_dict()))
     read = results.read_evaluation(tmp_path)
     assert read.left_to_right == Score(bits_per_byte=1.5)
-    assert "inf" in perplexity.as_text(evaluation) and "1.5000" in perplexity.as_text(read)
-    assert "–" in perplexity.as_text(read) and "n/a" not in perplexity.as_text(read)
+    assert "inf" in tables.as_text(evaluation) and "1.5000" in tables.as_text(read)
+    assert "–" in tables.as_text(read) and "n/a" not in tables.as_text(read)
 
 
 def test_samples_read_back_as_they_were(tmp_path):
