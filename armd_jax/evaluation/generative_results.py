@@ -7,6 +7,7 @@ whose settings are asked for once more is kept, and its texts are not drawn agai
 import dataclasses
 import math
 import pathlib
+import typing
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -22,7 +23,7 @@ _LARGEST = 2**53
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Judge:
+class JudgedBy:
     """Which model scored texts, and how.
 
     name: the path that was given. kind: "armd": a run or an export of this package, an import among them; "imported": a
@@ -67,26 +68,25 @@ class Setting:
     batch: int
     seed: int
     weights: str
-    judge: Judge
+    judge: JudgedBy
 
     @property
     def label(self) -> str:
         """The way of writing in a few words."""
         if self.text:
             return f"real text ({self.text})"
-        return self._sample.label
+        if self.mode is not None:
+            return f"{self.mode}, S = {self.streams}"
+        return results.Sample(sampler=self.sampler, steps=self.steps).label
 
     @property
-    def way(self) -> tuple[bool, str, int, str, int]:
-        """What tells ways of writing apart, and sorts them, real text last."""
-        return bool(self.text), *self._sample.way
+    def way(self) -> tuple[bool, int, int, str, int]:
+        """What tells ways of writing apart, and sorts them: real text last, modes as `DecodingMode` lists them."""
+        mode = 0 if self.mode is None else 1 + typing.get_args(DecodingMode).index(self.mode)
+        return bool(self.text), mode, self.streams or 0, self.sampler or "", self.steps or 0
 
     @property
-    def _sample(self) -> results.Sample:
-        return results.Sample(mode=self.mode, streams=self.streams, sampler=self.sampler, steps=self.steps)
-
-    @property
-    def comparable(self) -> tuple[Judge, int, int, int, float | None, str]:
+    def comparable(self) -> tuple[JudgedBy, int, int, int, float | None, str]:
         """What entries have to agree in to stand in one table. Real text has no seed and no nucleus of its own."""
         return self.judge, self.samples, self.length, self.seed, self.top_p, self.weights
 
@@ -230,8 +230,43 @@ def as_text(entries: Sequence[Entry], note: str = "") -> str:
         table = [list(HEADER), *(cells(entry) for entry in group)]
         widths = [max(len(row[column]) for row in table) for column in range(len(HEADER))]
         lines = [
-            "  ".join(cell.ljust(width) if not at else cell.rjust(width) for at, (cell, width) in enumerate(zip(row, widths, strict=True)))
+            "  ".join(
+                cell.ljust(width) if not at else cell.rjust(width)
+                for at, (cell, width) in enumerate(zip(row, widths, strict=True))
+            )
             for row in table
         ]
         parts.append("\n".join([heading(group), *(line.rstrip() for line in lines)]))
     return "\n\n".join([*parts, note] if note else parts)
+
+
+@dataclasses.dataclass
+class Record:
+    """What is in a folder's `generation.json`, which is written whenever something is added.
+
+    promised: whether it has to be possible to write it; the folder of a run may be on a read-only file system.
+    """
+
+    folder: pathlib.Path
+    promised: bool
+    entries: list[Entry]
+
+    @classmethod
+    def open(cls, folder: pathlib.Path, promised: bool) -> "Record":
+        """Begins with what is there. Raises UserError as `read` does."""
+        before = read(folder)
+        return cls(folder, promised, list(before.entries) if before else [])
+
+    @property
+    def content(self) -> Generations:
+        return Generations(entries=tuple(self.entries))
+
+    def add(self, entry: Entry) -> None:
+        """Adds a finished entry, in place of one of the same settings."""
+        self.entries = [old for old in self.entries if old.setting != entry.setting] + [entry]
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            files.write(self.folder / GENERATION_FILE, typed.to_json(self.content, indent=2) + "\n")
+        except OSError:
+            if self.promised:
+                raise
