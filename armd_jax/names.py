@@ -45,6 +45,7 @@ VocabularyTokenizerKind = Literal["bpe", "wordpiece", "tokenizer_json"]  # read 
 TokenizerKind = Literal[NamedTokenizer, VocabularyTokenizerKind]
 DenoisingSampler = Literal["first_hitting", "ancestral", "confidence"]
 DecodingMode = Literal["strided", "lossless", "confident"]  # of a model that is trained on orders
+JudgeKind = Literal["armd", "imported", "transformers"]  # whose code scores texts: ours, after an import, or theirs
 HuggingFaceFamily = Literal["llama", "gpt2", "armd"]  # how weights are named and laid out in Hugging Face folders
 SweepLauncher = Literal["slurm", "xpk", "gke"]  # a launcher of launch/ that `armd sweep` can call
 CompiledProgram = Literal["train", "sample"]  # what `armd compile` compiles: the training step or the sampler

@@ -95,7 +95,7 @@ def complete(
     if batch < 1:
         raise UserError(f"--batch={batch}: must be at least 1")
     requests = read(prompts, lm.tokenizer, settings, lm.config.max_length)
-    of_all = _as_json(dataclasses.asdict(settings)) | {"model": _fingerprint(lm)}
+    of_all = _as_json(dataclasses.asdict(settings)) | {"model": fingerprint(lm)}
     done = _done(out, of_all, {_key(request.row): request.digest for request in requests})
     files.drop_partial_line(out)
     waiting = [request for request in requests if _key(request.row) not in done]
@@ -238,7 +238,7 @@ def _as_json(settings: dict[str, Any]) -> dict[str, Any]:
     return plain
 
 
-def _fingerprint(lm: LanguageModel) -> str:
+def fingerprint(lm: LanguageModel) -> str:
     """A digest of the first numbers of every parameter, by which the weights of two models differ."""
     first = [np.asarray(leaf.ravel()[:16]).tobytes() for leaf in jax.tree.leaves(lm.params)]
     return hashlib.sha256(b"".join(first)).hexdigest()[:16]

@@ -159,6 +159,14 @@ class LanguageModel:
         self._check_has_orders("log_prob_and_greedy")
         return self._score(likelihood.log_prob_and_greedy, tokens_BN, order)
 
+    def log_prob_and_hidden(self, tokens_BN: np.ndarray | jax.Array, order: Order) -> tuple[jax.Array, jax.Array]:
+        """`log_prob`, and [B, N, D] float32: the final hidden state that each token is predicted from.
+
+        Raises UserError if the model is a denoiser.
+        """
+        self._check_has_orders("log_prob_and_hidden")
+        return self._score(likelihood.log_prob_and_hidden, tokens_BN, order)
+
     def generate(self, batch: int | None = None, length: PerRow | None = None, **how: Unpack[How]) -> Generation:
         """Samples a batch of texts, each of which may have a prompt, known places and a length of its own.
 

@@ -39,6 +39,18 @@ def log_prob_and_greedy(
     return found[0], found[1]
 
 
+@functools.partial(jax.jit, static_argnames="config")
+def log_prob_and_hidden(
+    params: Params, config: ModelConfig, tokens_BN: jax.Array, order: Order
+) -> tuple[jax.Array, jax.Array]:
+    """`log_prob`, and [B, N, D] float32: the final hidden state that predicts each token, at its natural position."""
+    rows = rows_for_training(tokens_BN, order, block_mask.build(order))
+    h_BND, _ = network.forward(params, config, rows)
+    h_BND = objective.to_natural(order, h_BND)
+    log_probs_BN, _ = objective.token_log_probs(params, config, h_BND, tokens_BN)
+    return log_probs_BN, h_BND.astype(jnp.float32)
+
+
 def _of_target(logits_BCV: jax.Array, targets_BC: jax.Array) -> tuple[jax.Array, jax.Array]:
     log_probs_BC, _ = objective.of_target(logits_BCV, targets_BC)
     return log_probs_BC, jnp.argmax(logits_BCV, axis=-1) == targets_BC
