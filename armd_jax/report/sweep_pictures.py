@@ -1,5 +1,6 @@
 """The pictures of a sweep: losses against steps, tokens, FLOPs and seconds, and a figure against the axes."""
 
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, assert_never
@@ -18,6 +19,12 @@ Against = Literal["steps", "tokens", "flops", "seconds"]
 _COLORS = (BLUE, VERMILLION, "#009e73", ORANGE, "#cc79a7", SKY, INK)
 _STYLES = ("-", (0, (5, 1.5)))
 MOST_TOGETHER = 12  # rows that one legend can tell apart
+_LABELS: dict[Against, str] = {
+    "steps": "training steps",
+    "tokens": "training tokens",
+    "flops": "model FLOPs of training",
+    "seconds": "seconds of training",
+}
 _GREY = "#cccccc"
 _POINTS = 100  # to which a training loss is thinned out
 
@@ -72,8 +79,9 @@ def _places(member: Member, against: Against) -> Callable[[int], float | None]:
 
 def _thinned(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
     """Means over neighbouring points, so that at most `_POINTS` are left."""
-    size = math.ceil(len(points) / _POINTS) or 1
-    parts = [points[at : at + size] for at in range(0, len(points), size)]
+    count = min(len(points), _POINTS)
+    edges = [round(place * len(points) / count) for place in range(count + 1)] if count else []
+    parts = [points[begin:end] for begin, end in itertools.pairwise(edges)]
     return [(part[-1][0], sum(value for _, value in part) / len(part)) for part in parts]
 
 
@@ -115,13 +123,7 @@ def _draw(panel: "Axes", lines: Sequence[Line], label: str, color: str, style: A
 
 def _finish(panel: "Axes", against: Against, lines: Sequence[Line]) -> None:
     """Axis labels, and a range in which the end of training can be told apart."""
-    labels = {
-        "steps": "steps",
-        "tokens": "tokens",
-        "flops": "model FLOPs of training",
-        "seconds": "seconds of training",
-    }
-    panel.set(xlabel=labels[against])
+    panel.set(xlabel=_LABELS[against])
     panel.grid(axis="y", color="#dddddd", linewidth=0.6)
     values = sorted(value for _, ys in lines for value in ys)
     if not values:
@@ -141,7 +143,7 @@ def _apart(lines: dict[str, dict[str, list[Line]]], against: Against) -> bytes:
     columns = 4
     rows = math.ceil(len(lines) / columns)
     figure = new_figure(8.6, 0.5 + 1.9 * rows)
-    panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flat
+    panels = list(figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flat)
     metric = next(name for name in _METRICS if any(found[name] for found in lines.values()))
     everything = [line for found in lines.values() for line in found[metric]]
     means = {row: _mean(found[metric]) for row, found in lines.items() if found[metric]}
@@ -152,10 +154,12 @@ def _apart(lines: dict[str, dict[str, list[Line]]], against: Against) -> bytes:
         _finish(panel, against, everything)
         panel.set_title(_wrapped(row, 26), fontsize=8)
         panel.tick_params(labelsize=8)
-        panel.set_xlabel("")
-    for panel in list(panels)[len(lines) :]:
+        panel.set(xlabel="")
+    for panel in panels[len(lines) :]:
         panel.set_visible(False)
-    figure.supxlabel({"flops": "model FLOPs of training"}.get(against, against), fontsize=10)
+    for panel in panels[max(len(lines) - columns, 0) : len(lines)]:  # the last of every column
+        panel.tick_params(labelbottom=True)
+    figure.supxlabel(_LABELS[against], fontsize=10)
     figure.supylabel(_METRICS[metric], fontsize=10)
     return png(figure)
 
@@ -168,54 +172,52 @@ def _wrapped(text: str, width: int) -> str:
     return "\n".join(line[at : at + width] for line in lines for at in range(0, max(len(line), 1), width))
 
 
-def against_axes(sweep: Sweep, figure_name: str) -> bytes | None:
+def against_axes(sweep: Sweep, figure: str) -> bytes | None:
     """A panel for each axis of several values: the figure of every row, with its standard error.
 
-    Rows that differ in this axis alone are joined. None if no finished member has the figure.
+    Rows that differ in this axis alone are joined, unless it is the only one and has labels. None if there is no such
+    axis, or no finished member that has the figure.
     """
-    found = {row: statistics.estimate(statistics.by_seed(sweep, row, figure_name).values()) for row in sweep.rows}
+    found = {row: statistics.estimate(statistics.by_seed(sweep, row, figure).values()) for row in sweep.rows}
     known = {row: estimate for row, estimate in found.items() if estimate is not None}
-    axes = [axis for axis in sweep.axes if len({str(sweep.values(row)[axis]) for row in known}) > 1]
-    return _dots(sweep, figure_name, known, axes) if known and axes else None
+    places = {axis: _places_of(sweep, list(known), axis) for axis in sweep.axes}
+    axes = [axis for axis in sweep.axes if len(set(places[axis].values())) > 1]
+    return _dots(figure, known, sweep, axes) if axes else None
+
+
+def _places_of(sweep: Sweep, rows: Sequence[str], axis: str) -> dict[str, str]:
+    """The label of each row on an axis, numbers by size and others as they come; without rows that have no value."""
+    values = {row: sweep.values(row)[axis] for row in rows if sweep.values(row)[axis] is not None}
+    numbers = {row: value for row, value in values.items() if isinstance(value, int | float)}
+    by_size = sorted(numbers, key=lambda row: numbers[row])
+    return {row: str(values[row]) for row in [*by_size, *(row for row in values if row not in numbers)]}
 
 
 @styled
-def _dots(sweep: Sweep, figure_name: str, known: Mapping[str, Estimate], axes: Sequence[str]) -> bytes:
+def _dots(figure: str, known: Mapping[str, Estimate], sweep: Sweep, axes: Sequence[str]) -> bytes:
     """known: the figure of the rows that are drawn. axes: the panels."""
-    labels = {axis: list(dict.fromkeys(_sorted([sweep.values(row)[axis] for row in known]))) for axis in axes}
+    labels = {axis: _places_of(sweep, list(known), axis) for axis in axes}
     columns = min(len(axes), 2)
-    rows = math.ceil(len(axes) / columns)
-    tallest = max(len(values) for values in labels.values())
-    drawn = new_figure(8.6 if columns > 1 else 7.5, 0.6 + rows * max(2.2, 0.9 + 0.32 * tallest))
-    panels = list(drawn.subplots(rows, columns, squeeze=False).flat)
+    count = math.ceil(len(axes) / columns)
+    tallest = max(len(set(found.values())) for found in labels.values())
+    drawn = new_figure(8.6 if columns > 1 else 7.5, 0.6 + count * max(2.2, 0.9 + 0.32 * tallest))
+    panels = list(drawn.subplots(count, columns, squeeze=False).flat)
     for panel, axis in zip(panels, axes, strict=False):
-        places = {value: place for place, value in enumerate(labels[axis])}
-        others: dict[str, list[tuple[float, int]]] = {}
-        for row, estimate in known.items():
-            place = places[_plain(sweep.values(row)[axis])]
-            panel.errorbar(
-                estimate.mean, place, xerr=estimate.error, fmt="o", color=BLUE, ecolor=BLUE, markersize=5, capsize=3
-            )
-            rest = str([sweep.values(row)[other] for other in sweep.axes if other != axis])
-            others.setdefault(rest, []).append((estimate.mean, place))
-        for joined in others.values():
-            joined.sort(key=lambda point: point[1])
-            panel.plot([x for x, _ in joined], [y for _, y in joined], color=SKY, linewidth=0.9, zorder=0)
+        places = {label: place for place, label in enumerate(dict.fromkeys(labels[axis].values()))}
+        joined: dict[str, list[tuple[float, int]]] = {}
+        for row, label in labels[axis].items():
+            mean, error, place = known[row].mean, known[row].error, places[label]
+            panel.errorbar(mean, place, xerr=error, fmt="o", color=BLUE, markersize=5, capsize=3)
+            others = [sweep.values(row)[other] for other in sweep.axes if other != axis]
+            joined.setdefault(str(others), []).append((mean, place))
+        in_order = all(isinstance(sweep.values(row)[axis], int | float) for row in labels[axis])
+        for points in joined.values() if in_order or len(axes) > 1 else ():
+            panel.plot(*zip(*points, strict=True), color=SKY, linewidth=0.9, zorder=0)
         panel.set(title=axis, yticks=range(len(places)), ylim=(len(places) - 0.5, -0.5))
-        panel.set_yticklabels([_wrapped(str(value), 28) for value in places], fontsize=9)
+        panel.set_yticklabels([_wrapped(label, 28) for label in places], fontsize=9)
         panel.grid(axis="x", color="#dddddd", linewidth=0.6)
         panel.locator_params(axis="x", nbins=5)
     for panel in panels[len(axes) :]:
         panel.set_visible(False)
-    drawn.supxlabel(figures.words(figure_name), fontsize=11)
+    drawn.supxlabel(figures.words(figure), fontsize=11)
     return png(drawn)
-
-
-def _plain(value: Any) -> Any:
-    return value if isinstance(value, int | float | str) else str(value)
-
-
-def _sorted(values: Sequence[Any]) -> list[Any]:
-    """Numbers by size, labels as they come."""
-    plain = [_plain(value) for value in values]
-    return sorted(plain) if all(isinstance(value, int | float) for value in plain) else plain

@@ -5,28 +5,30 @@ Read are `sweep.json`, and of every member `member.json`, `config.json`, `metric
 
     metrics.eval/nll                              the last value in metrics.jsonl
     eval.strided.4.bits_per_byte                  a number of eval.json
-    eval.price[streams=4].independence_gap        of an item of a list, known by its first field if that is a number
-    generation.entries[0].entropy_nats            or else by its place from 0
+    eval.price[streams=4].independence_gap        of an item of a list, known by its settings, or else by its place
     likelihood.perplexity_per_token               from left to right, or the ELBO if there is no exact likelihood
     speed.seconds, speed.tokens_per_second        of training, see `Member.seconds`
     cost.steps, cost.tokens, cost.flops, cost.ar_flops, cost.weights              from config.json
+
+A number of a list may also be named by some of the settings of its item, if they fit no other: `generation.entries` has
+`[mode=strided,streams=2,temperature=1.0]`, which `[streams=2]` may stand for.
 """
 
 import dataclasses
-import math
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 from armd_jax import config as configs
-from armd_jax import files
+from armd_jax import files, typed
 from armd_jax.core import flops
 from armd_jax.errors import UserError, shown
+from armd_jax.evaluation.results import Score
+from armd_jax.report import sweep_paths as paths
 
 Status = Literal["finished", "failed", "under way", "not begun"]
 
 FILES = ("eval", "suites", "generation")  # .json, beside metrics.jsonl
-_LARGEST = 1e30  # a number beyond this measures nothing, and axes cannot be divided so far
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +93,7 @@ class Member:
 
     def curve(self, name: str) -> list[tuple[int, float]]:
         """(step, value) of every row of metrics.jsonl that has a finite value of this name, by step."""
-        found = [(row["step"], number(row.get(name))) for row in self.metrics]
+        found = [(row["step"], paths.number(row.get(name))) for row in self.metrics]
         return [(step, value) for step, value in found if value is not None]
 
     def seconds(self) -> dict[int, float]:
@@ -158,17 +160,40 @@ def load(folder: pathlib.Path) -> Sweep:
     try:
         axes = tuple(_typed(axis, str) for axis in _typed(record["axes"], list))
         name = pathlib.PurePath(_typed(record["config"], str)).stem
-        members = tuple(_member(folder, _typed(one, dict), axes) for one in _typed(record["members"], list))
-    except (KeyError, TypeError) as error:
+        entries = [_entry(_typed(one, dict), axes) for one in _typed(record["members"], list)]
+    except (KeyError, TypeError, UserError) as error:
         reason = f"{error.args[0]!r} is missing" if isinstance(error, KeyError) else str(error)
         raise UserError(f"{file}: not what armd sweep writes: {reason}") from error
-    places = [(member.row, member.seed) for member in members]
-    twice = [place for place in places if places.count(place) > 1] or [
-        (one.name, None) for one in members if [other.name for other in members].count(one.name) > 1
-    ]
-    if twice:
-        raise UserError(f"{file}: there are two members {shown(twice[0][0])} with the seed {twice[0][1]}")
-    return Sweep(name, axes, members)
+    for keys in ([entry.name for entry in entries], [f"{entry.row}, seed {entry.seed}" for entry in entries]):
+        if twice := [key for key in keys if keys.count(key) > 1]:
+            raise UserError(f"{file}: has two members {shown(twice[0])}")
+    return Sweep(name, axes, tuple(_member(folder / "members" / entry.name, entry) for entry in entries))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Entry:
+    """What sweep.json says of a member. after: the commands that follow the training, if it says which."""
+
+    name: str
+    row: str
+    seed: int | None
+    values: Mapping[str, Any]
+    after: tuple[str, ...]
+
+
+def _entry(record: Mapping[str, Any], axes: Sequence[str]) -> _Entry:
+    """Raises KeyError, TypeError or UserError if the record is none."""
+    name, row, values = _typed(record["name"], str), _typed(record["row"], str), _typed(record["values"], dict)
+    typed.check_text(f"{name}{row}", "name")
+    if not name or name in (".", "..") or pathlib.PurePath(name).name != name or "\0" in name:
+        raise TypeError(f"{shown(name)} is not the name of a folder")
+    return _Entry(
+        name=name,
+        row=row,
+        seed=None if record.get("seed") is None else _typed(record["seed"], int),
+        values={axis: values.get(axis) for axis in axes},
+        after=tuple(_typed(command, str) for command in _typed(record.get("after", []), list)),
+    )
 
 
 def _typed(value: Any, kind: type) -> Any:
@@ -177,49 +202,37 @@ def _typed(value: Any, kind: type) -> Any:
     return value
 
 
-def _member(folder: pathlib.Path, record: Mapping[str, Any], axes: Sequence[str]) -> Member:
-    name, row, values = _typed(record["name"], str), _typed(record["row"], str), _typed(record["values"], dict)
-    seed = None if record.get("seed") is None else _typed(record["seed"], int)
-    if not name or name in (".", "..") or pathlib.PurePath(name).name != name or "\0" in name:
-        raise TypeError(f"{shown(name)} is not the name of a folder")
-    run = folder / "members" / name
+def _member(run: pathlib.Path, entry: _Entry) -> Member:
     metrics = _metrics(run / "metrics.jsonl")
     documents = {stem: files.read_json(file) for stem in FILES if (file := run / f"{stem}.json").is_file()}
     cost = _cost(run) if (run / "config.json").is_file() else None
-    status, reason = _status(run, record.get("after", []), metrics, cost)
-    member = Member(
-        name=name,
-        row=row,
-        seed=seed,
-        values={axis: values.get(axis) for axis in axes},
-        status=status,
-        reason=reason,
-        figures=dict(_figures(metrics, documents, cost)),
-        metrics=metrics,
-        documents=documents,
-        cost=cost,
-    )
-    return dataclasses.replace(member, figures={**member.figures, **_speed(member)})
+    status, reason = _status(run, entry.after, metrics, cost)
+    try:
+        figures = dict(_figures(metrics, documents, cost))
+    except RecursionError as error:
+        raise UserError(f"{run}: one of its JSON files is nested too deeply") from error
+    member = Member(entry.name, entry.row, entry.seed, entry.values, status, reason, figures, metrics, documents, cost)
+    return dataclasses.replace(member, figures={**figures, **_speed(member)})
 
 
 def _speed(member: Member) -> dict[str, float]:
     """What the training took; nothing if the rates are not known."""
-    if member.cost is None or not (seconds := member.seconds()):
+    seconds = member.seconds()
+    last = max(seconds, default=0)
+    if member.cost is None or not last:
         return {}
-    last = max(seconds)
-    return {
-        "speed.seconds": seconds[last],
-        "speed.tokens_per_second": last * member.cost.tokens_per_step / seconds[last],
-    }
+    rate = last * member.cost.tokens_per_step / seconds[last]
+    return {"speed.seconds": seconds[last], "speed.tokens_per_second": rate}
 
 
 def _metrics(file: pathlib.Path) -> list[dict[str, Any]]:
+    lines = file.read_bytes().count(b"\n") if file.is_file() else 0
     rows = files.read_json_lines(file)
-    if file.is_file() and (lines := file.read_bytes().count(b"\n")) > len(rows):
+    if lines > len(rows):  # a last line without an end is one that is being written
         raise UserError(f"{file}: line {len(rows) + 1} of {lines} is damaged")
-    for number_, row in enumerate(rows, 1):
-        if not isinstance(row.get("step"), int) or isinstance(row["step"], bool) or not 0 <= row["step"] < _LARGEST:
-            raise UserError(f"{file}: line {number_} has no step")
+    for place, row in enumerate(rows, 1):
+        if type(row.get("step")) is not int or not 0 <= row["step"] < paths.LARGEST:
+            raise UserError(f"{file}: line {place} has no step")
     return rows
 
 
@@ -235,12 +248,9 @@ def _cost(run: pathlib.Path) -> Cost:
 
 
 def _status(
-    run: pathlib.Path, after: Any, metrics: Sequence[Mapping[str, Any]], cost: Cost | None
+    run: pathlib.Path, after: Sequence[str], metrics: Sequence[Mapping[str, Any]], cost: Cost | None
 ) -> tuple[Status, str]:
-    """How far a member is, and why it is not finished.
-
-    after: the commands that follow the training, if sweep.json says which.
-    """
+    """How far a member is, and why it is not finished."""
     file = run / "member.json"
     if not file.is_file():
         return ("under way", "its training is not finished") if run.is_dir() else ("not begun", "")
@@ -248,7 +258,7 @@ def _status(
     try:
         status, done = record["status"], [_typed(task, str) for task in record["done"]]
         error = " ".join(_typed(record.get("error", ""), str).split())
-        left = [task for task in ["train", *_typed(after, list)] if task not in done]
+        left = [task for task in ["train", *after] if task not in done]
     except (KeyError, TypeError) as wrong:
         raise UserError(f"{file}: not what armd sweep writes: status, done or error is missing or wrong") from wrong
     match status:
@@ -264,39 +274,40 @@ def _status(
             raise UserError(f"{file}: status={shown(status)}: expected finished or failed")
 
 
-def number(value: Any) -> float | None:
-    """The value as it is if it is a finite number of a reasonable size, else None."""
-    plain = isinstance(value, int | float) and not isinstance(value, bool)
-    return value if plain and math.isfinite(value) and abs(value) < _LARGEST else None
-
-
 def _figures(
     metrics: Sequence[Mapping[str, Any]], documents: Mapping[str, Any], cost: Cost | None
 ) -> Iterator[tuple[str, float]]:
     last = {name: value for row in metrics for name, value in row.items() if name != "step"}
-    yield from _numbers(last, "metrics")
+    yield from paths.numbers(last, "metrics")
     for stem, document in documents.items():
-        yield from _numbers(document, stem)
+        yield from paths.numbers(document, stem)
     evaluation = documents.get("eval")
     if isinstance(evaluation, dict):
-        yield from _numbers(evaluation.get("left_to_right") or _score(evaluation.get("elbo")), "likelihood")
+        yield from paths.numbers(evaluation.get("left_to_right") or _score(evaluation.get("elbo")), "likelihood")
     if cost is not None:
         yield from cost.figures().items()
 
 
 def _score(elbo: Any) -> Any:
     """What a bound has in common with an exact likelihood."""
-    return {name: elbo.get(name) for name in elbo if name.startswith(("nats", "perp", "bits"))} if elbo else None
+    scores = [field.name for field in dataclasses.fields(Score)]
+    return {name: elbo.get(name) for name in scores} if isinstance(elbo, dict) else None
 
 
-def _numbers(value: Any, path: str) -> Iterator[tuple[str, float]]:
-    if (found := number(value)) is not None:
-        yield path, found
-    elif isinstance(value, dict):
-        for name, item in value.items():
-            yield from _numbers(item, f"{path}.{name}")
-    elif isinstance(value, list):
-        keys = [next(iter(item.items()), None) if isinstance(item, dict) else None for item in value]
-        named = all(key is not None and type(key[1]) is int for key in keys) and len(set(keys)) == len(keys)
-        for place, (key, item) in enumerate(zip(keys, value, strict=True)):
-            yield from _numbers(item, f"{path}[{key[0]}={key[1]}]" if named and key else f"{path}[{place}]")
+def select(sweep: Sweep, wanted: Sequence[str]) -> Sweep:
+    """The sweep with figures under the names that somebody wants, if these name items of lists by some settings.
+
+    Raises UserError if such a name fits several figures of a member.
+    """
+    members = []
+    for member in sweep.members:
+        found = dict(member.figures)
+        for name in wanted:
+            if name not in found:
+                fitting = paths.fitting(name, member.figures)
+                if len(fitting) > 1:
+                    several = f"{fitting[0]!r} and {fitting[1]!r}"
+                    raise UserError(f"--metric={shown(name)}: fits {several} of {member.name}; give more settings")
+                found.update((name, member.figures[figure]) for figure in fitting)
+        members.append(dataclasses.replace(member, figures=found))
+    return dataclasses.replace(sweep, members=tuple(members))

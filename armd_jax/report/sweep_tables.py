@@ -8,14 +8,17 @@ import csv
 import dataclasses
 import io
 from collections.abc import Iterable, Sequence
-from typing import Any, assert_never
+from typing import Any, Literal, assert_never
 
 from armd_jax import typed
 from armd_jax.errors import UserError, nearest, shown
 from armd_jax.report import sweep_figures as figures
+from armd_jax.report import sweep_reading
 from armd_jax.report import sweep_statistics as statistics
 from armd_jax.report.sweep_reading import Member, Sweep
 from armd_jax.report.sweep_statistics import Estimate, Reach
+
+Bound = Literal["", "≤", "≥"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,22 +26,27 @@ class Cell:
     """One figure of one row.
 
     value: over the finished members that have it. ratio: to the baseline, over the seeds that both rows have.
-    best: whether its mean, as it is printed, is the best of the column. bound: whether it is an upper bound of the
-    loss.
+    best: whether its mean, as it is printed, is the best of the column. bound, ratio_bound: whether value and
+    ratio are upper bounds, lower bounds or neither.
     """
 
     value: Estimate | None
     ratio: Estimate | None
     best: bool
-    bound: bool
+    bound: Bound
+    ratio_bound: Bound
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """Members that differ only in the seed. finished: how many of them count. cells: by figure."""
+    """Members that differ only in the seed. finished: how many of them count. cells: by figure.
+
+    bound: whether the held-out loss during training is an upper bound. reached: see `sweep_statistics.steps_to_equal`.
+    """
 
     name: str
     values: dict[str, Any]
+    bound: bool
     members: int
     finished: int
     cells: dict[str, Cell]
@@ -50,7 +58,8 @@ class Tables:
     """Everything that the tables say.
 
     figures: the columns. baseline: the row that ratios are to. reach: the row whose final loss others have to reach.
-    left_out: members whose figures do not count, with the reason. lacking: (finished member, figure that it lacks).
+    left_out: members whose figures do not count, with the reason. lacking: (finished member, figure that
+    it lacks though another seed has it).
     """
 
     axes: tuple[str, ...]
@@ -76,6 +85,7 @@ def make(sweep: Sweep, wanted: Sequence[str] = (), baseline: str | None = None, 
     """
     if not any(member.finished for member in sweep.members):
         raise UserError(f"no member of the sweep is finished yet ({_counts(sweep)})")
+    sweep = sweep_reading.select(sweep, wanted)
     chosen = figures.chosen(sweep, wanted)
     for flag, row in (("--baseline", baseline), ("--reach", reach)):
         if row is not None and row not in sweep.rows:
@@ -87,6 +97,7 @@ def make(sweep: Sweep, wanted: Sequence[str] = (), baseline: str | None = None, 
         Row(
             name=row,
             values=dict(sweep.values(row)),
+            bound=any(member.bounds for member in sweep.finished(row)),
             members=len(sweep.of_row(row)),
             finished=len(sweep.finished(row)),
             cells={figure: _cell(sweep, row, figure, baseline, row in best[figure]) for figure in chosen},
@@ -95,7 +106,12 @@ def make(sweep: Sweep, wanted: Sequence[str] = (), baseline: str | None = None, 
         for row in sweep.rows
     )
     finished = [member for member in sweep.members if member.finished]
-    lacking = tuple((one.name, figure) for figure in chosen for one in finished if figure not in one.figures)
+    lacking = tuple(
+        (one.name, figure)
+        for figure in chosen
+        for one in finished
+        if figure not in one.figures and statistics.by_seed(sweep, one.row, figure)
+    )
     left_out = tuple(member for member in sweep.members if not member.finished)
     return Tables(sweep.axes, chosen, baseline, reach, rows, left_out, lacking)
 
@@ -108,8 +124,13 @@ def _counts(sweep: Sweep) -> str:
 def _cell(sweep: Sweep, row: str, figure: str, baseline: str, best: bool) -> Cell:
     values = statistics.by_seed(sweep, row, figure)
     ratio = statistics.paired_ratio(values, statistics.by_seed(sweep, baseline, figure))
-    bound = any(figures.is_bound(one, figure) for one in sweep.finished(row) if figure in one.figures)
-    return Cell(statistics.estimate(values.values()), ratio, best, bound)
+    bound, base_bound = _is_bound(sweep, row, figure), _is_bound(sweep, baseline, figure)
+    ratio_bound: Bound = "" if bound == base_bound else "≤" if bound else "≥"
+    return Cell(statistics.estimate(values.values()), ratio, best, "≤" if bound else "", ratio_bound)
+
+
+def _is_bound(sweep: Sweep, row: str, figure: str) -> bool:
+    return any(figures.is_bound(one, figure) for one in sweep.finished(row) if figure in one.figures)
 
 
 def _best(sweep: Sweep, figure: str) -> set[str]:
@@ -144,12 +165,12 @@ def _printed(value: float, digits: int | None) -> str:
     return f"{value:.4e}" if digits is None else f"{value:,.{digits}f}"
 
 
-def shown_estimate(found: Estimate | None, digits: int | None, bound: bool = False) -> str:
+def shown_estimate(found: Estimate | None, digits: int | None, bound: Bound = "") -> str:
     """`≤ 1.2345 ± 0.0012` for people; – if there is none."""
     if found is None:
         return "–"
     error = "" if found.error is None else f" ± {_printed(found.error, digits)}"
-    return f"{'≤ ' if bound else ''}{_printed(found.mean, digits)}{error}"
+    return f"{bound and bound + ' '}{_printed(found.mean, digits)}{error}"
 
 
 # --- for people -----------------------------------------------------------------------------------------------------
@@ -170,7 +191,7 @@ def shown_tables(tables: Tables, names: dict[str, str] | None = None) -> list[Sh
     """All tables for people. names: what to write above a column in the place of the figure's path."""
     heads = [(names or {}).get(figure, figure) for figure in tables.figures]
     found = [_values(tables, heads)]
-    if len(tables.rows) > 1 and any(cell.ratio for row in tables.rows for cell in row.cells.values()):
+    if len(tables.rows) > 1:
         found.append(_ratios(tables, heads))
         if any(row.reached for row in tables.rows):
             found.append(_reached(tables))
@@ -209,10 +230,18 @@ def _seeds(row: Row) -> str:
 
 def _ratios(tables: Tables, heads: Sequence[str]) -> Shown:
     cells = [
-        [row.name, *(shown_estimate(row.cells[figure].ratio, 4) for figure in tables.figures)] for row in tables.rows
+        [row.name, *(_ratio(row.cells[figure]) for figure in tables.figures)]
+        for row in tables.rows
+        if row.name != tables.baseline
     ]
-    note = "Each seed is divided by the same seed of that row; then the mean ± standard error."
+    note = "Each seed is divided by the same seed of that row; then the mean ± standard error over these seeds."
+    if not any(row.finished for row in tables.rows if row.name == tables.baseline):
+        note = "No member of that row is finished, so there are no ratios; --baseline takes another row."
     return Shown(f"Ratios to {tables.baseline}", note, ["row", *heads], cells)
+
+
+def _ratio(cell: Cell) -> str:
+    return shown_estimate(cell.ratio, 4, cell.ratio_bound)
 
 
 def _reached(tables: Tables) -> Shown:
@@ -228,8 +257,8 @@ def _reached(tables: Tables) -> Shown:
             speedups = [one.speedup for one in row.reached if one.speedup is not None]
             at_most = any(one.at_most for one in row.reached)
             text = [
-                shown_estimate(statistics.estimate(steps), 0, at_most),
-                ("≥ " if at_most else "") + shown_estimate(statistics.estimate(speedups), 2),
+                shown_estimate(statistics.estimate(steps), 0, "≤" if at_most else ""),
+                shown_estimate(statistics.estimate(speedups), 2, "≥" if at_most else ""),
             ]
         cells.append([row.name, str(len(row.reached)), *text])
     note = (
@@ -237,6 +266,8 @@ def _reached(tables: Tables) -> Shown:
         " the logarithm of the step between two evaluations; and how many times fewer steps that is than the row took."
         " ≤: already at the first evaluation."
     )
+    if bounds := [row.name for row in tables.rows if row.bound]:
+        note += f" The loss of {', '.join(bounds)} is an upper bound of the true one."
     header = ["row", "seeds", "steps", "times fewer"]
     return Shown(f"Steps to the final held-out loss of {tables.reach}", note, header, cells)
 
@@ -264,7 +295,7 @@ def _markdown(table: Shown) -> str:
 
 
 def _line(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+    return "| " + " | ".join(" ".join(cell.replace("|", "\\|").split()) for cell in cells) + " |"
 
 
 # --- for programs ---------------------------------------------------------------------------------------------------
@@ -288,10 +319,10 @@ def members_csv(sweep: Sweep, speed: bool = False) -> str:
 def rows_csv(tables: Tables) -> str:
     """One line per row and figure: mean, standard error, seeds, and the ratio to the baseline."""
     header = ["row", *tables.axes, "members", "finished", "figure", "mean", "standard_error", "seeds", "bound", "best"]
-    header += ["baseline", "ratio", "ratio_standard_error", "ratio_seeds"]
+    header += ["baseline", "ratio", "ratio_standard_error", "ratio_seeds", "ratio_bound"]
     lines = [
         [row.name, *(row.values[axis] for axis in tables.axes), row.members, row.finished, figure]
-        + [*_fields(cell.value), int(cell.bound), int(cell.best), tables.baseline, *_fields(cell.ratio)]
+        + [*_fields(cell.value), cell.bound, int(cell.best), tables.baseline, *_fields(cell.ratio), cell.ratio_bound]
         for row in tables.rows
         for figure, cell in row.cells.items()
     ]
