@@ -1,7 +1,7 @@
 """`armd report --run=DIR`: one self-contained HTML page about a run, and its pictures as PNG files beside it.
 
 The page reads the files that other commands left in the run's folder (config.json, metrics.jsonl, events.jsonl,
-eval.json, samples.json). Only config.json has to be there. If another file is missing, its section names the command
+eval.json, generation.json, samples.json). Only config.json has to be there. If another file is missing, its section names the command
 that writes it.
 """
 
@@ -16,9 +16,10 @@ from armd_jax import data_config, files
 from armd_jax.config import Config
 from armd_jax.core import task as tasks
 from armd_jax.errors import UserError
-from armd_jax.evaluation import results
+from armd_jax.evaluation import generative_results, results
+from armd_jax.evaluation.generative_results import Generations
 from armd_jax.evaluation.results import Evaluation, Sample, Samples
-from armd_jax.report import bars, loss_curve, markup, masks, order_schedule, replay, sample_text, time_spent
+from armd_jax.report import bars, frontier, loss_curve, markup, masks, order_schedule, replay, sample_text, time_spent
 from armd_jax.training import goodput
 from armd_jax.training.goodput import Goodput
 
@@ -49,6 +50,7 @@ def write(run: pathlib.Path, out: pathlib.Path | None = None) -> pathlib.Path:
         _quality(evaluation, where),
         _speed(drawn, where),
         _samples(drawn, where),
+        *_generation(generative_results.read(run)),
         _training(rows, config, f"--workdir={shlex.quote(str(run))}"),
         *_time_spent(goodput.of(events)),
         *([_order_schedule(config), _masks()] if config.model.has_orders else []),
@@ -240,6 +242,35 @@ def _samples(drawn: Samples | None, where: str) -> _Section:
         each = "number of streams" if in_streams else "sampler and number of steps"
         parts.append(markup.note(f"The file samples.png shows the first text of each {each}."))
     return _Section("".join(parts), pictures)
+
+
+def _generation(found: Generations | None) -> list[_Section]:
+    """A table and a picture of every group of settings that can be compared; nothing if no judge was asked."""
+    if found is None or not found.entries:
+        return []
+    parts = [
+        markup.heading("What a judge says of its texts"),
+        markup.note(
+            "Perplexity under the judge falls with the temperature, and so does the entropy of the tokens within a text:"
+            " dull texts are easy to predict. Ways of writing are compared at equal entropy, and with real text."
+        ),
+    ]
+    pictures = {}
+    for number, group in enumerate(generative_results.groups(found.entries)):
+        png = frontier.picture(group)
+        rows = [generative_results.cells(entry) for entry in group]
+        parts.append(markup.note(generative_results.heading(group)))
+        parts.append(markup.table(generative_results.HEADER, rows))
+        parts.append(
+            markup.figure(
+                png,
+                "Generative perplexity (± its standard error) against the entropy of tokens within a text, at the"
+                " temperatures that the points are labelled with, and against tokens per second. Further right and lower"
+                " is better; the star and the dotted line are real text.",
+            )
+        )
+        pictures["frontier.png" if not number else f"frontier-{number + 1}.png"] = png
+    return [_Section("".join(parts), pictures)]
 
 
 def _way(sample: Sample) -> str:

@@ -1,0 +1,244 @@
+"""Generation metrics: perplexity under a judge is that of a brute-force computation, and settings are drawn once."""
+
+import dataclasses
+import math
+
+import jax
+import numpy as np
+import pytest
+
+from armd_jax import order
+from armd_jax.config import ModelConfig
+from armd_jax.data.sentencepiece_training import train_model
+from armd_jax.data.tokenizers import BytesTokenizer, SentencePieceTokenizer
+from armd_jax.errors import UserError
+from armd_jax.evaluation import generative, generative_judge, generative_reference, generative_results
+from armd_jax.evaluation.generative import Way
+from armd_jax.evaluation.generative_judge import OwnJudge
+from armd_jax.evaluation.generative_reference import Real
+from armd_jax.evaluation.generative_results import Entry, JudgedBy
+from armd_jax.inference import likelihood
+from armd_jax.inference.language_model import LanguageModel
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+END = BytesTokenizer.end_of_text
+SIZES = {"samples": 4, "length": 12, "batch": 2, "seed": 7}
+STRIDED = (Way(mode="strided", streams=1),)
+
+
+def _judge(lm: LanguageModel, batch_size: int = 4, context: int | None = None) -> OwnJudge:
+    facts = JudgedBy(
+        name="judge",
+        kind="armd",
+        digest="0",
+        context=context or lm.config.max_length,
+        retokenised=True,
+        first_token="the judge's start token",
+    )
+    return OwnJudge(lm, facts, batch_size)
+
+
+def _nats(lm: LanguageModel, text: list[int]) -> float:
+    """-log p of a text: one row of exactly its tokens, no batch, no padding."""
+    tokens_BN = np.asarray([text], np.int32)
+    found = likelihood.log_prob(lm.params, lm.config, tokens_BN, order.left_to_right(1, len(text)))
+    return -float(np.asarray(found, np.float64).sum())
+
+
+@pytest.fixture(scope="module")
+def texts() -> list[list[int]]:
+    """Seven texts of three lengths, some of which contain an end-of-text."""
+    rng = np.random.default_rng(1)
+    found = [rng.integers(97, 123, length).tolist() for length in (5, 1, 12, 5, 5, 12, 1)]
+    found[2][6] = found[5][11] = END
+    return found
+
+
+# --- scores -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_scores_are_those_of_each_text_alone(lm, texts):
+    """Whatever the batch: nats, tokens, and the mean of the hidden states, against rows without any padding."""
+    expected = [_nats(lm, text) for text in texts]
+    for batch_size in (1, 4, 16):
+        scores = _judge(lm, batch_size).score(texts, features=batch_size == 4)
+        np.testing.assert_allclose(scores.nats_T, expected, rtol=2e-6)
+        assert scores.tokens_T.tolist() == [len(text) for text in texts] and not scores.cut_T.any()
+        assert (scores.features_TD is None) == (batch_size != 4)
+        if scores.features_TD is not None:
+            for text, features_D in zip(texts, scores.features_TD, strict=True):
+                given = lm.params, lm.config, np.asarray([text], np.int32), order.left_to_right(1, len(text))
+                hidden = likelihood.log_prob_and_hidden(*given)[1]
+                np.testing.assert_allclose(features_D, np.asarray(hidden)[0].mean(axis=0), atol=1e-5)
+
+
+@pytest.mark.slow
+def test_what_lies_behind_the_context_is_cut(lm, texts):
+    """It is counted, and what is scored is the beginning alone."""
+    scores = _judge(lm, context=5).score(texts, features=False)
+    assert scores.cut_T.tolist() == [max(len(text) - 5, 0) for text in texts]
+    np.testing.assert_allclose(scores.nats_T, [_nats(lm, text[:5]) for text in texts], rtol=2e-6)
+
+
+def test_perplexity_is_that_of_the_corpus():
+    """Not the mean of the texts' own, which differs if their lengths or likelihoods do."""
+    nats, tokens = [1.0, 20.0], [10, 5]
+    perplexity, _ = generative_results.perplexity_of_corpus(nats, tokens)
+    assert perplexity == pytest.approx(math.exp(21 / 15)) and perplexity != pytest.approx(
+        (math.exp(1 / 10) + math.exp(20 / 5)) / 2, rel=0.5
+    )
+    assert math.isnan(generative_results.perplexity_of_corpus([1.0], [2])[1])
+
+
+def test_the_standard_error_is_that_of_other_ways():
+    """Of texts of one length: perplexity times the error of the mean. Of others: that of the jackknife."""
+    rng = np.random.default_rng(0)
+    nats = rng.gamma(20, 1, 50)
+    perplexity, error = generative_results.perplexity_of_corpus(nats, [10] * 50)
+    assert error == pytest.approx(perplexity * np.std(nats / 10, ddof=1) / 50**0.5)
+    tokens = rng.integers(5, 50, 400)
+    nats = tokens * rng.normal(3, 0.5, 400)
+    perplexity, error = generative_results.perplexity_of_corpus(nats, tokens)
+    without = np.exp((nats.sum() - nats) / (tokens.sum() - tokens))
+    jackknife = math.sqrt(399 / 400 * ((without - without.mean()) ** 2).sum())
+    assert error == pytest.approx(jackknife, rel=0.02)
+
+
+# --- tokens of the judge ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def other(lm) -> OwnJudge:
+    """A judge with a sentencepiece vocabulary."""
+    tokenizer = SentencePieceTokenizer(train_model(["the river moves slowly under the old stone bridge"] * 4, 290))
+    config = ModelConfig(vocab_size=tokenizer.vocab_size, max_length=16, num_layers=1, two_stream_layers=1)
+    config = dataclasses.replace(config, width=16, num_heads=2)
+    made = LanguageModel.create(config, 3)
+    params = jax.tree.map(lambda leaf: 3 * leaf, made.params)
+    return _judge(dataclasses.replace(made, params=params, tokenizer=tokenizer))
+
+
+def test_texts_are_encoded_again_for_another_tokenizer(lm, other):
+    """Document by document, with the judge's own end-of-text between; a shared tokenizer keeps the very tokens."""
+    row = [*b"the river", END, *b"old stone", END]
+    ids, facts = generative_judge.ids_for(other, lm.tokenizer, [row])
+    encode, end = other.lm.tokenizer.encode, other.lm.tokenizer.end_of_text
+    assert facts.retokenised and ids == [[*encode("the river"), end, *encode("old stone"), end]]
+    assert 3 < len(ids[0]) < len(row)
+    same, facts = generative_judge.ids_for(_judge(lm), lm.tokenizer, [row])
+    assert same == [row] and not facts.retokenised
+    with pytest.raises(UserError, match="text 0 is empty"):
+        generative_judge.ids_for(other, lm.tokenizer, [[0x110]])
+
+
+@pytest.mark.slow
+def test_perplexity_under_another_tokenizer(lm, other):
+    """Total nats of the judge's tokens over their number, against texts that are encoded and scored one by one."""
+    real = _real(lm)
+    (entry,) = generative.evaluate(lm, other, [], [], real=real, progress=False, **SIZES)
+    ids = [other.lm.tokenizer.encode(lm.tokenizer.decode(row)) for row in real.rows]
+    assert {len(text) for text in ids} != {12}
+    nats, tokens = sum(_nats(other.lm, text) for text in ids), sum(map(len, ids))
+    assert entry.judge.retokenised and entry.judge_tokens == tokens
+    assert entry.generative_perplexity == pytest.approx(math.exp(nats / tokens), rel=1e-5)
+
+
+def _real(lm: LanguageModel) -> Real:
+    return Real(
+        "some", [lm.tokenizer.encode(text)[:12] for text in ("the river moves", "under the old", "the river is")]
+    )
+
+
+# --- settings ---------------------------------------------------------------------------------------------------------
+
+
+def _evaluate(lm, ways=STRIDED, temperatures=(1.0,), **changes) -> list[Entry]:
+    return generative.evaluate(lm, _judge(lm), ways, temperatures, **(SIZES | {"progress": False} | changes))
+
+
+@pytest.mark.slow
+def test_a_judge_agrees_with_what_a_model_says_of_its_own_texts(lm):
+    """Left to right at temperature 1 to 1e-5 nats per token; under another order its own probability is another."""
+    one, two = _evaluate(lm, [*STRIDED, Way(mode="strided", streams=2)])
+    assert not one.judge.retokenised and one.judge_tokens == 4 * 12
+    assert math.log(one.generative_perplexity) == pytest.approx(one.own_nats_per_token, abs=1e-5)
+    assert abs(math.log(two.generative_perplexity) - two.own_nats_per_token) > 1e-3
+    assert (one.num_calls, one.calls_per_token) == (12, 1)
+    assert two.num_calls == 7 and two.calls_per_token == pytest.approx(7 / 12)
+    assert all(entry.tokens_per_second > 0 and entry.example and entry.hardware for entry in (one, two))
+
+
+@pytest.mark.slow
+def test_figures_are_those_of_the_texts_with_these_seeds(lm):
+    """Text i has the seed `seed` + i, whatever the batch, and end-of-text ends nothing."""
+    (entry,) = _evaluate(lm, [Way(mode="strided", streams=2)], [0.8])
+    rows = lm.generate(4, 12, streams=2, temperature=0.8, seed=range(7, 11), stop_at_end=False).tokens_BN.tolist()
+    nats = [_nats(lm, row) for row in rows]
+    perplexity, error = generative_results.perplexity_of_corpus(nats, [12] * 4)
+    assert entry.generative_perplexity == pytest.approx(perplexity, rel=1e-5)
+    assert entry.standard_error == pytest.approx(error, rel=1e-4)
+    shares = [np.unique(row, return_counts=True)[1] / 12 for row in rows]
+    assert entry.entropy_nats == pytest.approx(np.mean([-(share * np.log(share)).sum() for share in shares]))
+    assert entry.entropy_bits == pytest.approx(entry.entropy_nats / math.log(2))
+
+
+@pytest.mark.slow
+def test_what_is_known_is_not_drawn_again(lm):
+    """Entries of the same settings come back as they are, and only what is new is kept; other settings are new."""
+    kept: list[Entry] = []
+    real = _real(lm)
+    first = _evaluate(lm, temperatures=(0.5, 1.0), real=real, keep=kept.append)
+    assert kept == first and [entry.text for entry in first] == ["some", "", ""]
+    more: list[Entry] = []
+    again = _evaluate(lm, temperatures=(0.5, 0.7, 1.0), real=real, known=first, keep=more.append)
+    assert [entry.temperature for entry in more] == [0.7] and [again[i] for i in (0, 1, 3)] == first
+    more.clear()
+    _evaluate(lm, temperatures=(0.5,), known=first, keep=more.append, seed=8)
+    assert len(more) == 1
+    other = lm.replace(jax.tree.map(lambda leaf: leaf * 1.5, lm.params))
+    more.clear()
+    _evaluate(other, temperatures=(0.5,), known=first, keep=more.append)
+    assert len(more) == 1
+
+
+def test_the_record_is_read_as_it_was_written(tmp_path, lm):
+    """Whole after every entry; one of the same settings takes the place of the old one; damage is one line."""
+    (entry,) = _evaluate(lm)
+    record = generative_results.Record.open(tmp_path / "new", promised=True)
+    for one in (entry, dataclasses.replace(entry, temperature=0.5), dataclasses.replace(entry, mauve=0.25)):
+        record.add(one)
+    found = generative_results.read(tmp_path / "new")
+    assert [(one.temperature, one.mauve) for one in found.entries] == [(0.5, None), (1.0, 0.25)]
+    assert found.entries[0] == dataclasses.replace(entry, temperature=0.5)
+    assert generative_results.read(tmp_path) is None
+    (tmp_path / "new" / generative_results.GENERATION_FILE).write_text('{"entries": [{"samples": "many"}]}')
+    with pytest.raises(UserError, match="not what armd eval --judge writes"):
+        generative_results.Record.open(tmp_path / "new", promised=True)
+
+
+def test_what_cannot_be_drawn_is_refused(lm):
+    """Before anything is drawn."""
+    with pytest.raises(UserError, match="--streams=13: exceeds the 12 tokens"):
+        generative.ways_of_armd(["strided"], [1, 13], 12)
+    for changes, words in (({"length": 17}, "--length=17: must be in 1 .. 16"), ({"seed": 2**31 - 4}, "--seed=")):
+        with pytest.raises(UserError, match=words):
+            _evaluate(lm, **changes)
+    with pytest.raises(UserError, match="no tokenizer"):
+        _evaluate(dataclasses.replace(lm, tokenizer=None))
+
+
+# --- real text --------------------------------------------------------------------------------------------------------
+
+
+def test_real_text_is_spread_over_the_split(data):
+    """Full rows, the first and the last among them, each once, cut to the length."""
+    full = data.counts("train").tokens // data.length
+    rows = generative_reference.spread(data, "train", 9, 5)
+    stored = data.rows("train")
+    assert len(rows) == 5 and all(len(row) == 9 for row in rows)
+    assert rows[0] == stored[0][:9].tolist() and rows[-1] == stored[full - 1][:9].tolist()
+    assert len(generative_reference.spread(data, "train", 16, 10**6)) == full
+    with pytest.raises(UserError, match="fewer than --length=17"):
+        generative_reference.spread(data, "train", 17, 1)
