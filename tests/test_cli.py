@@ -281,6 +281,8 @@ def test_a_denoiser_through_all_verbs(tmp_path, capsys, corpus):
         (["sample", "--sampler=ancestral", "--steps=0"], ["--steps", "whole numbers"]),
         (["sample", "--sampler=gibbs"], ["--sampler", "gibbs"]),
         (["eval", "--streams=2"], ["--streams=2", "leave it out"]),
+        (["eval", "--orders=2"], ["--orders", "denoiser", "ELBO"]),
+        (["eval", "--price"], ["--price", "denoiser", "ELBO"]),
         (["eval", "--tasks=lambada"], ["denoiser", "--tasks"]),
     ):
         _assert_one_error(capsys, [argv[0], f"--run={run}", *argv[1:]], *words)

@@ -16,10 +16,21 @@ from armd_jax import data_config, files
 from armd_jax.config import Config
 from armd_jax.core import task as tasks
 from armd_jax.errors import UserError
-from armd_jax.evaluation import generative_results, results
+from armd_jax.evaluation import generative_results, results, tables
 from armd_jax.evaluation.generative_results import Generations
 from armd_jax.evaluation.results import Evaluation, Sample, Samples
-from armd_jax.report import bars, frontier, loss_curve, markup, masks, order_schedule, replay, sample_text, time_spent
+from armd_jax.report import (
+    bars,
+    frontier,
+    loss_curve,
+    markup,
+    masks,
+    order_schedule,
+    places,
+    replay,
+    sample_text,
+    time_spent,
+)
 from armd_jax.training import goodput
 from armd_jax.training.goodput import Goodput
 
@@ -48,6 +59,8 @@ def write(run: pathlib.Path, out: pathlib.Path | None = None) -> pathlib.Path:
     sections = [
         _headline(evaluation, drawn, where),
         _quality(evaluation, where),
+        *_over_orders(evaluation),
+        *_price(evaluation),
         _speed(drawn, where),
         _samples(drawn, where),
         *_generation(generative_results.read(run)),
@@ -166,6 +179,36 @@ def _quality(evaluation: Evaluation | None, where: str) -> _Section:
     if evaluation.left_to_right is None:
         caption = f"{unit.capitalize()} of held-out text: a bound, the true figure is at most that high."
     return _Section(html + markup.figure(png, caption), {"bits.png": png})
+
+
+def _over_orders(evaluation: Evaluation | None) -> list[_Section]:
+    """Nothing if bounds were not asked for."""
+    if evaluation is None or evaluation.order_bounds is None:
+        return []
+    found = evaluation.order_bounds
+    header, *cells = tables.bounds_table(found)
+    html = markup.heading("How well all orders together predict it")
+    html += markup.note(tables.bounds_title(found)) + markup.table(header, cells)
+    return [_Section(html + markup.note(f"{tables.bounds_note(found)} Errors are standard errors over the draws."))]
+
+
+def _price(evaluation: Evaluation | None) -> list[_Section]:
+    """Nothing if the price was not asked for."""
+    if evaluation is None or not evaluation.price:
+        return []
+    header, *cells = tables.price_table(evaluation.price)
+    html = markup.heading("What streams side by side cost")
+    html += markup.note(tables.PRICE_TITLE) + markup.table(header, cells)
+    html += markup.note(
+        "The independence gap is what predicting the tokens of a block together costs against the same sequence one"
+        " token at a time, and the cost of the order is what that sequence costs against left to right. Errors are"
+        " standard errors over rows. A cold start is what a stream costs beyond its late average."
+    )
+    png = places.picture(evaluation.price)
+    caption = "Nats per token by place in the stream: its head is predicted without the token before it."
+    header, *cells = tables.places_table(evaluation.price)
+    html += markup.figure(png, caption) + markup.table(header, cells)
+    return [_Section(html, {"places.png": png})]
 
 
 def _timed(drawn: Samples | None) -> list[Sample]:

@@ -58,7 +58,7 @@ class Form:
 FORMS = {
     "": Form(steps=300, short=150, seeds=3, judge="size=384-AR"),  # the AR model with the lowest loss
     "minutes": Form(steps=120, samples=64),
-    "smoke": Form(steps=10, short=8, samples=2, vocabulary=300, length=64, judge="size=384-AR"),
+    "smoke": Form(steps=10, short=8, samples=2, vocabulary=400, length=64, judge="size=384-AR"),
     "gpu": Form(
         steps=6000, batch_size=32, width=768, layers=12, heads=12, positions=128, length=1024, vocabulary=32_000
     ),

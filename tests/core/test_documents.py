@@ -139,6 +139,17 @@ def test_streams_are_those_of_the_document():
 
 
 @pytest.mark.slow
+def test_depths_are_places_in_the_streams_of_documents():
+    """Heads have 0 in every stream of every document, and without documents streams are those of the row."""
+    first = jnp.asarray([[begin for begin, end in SPANS for _ in range(begin, end)]])
+    expected = [0, 1, 2, 0, 1, 0, 0, 1, 2, 0, 1, 0, 1, 2, 0, 1]
+    np.testing.assert_array_equal(documents.depths(first, 2), [expected])
+    np.testing.assert_array_equal(documents.depths(jnp.zeros((1, 16), jnp.int32), 4), [[*range(4)] * 4])
+    made = documents.strided(first, 2)
+    heads = np.asarray(made.positions_BN)[np.take_along_axis(np.asarray([expected]), made.positions_BN, 1) == 0]
+    assert sorted(heads.tolist()) == [0, 3, 5, 6, 9, 11, 14]
+
+
 def test_shuffled_tokens_keep_the_places_of_their_document():
     """Of a document, as many places are shuffled as tokens, and all other tokens stand in their natural place."""
     first = documents.begins(jnp.asarray(_tokens(0, 64)), END)

@@ -114,6 +114,17 @@ def test_evaluation_sees_every_token_once(prepared, split, batch_size):
     assert (np.concatenate([tokens[valid] for tokens, valid in batches]) == expected).all()
 
 
+def test_evaluation_may_see_chosen_rows(prepared):
+    """Rows come by their numbers, in any order and across batches, the partly filled last one as it is."""
+    rows, valid = (np.concatenate(parts) for parts in zip(*eval_batches(prepared, "test", 1), strict=True))
+    last = len(rows) - 1
+    batches = list(eval_batches(prepared, "test", 2, None, [last, 0, 1]))
+    assert [tokens.shape for tokens, _ in batches] == [(2, LENGTH)] * 2
+    assert (np.concatenate([tokens for tokens, _ in batches])[:3] == rows[[last, 0, 1]]).all()
+    assert (np.concatenate([seen for _, seen in batches])[:3] == valid[[last, 0, 1]]).all()
+    assert not batches[1][1][1].any()
+
+
 def test_evaluation_may_stop_early_and_knows_its_splits(prepared):
     whole = list(eval_batches(prepared, "valid", 3))
     for batch, expected in zip(eval_batches(prepared, "valid", 3, max_batches=2), whole[:2], strict=True):

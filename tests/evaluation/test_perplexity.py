@@ -61,7 +61,18 @@ def test_evaluate_reports_all_figures(data, lm):
     """Nothing is left out: every field has a value, scores are those of their orders, and the table has every row."""
     masked = OrderConfig(kind="masked_diffusion", diffusion_steps=4)
     found = perplexity.evaluate(
-        lm, data, "test", (2, 3), draws=2, trained_on=masked, batch_size=4, seed=5, progress=False
+        lm,
+        data,
+        "test",
+        (2, 3),
+        draws=2,
+        trained_on=masked,
+        batch_size=4,
+        seed=5,
+        progress=False,
+        num_orders=2,
+        num_rows=3,
+        with_price=True,
     )
     assert [field.name for field in dataclasses.fields(found) if getattr(found, field.name) is None] == []
     assert dataclasses.asdict(data.counts("test")).items() <= found.as_dict().items()
@@ -81,6 +92,8 @@ def test_evaluate_reports_all_figures(data, lm):
     assert all(0 < score.bits_per_byte < 40 for score in scores)
     assert 0 < found.xz_bits_per_byte < found.unigram.bits_per_byte
     text = tables.as_text(found)
+    for words in ("all orders, bounded by K of them (3 rows", "independence gap", "place in the stream"):
+        assert words in text
     for words in ("left to right", "random orders", "S = 2", "ELBO, T = 4", "unigram", "xz -9e"):
         assert words in text
     assert "n/a" not in text
@@ -102,6 +115,31 @@ def test_every_draw_has_a_seed_of_its_own(data, lm):
     nats = [one.nats_per_token, other.nats_per_token]
     assert nats[0] != nats[1] and both.nats_per_token == pytest.approx(sum(nats) / 2, rel=1e-6)
     assert both.standard_error == pytest.approx(abs(nats[0] - nats[1]) / 2, rel=1e-4)
+
+
+@pytest.mark.slow
+def test_bounds_are_those_of_the_chosen_rows(data, lm):
+    """Evenly spaced rows in K orders of their own; K = 1 is the expectation, and few shuffled tokens spread less."""
+    num_rows = data.counts("test").rows
+
+    def bounds(**asked):
+        return perplexity.evaluate(
+            lm, data, "test", (), 4, batch_size=4, seed=5, progress=False, with_baselines=False, num_orders=4, **asked
+        )
+
+    whole = bounds(num_rows=10_000)
+    found, random = whole.order_bounds, whole.random_orders
+    assert (found.rows, found.tokens, found.shuffled) == (num_rows, whole.tokens, None)
+    assert [bound.orders for bound in found.bounds] == [1, 2, 4]
+    assert found.bounds[0].nll_at_most == pytest.approx(random.nats_per_token, rel=1e-6)
+    assert found.bounds[0].nll_at_most_error == pytest.approx(random.standard_error, rel=1e-6)
+    assert found.spread == pytest.approx(random.spread, rel=1e-6) and random.spread > 0
+    assert found.bounds[2].nll_at_most < found.bounds[1].nll_at_most < found.bounds[0].nll_at_most
+    few = bounds(num_rows=3, shuffled=2).order_bounds
+    chosen = [0, num_rows // 3, 2 * num_rows // 3]
+    valid = np.concatenate([valid for _, valid in loader.eval_batches(data, "test", 4, None, chosen)])
+    assert (few.rows, few.tokens, few.shuffled) == (3, valid.sum(), 2)
+    assert few.spread < found.spread
 
 
 @pytest.mark.slow

@@ -48,6 +48,9 @@ def _evaluation() -> Evaluation:
     def filled(hint: object) -> object:
         if typing.get_origin(hint) is dict:
             return {"2": filled(typing.get_args(hint)[1]), "4": filled(typing.get_args(hint)[1])}
+        (hint,) = [one for one in typing.get_args(hint) if typing.get_origin(one) is tuple] or [hint]
+        if typing.get_origin(hint) is tuple:
+            return (filled(typing.get_args(hint)[0]), filled(typing.get_args(hint)[0]))
         for plain, value in ((str, "test"), (bool, True), (int, next(numbers)), (float, next(numbers) + 0.25)):
             if plain in (hint, *typing.get_args(hint)):
                 return value
@@ -84,14 +87,15 @@ def test_an_evaluation_reads_back_as_it_was(tmp_path):
     assert [key for key in stored if key in EVALUATION_KEYS] == EVALUATION_KEYS
     assert list(stored["strided"]) == ["2", "4"]
     assert list(stored["left_to_right"]) == list(stored["unigram"]) == SCORE_KEYS
-    assert list(stored["random_orders"]) == [*SCORE_KEYS, "draws"]
+    assert list(stored["random_orders"]) == [*SCORE_KEYS, "draws", "standard_error", "spread"]
     assert list(stored["elbo"]) == [*SCORE_KEYS, "diffusion_steps", "draws", "standard_error"]
 
 
 def test_what_was_not_measured_has_no_key(tmp_path):
-    """Without random orders and ELBO the file has neither key, and reads back as it was."""
-    evaluation = dataclasses.replace(_evaluation(), random_orders=None, elbo=None, xz_bits_per_byte=None)
-    assert set(_evaluation().as_dict()) - set(evaluation.as_dict()) == {"random_orders", "elbo"}
+    """Without random orders, ELBO, bounds and price the file has none of these keys, and reads back as it was."""
+    optional = ("random_orders", "elbo", "order_bounds", "price")
+    evaluation = dataclasses.replace(_evaluation(), xz_bits_per_byte=None, **dict.fromkeys(optional))
+    assert set(_evaluation().as_dict()) - set(evaluation.as_dict()) == set(optional)
     (tmp_path / results.EVALUATION_FILE).write_text(typed.to_json(evaluation.as_dict()))
     assert results.read_evaluation(tmp_path) == evaluation
 
