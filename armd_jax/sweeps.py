@@ -76,6 +76,12 @@ class Sweep:
     members: Members
     after: tuple[str, ...] = ()
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.base, ml_collections.ConfigDict):
+            raise UserError(f"Sweep: base={shown(self.base)}: must be an ml_collections.ConfigDict")
+        _given((self.members,), "Sweep")
+        _check_commands(self.after, "Sweep: after")
+
 
 def axis(field: str, values: Iterable[Any]) -> Members:
     """One member per value of a field, such as `axis("model.width", [128, 192])`.
@@ -127,6 +133,8 @@ def chain(*several: Members) -> Members:
 
 def then(members: Members, *commands: str) -> Members:
     """The same members, with commands of their own that follow those of the sweep's `after`."""
+    _given((members,), "then")
+    _check_commands(commands, "then")
     return tuple(dataclasses.replace(member, after=(*member.after, *commands)) for member in members)
 
 
@@ -164,6 +172,11 @@ def configs_of(sweep: Sweep, filled: Callable[[Member, str], str]) -> dict[str, 
     if not found:
         raise UserError("the sweep has no members")
     return found
+
+
+def _check_commands(commands: Any, where: str) -> None:
+    if not isinstance(commands, tuple | list) or not all(isinstance(command, str) for command in commands):
+        raise UserError(f"{where}={shown(commands)}: expected commands such as ('eval --streams=2,4',)")
 
 
 def _set(values: dict[str, Any], field: str, value: Any, name: str) -> None:

@@ -37,6 +37,42 @@ class Mutation:
 
 
 MUTATIONS = (
+    # --- sweeps -------------------------------------------------------------------------------------------------------
+    Mutation(
+        "a finished member is not trained with another config",
+        "studies/plan.py",
+        "if (trained or not may) and not _same_place",
+        "if not may and not _same_place",
+        "studies/test_plan.py::test_a_member_that_has_changed_is_refused",
+    ),
+    Mutation(
+        "no process outlives a sweep",
+        "studies/running.py",
+        "self._prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)",
+        "self._prctl(_PR_SET_PDEATHSIG, 0)",
+        "studies/test_running.py::test_a_process_does_not_outlive_the_sweep",
+    ),
+    Mutation(
+        "a failed member stops nobody",
+        "studies/running.py",
+        "while self._slots and not self._asked and",
+        "while self._slots and not self._asked and not any(one.error for one in self._states) and",
+        "studies/test_running.py::test_a_failed_member_stops_nobody",
+    ),
+    Mutation(
+        "processes at a time have as many cores each",
+        "studies/running.py",
+        "for at in range(size)} for slot",
+        "for at in range(size + slot)} for slot",
+        "studies/test_running.py::test_cores_are_shared_evenly",
+    ),
+    Mutation(
+        "no two members have the same config",
+        "sweeps.py",
+        "if (other := same.setdefault(config, name)) != name:",
+        "if (other := same.setdefault(config, name)) == '':",
+        "test_sweeps.py::test_mistakes_are_one_line",
+    ),
     # --- documents that are kept apart --------------------------------------------------------------------------------
     Mutation(
         "no query sees a key of another document",

@@ -11,6 +11,7 @@ import yaml
 
 from armd_jax import experiment_file
 from armd_jax.cli import main as cli
+from armd_jax.studies import plan
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 FOLDERS = (".", ".github", "armd_jax", "experiments", "experiments/benchmarks", "launch", "tests")
@@ -82,7 +83,11 @@ def test_commands_exist(page):
             elif name.startswith("--"):
                 assert name in options[verb], f"{verb} {word}"
             if name == "--config" and not re.search(r"FILE|…", value):
-                experiment_file.load_config_file(str(ROOT / value))
+                (
+                    plan.load(str(ROOT / value), [])
+                    if verb == "sweep"
+                    else experiment_file.load_config_file(str(ROOT / value))
+                )
 
 
 def test_every_experiment_is_on_its_page():

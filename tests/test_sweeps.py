@@ -101,6 +101,11 @@ def test_commands_of_some_members():
         (lambda: _configs(axis("model.width", [33])), "member model.width=33: model.width=33 is not divisible"),
         (lambda: _configs(axis("model.width", [0.5])), "member model.width=0.5: .* expected int"),
         (lambda: _configs(()), "the sweep has no members"),
+        (lambda: Sweep({}, WIDTHS), r"Sweep: base=\{\}: must be an ml_collections.ConfigDict"),
+        (lambda: Sweep(configs.default_config_dict(), [1]), r"Sweep: \[1\] is not made by axis"),
+        (lambda: Sweep(configs.default_config_dict(), WIDTHS, "eval"), "Sweep: after='eval': expected commands"),
+        (lambda: then(WIDTHS, 3), r"then=\(3,\): expected commands"),
+        (lambda: then([], "eval"), r"then: \[\] is not made by axis"),
         (lambda: _configs(choices("m", {"x" * 300: {}})), "must have 1 to 200 characters"),
     ],
 )

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from armd_jax import typed
-from armd_jax.cli.arguments import add_config, failed, file, show
+from armd_jax.cli.arguments import add_config, failed, local_folder, show
 from armd_jax.errors import STOPPED, UserError
 from armd_jax.names import SweepLauncher
 
@@ -19,7 +19,7 @@ _AFTER = ("eval", "sample", "export", "report", "checkpoints", "profile")  # ver
 def add(parser: argparse.ArgumentParser) -> None:
     """Declares the arguments."""
     add_config(parser)
-    parser.add_argument("--out", required=True, type=file, metavar="DIR", help="folder of the sweep")
+    parser.add_argument("--out", required=True, type=local_folder, metavar="DIR", help="folder of the sweep")
     parser.add_argument("--list", action="store_true", help="count and show the members and their cost; run nothing")
     parser.add_argument("--only", default=None, metavar="GLOB", help="only members whose name or row fits")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="members at a time, which share the cores")

@@ -230,6 +230,9 @@ class _Child:
         self._prctl: Any = getattr(ctypes.CDLL(None), "prctl", None) if sys.platform.startswith("linux") else None
 
     def __call__(self) -> None:
+        for number in _HEARD:  # what comes before the command begins would be heard by nobody
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, signal.SIG_DFL)
         if self._prctl is not None:
             self._prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
         if os.getppid() != self._parent:  # it died before this process asked to be told
@@ -253,7 +256,8 @@ def _cores(at_once: int) -> list[set[int]]:
 def _reason(running: _Process, code: int) -> str:
     """Why a process failed, in one line: its own `error: …` if it printed one."""
     if code < 0:
-        return f"ended by {signal.Signals(-code).name}; see {running.log}"
+        hint = ", as the system does when memory runs out" if -code == signal.SIGKILL else ""
+        return f"ended by {signal.Signals(-code).name}{hint} (see {running.log})"
     if code == STOPPED:
         return "stopped by a signal that somebody else sent, and saved"
     with open(running.log, "rb") as file:

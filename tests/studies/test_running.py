@@ -94,6 +94,8 @@ def _kill_all(sweep: "subprocess.Popen[str]") -> None:
 def _kill_a_child(sweep: "subprocess.Popen[str]") -> None:
     for pid in _children(sweep.pid):
         os.kill(pid, signal.SIGKILL)
+    time.sleep(1)  # the member has failed, and the next one begins
+    sweep.terminate()
 
 
 def _stop(sweep: "subprocess.Popen[str]") -> None:
@@ -119,7 +121,7 @@ def test_a_sweep_that_is_killed_ends_like_an_undisturbed_one(tmp_path, sweep_fil
         sweep = _start(spec, out)
         if kills:  # by now, about so much is left of the work, and every moment of it is as likely
             way = rng.choice(WAYS)
-            time.sleep(rng.uniform(0.5, 2 * SECONDS * len(jobs) / kills))
+            time.sleep(rng.uniform(0.5, 1.5 * SECONDS * len(jobs) / kills))
         else:  # in the middle of the first training, and of the second
             way, folder = WAYS[number], out / "members" / jobs[number].name
             _wait(lambda folder=folder: (folder / "checkpoints" / "2").exists())
@@ -127,7 +129,7 @@ def test_a_sweep_that_is_killed_ends_like_an_undisturbed_one(tmp_path, sweep_fil
         if sweep.poll() is None:
             way(sweep)
             broken.append(way.__name__.removeprefix("_"))
-        printed, told = sweep.communicate(timeout=PATIENCE)
+        printed, told = sweep.communicate(timeout=10 * PATIENCE)
         if not kills:
             _wait(lambda children=children: not any(map(_lives, children)))
             assert "SIGTERM: saving after this step" in (folder / "log.txt").read_text() and len(children) == 1
