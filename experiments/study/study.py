@@ -51,7 +51,7 @@ class Form:
     positions: int = 64
     length: int = 512
     vocabulary: int = 4096
-    samples: int = 256
+    samples: int = 192
     judge: str = "model=AR,seed=0"
 
 
@@ -195,7 +195,7 @@ def blocks(form: Form) -> Members:
 
 def _lossless(form: Form) -> str:
     """The command that lets a member write losslessly."""
-    judge = f"eval --judge={{sweep}}/members/{form.judge} --samples={form.samples // 2} --batch=32 --temperatures=1"
+    judge = f"eval --judge={{sweep}}/members/{form.judge} --samples={form.samples} --batch=32 --temperatures=1"
     return f"{judge} --modes=lossless --streams=2,4"
 
 
@@ -266,5 +266,5 @@ def _measured(member: Member, form: Form) -> Member:
     ]
     if not member.seed:  # one seed is enough for a picture
         several = ",".join(map(str, TEMPERATURES))
-        commands.append(f"{judge} --samples={form.samples // 2} --temperatures={several} --streams=1,2,4,8")
+        commands.append(f"{judge} --samples={form.samples} --temperatures={several} --streams=1,2,4,8")
     return then((member,), *commands)[0]

@@ -1,0 +1,139 @@
+"""Writes the study's page: its tables and pictures, all of them made from one small file of figures.
+
+    python experiments/study/write_up.py                                  the page again, from metrics.json beside it
+    python experiments/study/write_up.py --sweep=runs/study --out=DIR     metrics.json of a finished study, and its page
+
+The page is template.md with its names filled in, so that no figure is typed by hand.
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import platform
+import string
+import sys
+from importlib import metadata
+from typing import Any
+
+import pictures
+import tables
+
+from armd_jax import files
+from armd_jax.errors import UserError
+from armd_jax.report import sweep_reading
+from armd_jax.report.sweep_reading import Member, Sweep
+
+FOLDER = pathlib.Path(__file__).resolve().parent
+METRICS = "metrics.json"
+# Figures that the page needs, by the beginnings of their names, and the ends of those that a list has of each item.
+KEPT = (
+    "likelihood.",
+    "eval.strided.",
+    "eval.random_orders.nats",
+    "eval.elbo.standard_error",
+    "eval.price",
+    "generation.",
+)
+ENDS = {
+    "eval.price": ("independence_gap", "order_cost_per_stream", "cold_start"),
+    "generation.": ("generative_perplexity", "entropy_nats", "calls_per_token", "tokens_per_second", "distinct_2"),
+}
+DIGITS = 7  # significant ones of every figure in metrics.json
+
+
+def collect(folder: pathlib.Path) -> dict[str, Any]:
+    """What metrics.json holds of the finished members of a sweep, and where it was measured."""
+    sweep = sweep_reading.load(folder)
+    if unfinished := [member.name for member in sweep.members if not member.finished]:
+        raise UserError(f"--sweep={folder}: {len(unfinished)} members are not finished, such as {unfinished[0]}")
+    spent = folder / "seconds"  # one line per call of launch/study.sh
+    return {
+        "measured": {
+            "cores": os.cpu_count(),
+            "machine": platform.machine(),
+            "versions": {"python": platform.python_version(), "jax": metadata.version("jax")},
+            "seconds": sum(map(int, spent.read_text().split())) if spent.is_file() else None,
+        },
+        "axes": list(sweep.axes),
+        "members": [_kept(member) for member in sweep.members],
+    }
+
+
+def _kept(member: Member) -> dict[str, Any]:
+    return {
+        "name": member.name,
+        "row": member.row,
+        "seed": member.seed,
+        "values": {axis: value for axis, value in member.values.items() if value is not None},
+        "figures": {name: _rounded(value) for name, value in member.figures.items() if _wanted(name)},
+        "curve": [[step, _rounded(value)] for step, value in member.curve("eval/nll")],
+        "bound": member.bounds,
+        "cost": vars(member.cost) if member.cost else None,
+        "seconds": _rounded(member.figures.get("speed.seconds", 0.0)),
+    }
+
+
+def _wanted(name: str) -> bool:
+    ends = next((several for start, several in ENDS.items() if name.startswith(start)), None)
+    return name.startswith(KEPT) and (ends is None or name.endswith(ends))
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.{DIGITS}g}")
+
+
+def read(file: pathlib.Path) -> tuple[dict[str, Any], Sweep]:
+    """Where metrics.json was measured, and the members in it, in the form that `armd report --sweep` has them in."""
+    found = files.read_json(file)
+    members = tuple(
+        Member(
+            name=one["name"],
+            row=one["row"],
+            seed=one["seed"],
+            values=one["values"],
+            status="finished",
+            reason="",
+            figures=one["figures"] | {"metrics.eval/nll": one["curve"][-1][1], "seconds": one["seconds"]},
+            metrics=[
+                {"step": step, "eval/nll": value} | ({"eval/nll_upper_bound": value} if one["bound"] else {})
+                for step, value in one["curve"]
+            ],
+            documents={},
+            cost=sweep_reading.Cost(**one["cost"]),
+        )
+        for one in found["members"]
+    )
+    return found["measured"], Sweep("study", tuple(found["axes"]), members)
+
+
+def page(file: pathlib.Path) -> str:
+    """The whole page, from metrics.json."""
+    measured, sweep = read(file)
+    template = string.Template((FOLDER / "template.md").read_text())
+    return template.substitute(tables.named(measured, sweep))
+
+
+def main() -> int:
+    """Writes metrics.json if there is a sweep, the page and its pictures. Returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sweep", type=pathlib.Path, help="a finished study; default: the figures that are there")
+    parser.add_argument("--out", type=pathlib.Path, default=FOLDER, help="folder of metrics.json and the page")
+    args = parser.parse_args()
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+        if args.sweep is not None:
+            files.write(args.out / METRICS, json.dumps(collect(args.sweep), indent=1) + "\n")
+        text = page(args.out / METRICS)
+        for name, content in pictures.all_of(read(args.out / METRICS)[1]).items():
+            files.write_bytes(args.out / name, content)
+        files.write(args.out / "README.md", text)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(args.out / "README.md")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
