@@ -49,6 +49,7 @@ COMMANDS = [
     ("import --from=here --out=az://bucket/export", "--out"),
     ("checkpoints --run=dbfs:/mnt/run", "--run"),
     ("report --run=abfss://bucket/run", "--run"),
+    ("report --sweep=abfss://bucket/sweep", "--sweep"),
     ("profile --run=hdfs://host/run", "--run"),
     ("report --run=here --out=hdfs://host/report", "--out"),
     ("serve --run=hdfs://host/run", "--run"),
@@ -58,6 +59,8 @@ COMMANDS = [
 # Arguments and fields that take a text which names no file.
 OTHER_TEXTS = {"--text-field", "--coordinator", "--topology", "--streams", "--steps", "--stop", "--prompt", "--suffix"}
 OTHER_TEXTS |= {"--mesh", "--host", "--tasks", "--shard", "--beam-flag", "--only", "--launcher-flag"}
+OTHER_TEXTS |= {"--mesh", "--host", "--tasks", "--shard", "--beam-flag"}
+OTHER_TEXTS |= {"--metric", "--baseline", "--reach"}
 OTHER_FIELDS = {"data.text_field", "training.wandb_project"}
 
 

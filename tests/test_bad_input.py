@@ -264,7 +264,7 @@ COMMAND_LINES = [
     (TRAIN + "--distributed=maybe", r"--distributed: invalid choice: 'maybe'"),
     (TRAIN + "--num-processes=two", r"--num-processes: invalid int value: 'two'"),
     (TRAIN + "--distributed=on --num-processes=0", r"num-processes"),
-    ("report", r"required: --run"),
+    ("report", r"one of the arguments --run --sweep is required"),
     ("report --run=run --bogus", r"unknown argument '--bogus'"),
     ("profile --run=run --rows=0", r"--rows=0: must be at least 1"),
 ]
@@ -452,6 +452,9 @@ OTHER_FILES = [
     (AGAIN.replace("=run ", "=run-manifest "), r"is not the name of a shard"),
     ("profile --run=missing", r"missing: there is no such folder"),
     ("profile --run=nothing", r"neither a training run nor an export \(it has no config.json\)"),
+    ("report --sweep=missing", r"missing: there is no such folder"),
+    ("report --sweep=run", r"run: is not the folder of a sweep \(it has no sweep.json\)"),
+    ("report --run=run --baseline=x", r"--baseline is for the report of a sweep, and needs --sweep=DIR"),
     ("report --run=missing", r"missing: there is no such folder"),
     ("report --run=nothing", r"neither a training run nor an export \(it has no config.json\)"),
     ("report --run=run-deep-config", r"cannot be read as JSON"),

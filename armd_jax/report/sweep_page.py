@@ -8,7 +8,7 @@ from typing import Any
 
 from armd_jax import files
 from armd_jax.errors import UserError
-from armd_jax.report import markup, sweep_pictures, sweep_reading, sweep_tables
+from armd_jax.report import markup, sweep_pictures, sweep_reading, sweep_tables, sweep_text
 from armd_jax.report import sweep_figures as figures
 from armd_jax.report.sweep_pictures import Against
 from armd_jax.report.sweep_reading import Status, Sweep
@@ -44,14 +44,14 @@ def write(
     out = folder if out is None else out
     sweep = sweep_reading.load(folder)
     tables = sweep_tables.make(sweep, wanted, baseline, reach)
-    markdown = sweep_tables.markdown(tables)
+    markdown = sweep_text.markdown(tables)
     pictures = _pictures(sweep, tables)
     found: dict[str, str | bytes] = {
         "sweep.md": markdown,
-        "sweep.csv": sweep_tables.members_csv(sweep),
-        "rows.csv": sweep_tables.rows_csv(tables),
-        "steps.csv": sweep_tables.steps_csv(tables),
-        "speed.csv": sweep_tables.members_csv(sweep, speed=True),
+        "sweep.csv": sweep_text.members_csv(sweep),
+        "rows.csv": sweep_text.rows_csv(tables),
+        "steps.csv": sweep_text.steps_csv(tables),
+        "speed.csv": sweep_text.members_csv(sweep, speed=True),
         **{name: png for name, (png, _) in pictures.items()},
         PAGE: _page(sweep, tables, pictures),
     }
@@ -63,7 +63,7 @@ def write(
     except OSError as error:
         reason = error.strerror or error
         raise UserError(f"{out}: the report cannot be written there: {reason}; --out=FOLDER takes another") from error
-    return Report(out / PAGE, markdown, sweep_tables.as_dict(tables))
+    return Report(out / PAGE, markdown, sweep_text.as_dict(tables))
 
 
 def _pictures(sweep: Sweep, tables: Tables) -> dict[str, tuple[bytes, str]]:
@@ -93,7 +93,7 @@ def _page(sweep: Sweep, tables: Tables, pictures: dict[str, tuple[bytes, str]]) 
         f"axes: {', '.join(sweep.axes) or 'none'}",
     ]
     body = []
-    for table in sweep_tables.shown_tables(tables, {figure: figures.words(figure) for figure in tables.figures}):
+    for table in sweep_text.shown_tables(tables, {figure: figures.words(figure) for figure in tables.figures}):
         body += [markup.heading(table.title), *([markup.note(table.note)] if table.note else [])]
         body.append(markup.table(table.header, table.cells, table.strong))
     if pictures:

@@ -1,0 +1,216 @@
+"""The tables of a sweep as Markdown, as CSV and as JSON.
+
+Two sweeps whose members ended with the same bits give the same bytes: no time, no speed and no path is in a table,
+unless a figure of speed is asked for by its name.
+"""
+
+import csv
+import dataclasses
+import io
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from armd_jax import typed
+from armd_jax.report import sweep_figures as figures
+from armd_jax.report import sweep_statistics as statistics
+from armd_jax.report.sweep_reading import Sweep
+from armd_jax.report.sweep_statistics import Estimate
+from armd_jax.report.sweep_tables import Bound, Cell, Row, Tables, printed
+
+
+def shown_estimate(found: Estimate | None, digits: int | None, bound: Bound = "") -> str:
+    """`≤ 1.2345 ± 0.0012` for people; – if there is none."""
+    if found is None:
+        return "–"
+    error = "" if found.error is None else f" ± {printed(found.error, digits)}"
+    return f"{bound and bound + ' '}{printed(found.mean, digits)}{error}"
+
+
+# --- for people -----------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Shown:
+    """A table for people. strong: (row, column) of the cells that are the best. note: how to read it."""
+
+    title: str
+    note: str
+    header: list[str]
+    cells: list[list[str]]
+    strong: frozenset[tuple[int, int]] = frozenset()
+
+
+def shown_tables(tables: Tables, names: dict[str, str] | None = None) -> list[Shown]:
+    """All tables for people. names: what to write above a column in the place of the figure's path."""
+    heads = [(names or {}).get(figure, figure) for figure in tables.figures]
+    found = [_values(tables, heads)]
+    if len(tables.rows) > 1:
+        found.append(_ratios(tables, heads))
+        if any(row.reached for row in tables.rows):
+            found.append(_reached(tables))
+    if tables.left_out or tables.lacking:
+        found.append(_left_out(tables))
+    return found
+
+
+def _values(tables: Tables, heads: Sequence[str]) -> Shown:
+    cells = [
+        [row.name, _seeds(row), *(_value(tables, row, figure) for figure in tables.figures)] for row in tables.rows
+    ]
+    strong = frozenset(
+        (place, column + 2)
+        for place, row in enumerate(tables.rows)
+        for column, figure in enumerate(tables.figures)
+        if row.cells[figure].best
+    )
+    note = (
+        "Mean over the finished seeds ± standard error, which one seed does not have. The best of a column is marked."
+    )
+    if any(cell.bound for row in tables.rows for cell in row.cells.values()):
+        note += " ≤: an upper bound; the true figure is at most that high."
+    return Shown("Figures", note, ["row", "seeds", *heads], cells, strong)
+
+
+def _value(tables: Tables, row: Row, figure: str) -> str:
+    cell = row.cells[figure]
+    text = shown_estimate(cell.value, tables.digits(figure), cell.bound)
+    return text if cell.value is None or cell.value.seeds == row.finished else f"{text} ({cell.value.seeds} seeds)"
+
+
+def _seeds(row: Row) -> str:
+    return str(row.members) if row.finished == row.members else f"{row.finished} of {row.members}"
+
+
+def _ratios(tables: Tables, heads: Sequence[str]) -> Shown:
+    cells = [
+        [row.name, *(_ratio(row.cells[figure]) for figure in tables.figures)]
+        for row in tables.rows
+        if row.name != tables.baseline
+    ]
+    note = "Each seed is divided by the same seed of that row; then the mean ± standard error over these seeds."
+    if not any(row.finished for row in tables.rows if row.name == tables.baseline):
+        note = "No member of that row is finished, so there are no ratios; --baseline takes another row."
+    return Shown(f"Ratios to {tables.baseline}", note, ["row", *heads], cells)
+
+
+def _ratio(cell: Cell) -> str:
+    return shown_estimate(cell.ratio, 4, cell.ratio_bound)
+
+
+def _reached(tables: Tables) -> Shown:
+    cells = []
+    for row in tables.rows:
+        steps = [one.steps for one in row.reached if one.steps is not None]
+        never = len(row.reached) - len(steps)
+        if not row.reached:
+            text = ["–", "–"]
+        elif never:  # a mean of those that did reach it would be too good
+            text = ["never" if not steps else f"never in {never} of {len(row.reached)}", "–"]
+        else:
+            speedups = [one.speedup for one in row.reached if one.speedup is not None]
+            at_most = any(one.at_most for one in row.reached)
+            text = [
+                shown_estimate(statistics.estimate(steps), 0, "≤" if at_most else ""),
+                shown_estimate(statistics.estimate(speedups), 2, "≥" if at_most else ""),
+            ]
+        cells.append([row.name, str(len(row.reached)), *text])
+    note = (
+        "The first step at which the held-out loss is as low as the final one of that row with the same seed, linear in"
+        " the logarithm of the step between two evaluations; and how many times fewer steps that is than the row took."
+        " ≤: already at the first evaluation."
+    )
+    if bounds := [row.name for row in tables.rows if row.bound]:
+        note += f" The loss of {', '.join(bounds)} is an upper bound of the true one."
+    header = ["row", "seeds", "steps", "times fewer"]
+    return Shown(f"Steps to the final held-out loss of {tables.reach}", note, header, cells)
+
+
+def _left_out(tables: Tables) -> Shown:
+    cells = [[member.name, member.status, member.reason] for member in tables.left_out]
+    cells += [[name, "finished", f"lacks {figure}"] for name, figure in tables.lacking]
+    return Shown("Members that are not in these figures", "", ["member", "status", "reason"], cells)
+
+
+def markdown(tables: Tables) -> str:
+    """All tables as Markdown, the best of each column in bold."""
+    parts = []
+    for table in shown_tables(tables):
+        parts += [f"## {table.title}", *([table.note] if table.note else []), _markdown(table)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _markdown(table: Shown) -> str:
+    lines = [_line(table.header), _line(["---", *["---:" for _ in table.header[1:]]])]
+    for place, row in enumerate(table.cells):
+        bold = [f"**{text}**" if (place, column) in table.strong else text for column, text in enumerate(row)]
+        lines.append(_line(bold))
+    return "\n".join(lines)
+
+
+def _line(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(" ".join(cell.replace("|", "\\|").split()) for cell in cells) + " |"
+
+
+# --- for programs ---------------------------------------------------------------------------------------------------
+
+
+def members_csv(sweep: Sweep, speed: bool = False) -> str:
+    """One line per member: axes, seed, status, and every figure that some member has.
+
+    speed: only figures of speed, which differ between equal runs; otherwise all others.
+    """
+    names = [name for name in figures.known(sweep.members) if figures.of_speed(name) == speed]
+    header = ["member", "row", *sweep.axes, "seed", "status", "reason", *names]
+    lines = [
+        [one.name, one.row, *(one.values[axis] for axis in sweep.axes), one.seed, one.status, one.reason]
+        + [one.figures.get(name) for name in names]
+        for one in sweep.members
+    ]
+    return _csv([header, *lines])
+
+
+def rows_csv(tables: Tables) -> str:
+    """One line per row and figure: mean, standard error, seeds, and the ratio to the baseline."""
+    header = ["row", *tables.axes, "members", "finished", "figure", "mean", "standard_error", "seeds", "bound", "best"]
+    header += ["baseline", "ratio", "ratio_standard_error", "ratio_seeds", "ratio_bound"]
+    lines = [
+        [row.name, *(row.values[axis] for axis in tables.axes), row.members, row.finished, figure]
+        + [*_fields(cell.value), cell.bound, int(cell.best), tables.baseline, *_fields(cell.ratio), cell.ratio_bound]
+        for row in tables.rows
+        for figure, cell in row.cells.items()
+    ]
+    return _csv([header, *lines])
+
+
+def steps_csv(tables: Tables) -> str:
+    """One line per row and seed: when its held-out loss reaches the final one of the row that others have to reach."""
+    header = ["row", "seed", "reach", "target", "steps", "at_first_evaluation", "baseline_steps", "times_fewer"]
+    lines = [
+        [row.name, one.seed, tables.reach, one.target, "never" if one.steps is None else one.steps]
+        + [int(one.at_most), one.baseline_steps, one.speedup]
+        for row in tables.rows
+        for one in row.reached
+    ]
+    return _csv([header, *lines])
+
+
+def _fields(found: Estimate | None) -> list[Any]:
+    return [None, None, 0] if found is None else [found.mean, found.error, found.seeds]
+
+
+def _csv(lines: Iterable[Sequence[Any]]) -> str:
+    """Numbers are written so that reading them gives the same bits."""
+    buffer = io.StringIO()
+    csv.writer(buffer, lineterminator="\n").writerows(lines)
+    return buffer.getvalue()
+
+
+def as_dict(tables: Tables) -> dict[str, Any]:
+    """Everything that the tables say, for JSON."""
+    plain: dict[str, Any] = typed.as_plain(dataclasses.replace(tables, left_out=()))
+    keys = ("name", "row", "seed", "status", "reason")
+    plain["left_out"] = [{key: getattr(member, key) for key in keys} for member in tables.left_out]
+    for row, one in zip(plain["rows"], tables.rows, strict=True):
+        for values, reached in zip(row["reached"], one.reached, strict=True):
+            values["speedup"] = reached.speedup
+    return plain
