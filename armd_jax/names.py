@@ -47,6 +47,9 @@ DenoisingSampler = Literal["first_hitting", "ancestral", "confidence"]
 DecodingMode = Literal["strided", "lossless", "confident"]  # of a model that is trained on orders
 HuggingFaceFamily = Literal["llama", "gpt2", "armd"]  # how weights are named and laid out in Hugging Face folders
 CompiledProgram = Literal["train", "sample"]  # what `armd compile` compiles: the training step or the sampler
+SuiteProtocol = Literal["sedd", "mdlm"]  # how published zero-shot perplexities were measured: by whose code
+# The texts of the zero-shot suites.
+SuiteSet = Literal["lambada", "wikitext2", "wikitext103", "ptb", "lm1b", "ag_news", "pubmed", "arxiv"]
 ExportFormat = Literal["armd", "stablehlo", "huggingface"]  # what `armd export` writes
 ExportCode = Literal["auto", "native", "remote"]  # huggingface: whose code reads it, that of transformers or its own
 ExportDtype = Literal["float32", "bfloat16", "float16"]

@@ -1,4 +1,4 @@
-"""`armd eval`: likelihoods of held-out text under several generation orders, or tasks of lm-evaluation-harness."""
+"""`armd eval`: likelihoods of held-out text, tasks of lm-evaluation-harness, or zero-shot suites."""
 
 import argparse
 import contextlib
@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from armd_jax import config as configs
 from armd_jax import files, typed
+from armd_jax.cli import eval_suites
 from armd_jax.cli.arguments import (
     add_out,
     add_run,
@@ -23,7 +24,8 @@ from armd_jax.names import Split
 
 HELP = (
     "Exact left-to-right likelihood, expected likelihood over random orders, likelihood under strided orders;"
-    " for a model without orders, the bound of its masked diffusion (ELBO). Or, with --tasks, lm-evaluation-harness."
+    " for a model without orders, the bound of its masked diffusion (ELBO). Or, with --tasks, lm-evaluation-harness,"
+    " or, with --suite, zero-shot perplexities of other texts."
 )
 IF_MEMORY_RUNS_OUT = "lower --batch"
 
@@ -67,13 +69,17 @@ def add(parser: argparse.ArgumentParser) -> None:
         help="a folder of your own tasks, whose Python the harness runs",
     )
     parser.add_argument("--limit", type=int, default=None, help="documents of each task; default: all")
-    add_out(parser, "eval.json (or lm_eval.json), and rows that have to be prepared,")
+    eval_suites.add(parser)
+    add_out(parser, "eval.json (or lm_eval.json, suites.json), and rows that have to be prepared,")
 
 
 def run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
     """Scores the text, prints the figures, and keeps them in the run if the text is the run's own."""
     del overrides
     check_out(args)
+    if args.suite is not None:
+        return eval_suites.run(args)
+    eval_suites.check_absent(args)
     if args.tasks is not None:
         return _tasks(args)
     for flag, given in (("--include-path", args.include_path), ("--limit", args.limit)):
