@@ -49,6 +49,9 @@ JudgeKind = Literal["armd", "imported", "transformers"]  # whose code scores tex
 HuggingFaceFamily = Literal["llama", "gpt2", "armd"]  # how weights are named and laid out in Hugging Face folders
 SweepLauncher = Literal["slurm", "xpk", "gke"]  # a launcher of launch/ that `armd sweep` can call
 CompiledProgram = Literal["train", "sample"]  # what `armd compile` compiles: the training step or the sampler
+SuiteProtocol = Literal["sedd", "mdlm"]  # how published zero-shot perplexities were measured: by whose code
+# The texts of the zero-shot suites.
+SuiteSet = Literal["lambada", "wikitext2", "wikitext103", "ptb", "lm1b", "ag_news", "pubmed", "arxiv"]
 ExportFormat = Literal["armd", "stablehlo", "huggingface"]  # what `armd export` writes
 ExportCode = Literal["auto", "native", "remote"]  # huggingface: whose code reads it, that of transformers or its own
 ExportDtype = Literal["float32", "bfloat16", "float16"]

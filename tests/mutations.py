@@ -72,6 +72,7 @@ MUTATIONS = (
         "if (other := same.setdefault(config, name)) != name:",
         "if (other := same.setdefault(config, name)) == '':",
         "test_sweeps.py::test_mistakes_are_one_line",
+    ),
     # --- reports of sweeps --------------------------------------------------------------------------------------------
     Mutation(
         "a member that is not finished is in no mean",

@@ -1,4 +1,4 @@
-"""`armd eval`: likelihoods of held-out text, tasks of lm-evaluation-harness, or texts that a judge scores."""
+"""`armd eval`: likelihoods of held-out text, tasks of lm-evaluation-harness, suites, or texts that a judge scores."""
 
 import argparse
 import contextlib
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from armd_jax import config as configs
 from armd_jax import files, typed
-from armd_jax.cli import eval_generation
+from armd_jax.cli import eval_generation, eval_suites
 from armd_jax.cli.arguments import (
     add_out,
     add_run,
@@ -25,7 +25,8 @@ from armd_jax.names import Split
 HELP = (
     "Exact left-to-right likelihood, expected likelihood over random orders, likelihood under strided orders;"
     " for a model without orders, the bound of its masked diffusion (ELBO). Or, with --tasks, lm-evaluation-harness,"
-    " or, with --judge, generative perplexity and variety of texts that the model writes."
+    " with --suite, zero-shot perplexities of other texts, or, with --judge, generative perplexity and variety of texts"
+    " that the model writes."
 )
 IF_MEMORY_RUNS_OUT = "lower --batch"
 
@@ -92,17 +93,24 @@ def add(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--limit", type=int, default=None, help="documents of each task; default: all")
     eval_generation.add(parser)
-    add_out(parser, "eval.json (or lm_eval.json, generation.json), and rows that have to be prepared,")
+    eval_suites.add(parser)
+    add_out(parser, "eval.json (or lm_eval.json, suites.json, generation.json), and rows that have to be prepared,")
 
 
 def run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
     """Scores the text, prints the figures, and keeps them in the run if the text is the run's own."""
     del overrides
     check_out(args)
-    if args.judge is None:
-        eval_generation.check_absent(args)
-    elif args.tasks is None:
+    asked = {"--tasks": args.tasks, "--suite": args.suite, "--judge": args.judge}
+    if len(chosen := [flag for flag, value in asked.items() if value is not None]) > 1:
+        raise UserError(f"{chosen[0]} and {chosen[1]} are two evaluations; ask for one at a time")
+    if args.judge is not None:
+        eval_suites.check_absent(args)
         return eval_generation.run(args)
+    eval_generation.check_absent(args)
+    if args.suite is not None:
+        return eval_suites.run(args)
+    eval_suites.check_absent(args)
     if args.tasks is not None:
         return _tasks(args)
     for flag, given in (("--include-path", args.include_path), ("--limit", args.limit)):

@@ -294,7 +294,7 @@ def read_evaluation(run: pathlib.Path) -> Evaluation | None:
     Raises UserError if the file is damaged or was not written by `armd eval`.
     """
     file = run / EVALUATION_FILE
-    found = _read(Evaluation, file, "armd eval")
+    found = read_file(Evaluation, file, "armd eval")
     if found and found.left_to_right is None and found.elbo is None:
         raise UserError(f"{file}: has neither left_to_right nor elbo; write it again with armd eval")
     if found and (wrong := [key for key in found.strided if not key.isdecimal()]):
@@ -307,10 +307,11 @@ def read_samples(run: pathlib.Path) -> Samples | None:
 
     Raises UserError if the file is damaged or was not written by `armd sample`.
     """
-    return _read(Samples, run / SAMPLES_FILE, "armd sample")
+    return read_file(Samples, run / SAMPLES_FILE, "armd sample")
 
 
-def _read(cls: type[T], file: pathlib.Path, command: str) -> T | None:
+def read_file(cls: type[T], file: pathlib.Path, command: str) -> T | None:
+    """What a command wrote into a file, None if there is no file. Raises UserError if it is damaged, or not that."""
     if not file.exists():
         return None
     again = f"write it again with {command}"
