@@ -1,5 +1,6 @@
 """The parameters: a plain nested dict, how it is initialised, and the forms that decoding takes."""
 
+import math
 from typing import Any, assert_never
 
 import flax.linen as nn
@@ -66,6 +67,14 @@ def init(key: jax.Array, config: ModelConfig) -> Params:
     if not config.tie_embeddings:
         params["head"] = nn.initializers.normal(0.02)(keys[5], (width, vocab))
     return params
+
+
+def count(config: ModelConfig) -> int:
+    """How many parameters a model has, without the rows that pad its vocabulary to a multiple of 128."""
+    shapes = jax.eval_shape(lambda key: init(key, config), jax.random.key(0))
+    tables = 1 if config.tie_embeddings else 2
+    padding = (padded_vocab(config) - config.vocab_size) * config.width * tables
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes)) - padding
 
 
 def unstack(params: Params) -> Params:

@@ -1,8 +1,8 @@
 """`armd report --run=DIR`: one self-contained HTML page about a run, and its pictures as PNG files beside it.
 
 The page reads the files that other commands left in the run's folder (config.json, metrics.jsonl, events.jsonl,
-eval.json, generation.json, samples.json). Only config.json has to be there. If another file is missing, its section names the command
-that writes it.
+eval.json, generation.json, samples.json). Only config.json has to be there. If another file is missing, its section
+names the command that writes it.
 """
 
 import dataclasses

@@ -4,8 +4,6 @@ import dataclasses
 import math
 from collections.abc import Sequence
 
-import jax
-
 from armd_jax.compilation.compile import assumed_vocabulary
 from armd_jax.config import Config, ModelConfig
 from armd_jax.core import flops, parameters
@@ -48,7 +46,7 @@ def of(plan: Plan, jobs: Sequence[Job], rate: float | None) -> tuple[list[Cost],
     for job in jobs:
         config = assumed_vocabulary(job.config)
         if config.model not in sizes:
-            sizes[config.model] = _parameters(config.model)
+            sizes[config.model] = parameters.count(config.model)
         whole, step = _flops(config), _step(plan, job)
         left = whole * (1 - step / config.training.num_steps)
         speed = found.flops_per_second
@@ -65,11 +63,6 @@ def of(plan: Plan, jobs: Sequence[Job], rate: float | None) -> tuple[list[Cost],
             )
         )
     return costs, found
-
-
-def _parameters(model: ModelConfig) -> int:
-    shapes = jax.eval_shape(lambda key: parameters.init(key, model), jax.random.key(0))
-    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
 
 
 def _flops(config: Config) -> float:

@@ -39,7 +39,7 @@ from trainings import Case, Results, Training
 
 from armd_jax import experiment_file, typed
 from armd_jax.config import Config, ModelConfig
-from armd_jax.core import sizes
+from armd_jax.core import parameters, sizes
 from armd_jax.data.packing import PreparedData
 from armd_jax.errors import UserError
 
@@ -106,8 +106,8 @@ def with_parameters_of_gpt2(config: Config) -> Config:
     def sized(width: int) -> ModelConfig:
         return dataclasses.replace(config.model, mlp_width=width)
 
-    at_usual = trainings.count_parameters(sized(usual))
-    per_unit = trainings.count_parameters(sized(usual + 1)) - at_usual
+    at_usual = parameters.count(sized(usual))
+    per_unit = parameters.count(sized(usual + 1)) - at_usual
     for multiple in (1, 8) if usual % 8 else (8, 1):
         widths = [usual, *range(multiple, 2 * usual, multiple)]
         fitting = [w for w in widths if CLOSEST * target <= at_usual + (w - usual) * per_unit <= target]
@@ -282,7 +282,7 @@ def benchmark(args: argparse.Namespace, words: list[str]) -> int:
         print(f"GPT-2: {gpt2_parameters(config.model):,} parameters", file=sys.stderr)
         for name in OURS:
             model = cases[name].config.model
-            count, width = trainings.count_parameters(model), sizes.mlp_width(model)
+            count, width = parameters.count(model), sizes.mlp_width(model)
             print(f"{LABELS[name]}: {count:,} parameters, MLP width {width}", file=sys.stderr)
     for name in only:
         usual = (GPT2_RATES if name == "gpt2" else RATES)[args.size]

@@ -29,7 +29,7 @@ from armd_jax import config as configs
 from armd_jax import experiment_file, files, typed
 from armd_jax.config import Config, ModelConfig
 from armd_jax.core import order as orders
-from armd_jax.core import parameters, sizes
+from armd_jax.core import parameters
 from armd_jax.core.order import Order
 from armd_jax.data import loader
 from armd_jax.data.packing import PreparedData
@@ -99,7 +99,7 @@ class OurLearner:
         self._validation = Validation(placement.for_evaluation(config, self._mesh), data)
         self._model = config.model
         self.state = states.create(config, self._mesh)
-        self.num_parameters = count_parameters(config.model)
+        self.num_parameters = parameters.count(config.model)
 
     def update(self, tokens_BN: np.ndarray) -> None:
         """Makes one update and returns when it is finished."""
@@ -130,14 +130,6 @@ def _strided_order(streams: int) -> perplexity.MakeOrder:
         return orders.strided(batch, length, streams)
 
     return make
-
-
-def count_parameters(model: ModelConfig) -> int:
-    """Parameters of a model, without the rows that pad its vocabulary to a multiple of 128."""
-    shapes = jax.eval_shape(lambda key: parameters.init(key, model), jax.random.key(0))
-    tables = 1 if model.tie_embeddings else 2
-    padding = (sizes.padded_vocab(model) - model.vocab_size) * model.width * tables
-    return sum(leaf.size for leaf in jax.tree.leaves(shapes)) - padding
 
 
 # --- configs --------------------------------------------------------------------------------------------------------

@@ -70,7 +70,7 @@ def frontier(sweep: Sweep) -> bytes:
 
 @style.styled
 def sizes(sweep: Sweep) -> bytes:
-    """Held-out loss against the weights in matrices, with a power law through each kind of model."""
+    """Held-out loss against the parameters, with a power law through each kind of model."""
     figure = style.new_figure(6.5, 4.2)
     axes = figure.subplots()
     kinds = {"AR": ("AR", style.INK), "ARMD-identity": ("ARMD, identity order", style.BLUE)}
@@ -83,7 +83,7 @@ def sizes(sweep: Sweep) -> bytes:
             several = np.geomspace(found[0, 0], found[-1, 0], 50)
             axes.plot(several, factor * several**-exponent, color=colour, linewidth=1)
     ticks = sorted(set(itertools.chain.from_iterable((one[0] for one in tables.widths(sweep, kind)) for kind in kinds)))
-    axes.set(xscale="log", xlabel="weights in matrices", ylabel="test nats per token")
+    axes.set(xscale="log", xlabel="parameters", ylabel="test nats per token")
     axes.set_xticks(ticks, [f"{tick / 1e6:.1f}M" for tick in ticks])
     axes.minorticks_off()
     axes.legend(frameon=False)

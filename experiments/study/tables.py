@@ -173,14 +173,14 @@ def power_law(sizes: Sequence[float], losses: Sequence[float]) -> tuple[float, f
 
 
 def widths(sweep: Sweep, kind: str) -> list[tuple[float, float, float]]:
-    """(weights in matrices, FLOPs of the training, held-out nats per token) of a kind of model at every size."""
+    """(parameters, FLOPs of the training, held-out nats per token) of a kind of model at every size."""
     found = []
     for row in sweep.rows:
         if row.startswith("size=") and row.endswith(f"-{kind}"):
             for member in sweep.finished(row):
                 assert member.cost is not None
-                cost = member.cost.figures()
-                found.append((cost["cost.weights"], cost["cost.flops"], member.figures[NATS]))
+                work = member.cost.figures()["cost.flops"]
+                found.append((member.figures["parameters"], work, member.figures[NATS]))
     return sorted(found)
 
 
@@ -236,6 +236,7 @@ def main_table(sweep: Sweep, rows: Mapping[str, str]) -> str:
         cells.append(
             [
                 name,
+                f"{sweep.finished(row)[0].figures['parameters']:,.0f}",
                 f"{cost.steps:,}",
                 f"{all_of['cost.tokens'] / 1e6:.2f}",
                 f"{all_of['cost.flops'] / 1e12:.1f}",
@@ -354,12 +355,12 @@ def sizes_table(sweep: Sweep) -> str:
     kinds = {"AR": "AR", "ARMD-identity": "ARMD, identity order"}
     for kind, name in kinds.items():
         found = widths(sweep, kind)
-        for weights, work, nats in found:
-            cells.append([name, f"{weights / 1e6:.2f}", f"{work / 1e12:.1f}", f"{nats:.3f}", ""])
+        for size, work, nats in found:
+            cells.append([name, f"{size / 1e6:.2f}", f"{work / 1e12:.1f}", f"{nats:.3f}", ""])
         if len(found) > 2:
             _, exponent = power_law([one[0] for one in found], [one[2] for one in found])
             cells[-1][-1] = f"{exponent:.3f}"
-    return markdown(["", "million weights", "TFLOPs", "nats per token", "exponent of the fit"], cells)
+    return markdown(["", "million parameters", "TFLOPs", "nats per token", "exponent of the fit"], cells)
 
 
 def rates_table(sweep: Sweep) -> str:

@@ -19,7 +19,9 @@ from typing import Any
 import pictures
 import tables
 
+from armd_jax import config as configs
 from armd_jax import files
+from armd_jax.core import parameters
 from armd_jax.errors import UserError
 from armd_jax.report import sweep_reading
 from armd_jax.report.sweep_reading import Member, Sweep
@@ -56,11 +58,11 @@ def collect(folder: pathlib.Path) -> dict[str, Any]:
             "seconds": sum(map(int, spent.read_text().split())) if spent.is_file() else None,
         },
         "axes": list(sweep.axes),
-        "members": [_kept(member) for member in sweep.members],
+        "members": [_kept(folder, member) for member in sweep.members],
     }
 
 
-def _kept(member: Member) -> dict[str, Any]:
+def _kept(folder: pathlib.Path, member: Member) -> dict[str, Any]:
     return {
         "name": member.name,
         "row": member.row,
@@ -69,6 +71,7 @@ def _kept(member: Member) -> dict[str, Any]:
         "figures": {name: _rounded(value) for name, value in member.figures.items() if _wanted(name)},
         "curve": [[step, _rounded(value)] for step, value in member.curve("eval/nll")],
         "bound": member.bounds,
+        "parameters": parameters.count(configs.read(folder / "members" / member.name).model),
         "cost": vars(member.cost) if member.cost else None,
         "seconds": _rounded(member.figures.get("speed.seconds", 0.0)),
     }
@@ -94,7 +97,7 @@ def read(file: pathlib.Path) -> tuple[dict[str, Any], Sweep]:
             values=one["values"],
             status="finished",
             reason="",
-            figures=one["figures"] | {"metrics.eval/nll": one["curve"][-1][1], "seconds": one["seconds"]},
+            figures=one["figures"] | {"metrics.eval/nll": one["curve"][-1][1], "parameters": one["parameters"]},
             metrics=[
                 {"step": step, "eval/nll": value} | ({"eval/nll_upper_bound": value} if one["bound"] else {})
                 for step, value in one["curve"]

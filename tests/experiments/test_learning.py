@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from armd_jax.config import Config
+from armd_jax.core import parameters
 from armd_jax.data.packing import PreparedData
 from armd_jax.errors import UserError
 
@@ -119,7 +120,7 @@ def test_parameters_are_within_two_percent_of_gpt2s(benchmarks, words):
     for changes in learning.OURS.values():
         config = trainings.with_overrides(values, [*words, *changes, "model.vocab_size=2000"])
         fitted = learning.with_parameters_of_gpt2(config)
-        assert 0.98 <= trainings.count_parameters(fitted.model) / learning.gpt2_parameters(config.model) <= 1
+        assert 0.98 <= parameters.count(fitted.model) / learning.gpt2_parameters(config.model) <= 1
         assert dataclasses.replace(fitted.model, mlp_width=config.model.mlp_width) == config.model
 
 
