@@ -1,7 +1,6 @@
 """What the members of a sweep cost: parameters, tokens, FLOPs, and time at a rate that was measured."""
 
 import dataclasses
-import math
 from collections.abc import Sequence
 
 from armd_jax.compilation.compile import assumed_vocabulary

@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from armd_jax import config as configs
 from armd_jax import experiment_file, files, typed
-from armd_jax.config import Config, ModelConfig
+from armd_jax.config import Config
 from armd_jax.core import order as orders
 from armd_jax.core import parameters
 from armd_jax.core.order import Order

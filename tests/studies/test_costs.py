@@ -8,7 +8,7 @@ import pytest
 import armd_jax as armd
 from armd_jax import files
 from armd_jax.cli import main as cli
-from armd_jax.core import flops
+from armd_jax.core import flops, sizes
 from armd_jax.studies import costs
 from armd_jax.studies.record import Done
 
@@ -32,8 +32,10 @@ def test_parameters_and_flops_are_those_of_the_models(make_plan):
     """Parameters are those of an initialised model, and FLOPs those of all steps."""
     plan = make_plan(MEMBERS)
     listed, rate = costs.of(plan, plan.jobs, None)
-    lm = armd.LanguageModel.create(costs.assumed_vocabulary(plan.jobs[0].config).model, seed=0)
-    assert listed[0].parameters == sum(leaf.size for leaf in jax.tree.leaves(lm.params))
+    config = costs.assumed_vocabulary(plan.jobs[0].config).model
+    lm = armd.LanguageModel.create(config, seed=0)
+    padding = (sizes.padded_vocab(config) - config.vocab_size) * config.width
+    assert listed[0].parameters == sum(leaf.size for leaf in jax.tree.leaves(lm.params)) - padding
     for job, cost in zip(plan.jobs, listed, strict=True):
         model = costs.assumed_vocabulary(job.config).model
         assert cost.tokens == cost.steps * 4 * 16
