@@ -102,8 +102,8 @@ def run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
     del overrides
     check_out(args)
     asked = {"--tasks": args.tasks, "--suite": args.suite, "--judge": args.judge}
-    if len(chosen := [flag for flag, value in asked.items() if value is not None]) > 1:
-        raise UserError(f"{chosen[0]} and {chosen[1]} are two evaluations; ask for one at a time")
+    if len(flags := [flag for flag, value in asked.items() if value is not None]) > 1:
+        raise UserError(f"{flags[0]} and {flags[1]} are two evaluations; ask for one at a time")
     if args.judge is not None:
         eval_suites.check_absent(args)
         return eval_generation.run(args)
