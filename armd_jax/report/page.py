@@ -1,8 +1,8 @@
 """`armd report --run=DIR`: one self-contained HTML page about a run, and its pictures as PNG files beside it.
 
 The page reads the files that other commands left in the run's folder (config.json, metrics.jsonl, events.jsonl,
-eval.json, generation.json, samples.json). Only config.json has to be there. If another file is missing, its section names the command
-that writes it.
+eval.json, generation.json, samples.json). Only config.json has to be there. If another file is missing, its section
+names the command that writes it; what a judge said has a section if there is something.
 """
 
 import dataclasses
@@ -251,8 +251,8 @@ def _generation(found: Generations | None) -> list[_Section]:
     parts = [
         markup.heading("What a judge says of its texts"),
         markup.note(
-            "Perplexity under the judge falls with the temperature, and so does the entropy of the tokens within a text:"
-            " dull texts are easy to predict. Ways of writing are compared at equal entropy, and with real text."
+            "Perplexity under the judge falls with the temperature, and so does the entropy of the tokens within a"
+            " text: dull texts are easy to predict. Compare ways of writing at equal entropy, and with real text."
         ),
     ]
     pictures = {}
@@ -265,8 +265,8 @@ def _generation(found: Generations | None) -> list[_Section]:
             markup.figure(
                 png,
                 "Generative perplexity (± its standard error) against the entropy of tokens within a text, at the"
-                " temperatures that the points are labelled with, and against tokens per second. Further right and lower"
-                " is better; the star and the dotted line are real text.",
+                " temperatures that the points are labelled with, and against tokens per second. Further right and"
+                " lower is better; the star and the dotted line are real text.",
             )
         )
         pictures["frontier.png" if not number else f"frontier-{number + 1}.png"] = png
