@@ -49,6 +49,9 @@ setup(
         "import": IMPORT,
         "eval": EVAL,
         "stablehlo": STABLEHLO,
+        # Under the GPL, and with faiss and scikit-learn; it needs no PyTorch here.
+        "mauve": ["mauve-text>=0.4"],
+        "judge": ["torch>=2.4", "transformers>=4.44"],
         "benchmark": ["torch>=2.4", "transformers>=4.44"],
         "test": [
             *SERVE,

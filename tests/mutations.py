@@ -913,6 +913,63 @@ MUTATIONS = (
         "interop/test_huggingface.py::test_one_weight_is_in_memory_at_a_time"
         " interop/test_huggingface.py::test_shards_and_their_index",
     ),
+    # --- texts under a judge ------------------------------------------------------------------------------------------
+    Mutation(
+        "perplexity is that of the corpus, not a mean over texts",
+        "evaluation/generative_results.py",
+        "float(nats_T.sum() / tokens_T.sum())",
+        "float((nats_T / tokens_T).mean())",
+        "evaluation/test_generative.py::test_perplexity_is_that_of_the_corpus",
+    ),
+    Mutation(
+        "the standard error counts that texts differ in length",
+        "evaluation/generative_results.py",
+        "nats_T - rate * tokens_T",
+        "nats_T - nats_T.mean()",
+        "evaluation/test_generative.py::test_the_standard_error_is_that_of_other_ways",
+    ),
+    Mutation(
+        "what fills up a row is not scored",
+        "evaluation/generative_judge.py",
+        "-np.where(valid_BN, np.asarray(log_prob), 0)",
+        "-np.asarray(log_prob)",
+        "evaluation/test_generative.py::test_scores_are_those_of_each_text_alone",
+    ),
+    Mutation(
+        "the judge's end-of-text stands between documents",
+        "evaluation/generative_judge.py",
+        "ids += [end_of_text, *part]",
+        "ids += part",
+        "evaluation/test_generative.py::test_texts_are_encoded_again_for_another_tokenizer",
+    ),
+    Mutation(
+        "end-of-text ends no text that is judged",
+        "evaluation/generative.py",
+        "stop_at_end=False",
+        "stop_at_end=True",
+        "evaluation/test_generative.py::test_figures_are_those_of_the_texts_with_these_seeds",
+    ),
+    Mutation(
+        "texts of other weights are drawn again",
+        "evaluation/generative.py",
+        "weights=fingerprint(lm)",
+        'weights=""',
+        "evaluation/test_generative.py::test_what_is_known_is_not_drawn_again",
+    ),
+    Mutation(
+        "entropy is that within a text",
+        "evaluation/generative_tokens.py",
+        "float(np.mean([entropy(row) for row in rows])), entropy(",
+        "entropy(np.concatenate(rows)), entropy(",
+        "evaluation/test_generative_tokens.py::test_entropy_within_texts_and_over_all",
+    ),
+    Mutation(
+        "the longest stretch may come twice anywhere",
+        "evaluation/generative_tokens.py",
+        "len(grams) <= len(tokens) - middle",
+        "len(grams) < len(tokens) - middle",
+        "evaluation/test_generative_tokens.py",
+    ),
 )
 
 

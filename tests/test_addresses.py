@@ -40,6 +40,8 @@ COMMANDS = [
     (f"{EVAL} --data=s3a://bucket/text.txt", "--data"),
     (f"{EVAL} --out=s3a://bucket/figures", "--out"),
     (f"{EVAL} --tasks=own --include-path=https://example.org/tasks", "--include-path"),
+    (f"{EVAL} --judge=https://example.org/judge", "--judge"),
+    (f"{EVAL} --judge=here --reference=hdfs://host/text.txt", "--reference"),
     ("sample --run=S3://bucket/run", "--run"),
     ("sample --run=here --out=hdfs://host/samples", "--out"),
     ("sample --run=here --prompts=gs://bucket/prompts.jsonl --out=new", "--prompts"),
@@ -60,6 +62,8 @@ COMMANDS = [
 OTHER_TEXTS = {"--text-field", "--coordinator", "--topology", "--streams", "--steps", "--stop", "--prompt", "--suffix"}
 OTHER_TEXTS |= {"--mesh", "--host", "--tasks", "--shard", "--beam-flag", "--only", "--launcher-flag"}
 OTHER_TEXTS |= {"--metric", "--baseline", "--reach"}
+OTHER_TEXTS |= {"--mesh", "--host", "--tasks", "--shard", "--beam-flag"}
+OTHER_TEXTS |= {"--temperatures", "--modes", "--samplers"}
 OTHER_FIELDS = {"data.text_field", "training.wandb_project"}
 
 

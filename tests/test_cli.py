@@ -239,7 +239,26 @@ def test_a_run_goes_on_from_another_folder(tmp_path, monkeypatch, capsys, smoke_
 
 
 @pytest.mark.slow
-def test_a_denoiser_through_all_verbs(tmp_path, capsys, corpus):
+def test_texts_under_a_judge(tmp_path, capsys, smoke_run):
+    """A table of every setting and of real text; what is asked for once more is not drawn once more."""
+    argv = ["eval", f"--run={smoke_run}", f"--judge={smoke_run}", "--samples=2", "--length=8", "--streams=1,2"]
+    argv += [f"--out={tmp_path}"]
+    first = _json(capsys, *argv, "--temperatures=0.5,1")
+    file = tmp_path / "generation.json"
+    assert first == json.loads(file.read_text()) and first["entries"][0]["text"] == "test split"
+    drawn = [(one["streams"], one["temperature"]) for one in first["entries"][1:]]
+    assert drawn == [(1, 0.5), (1, 1.0), (2, 0.5), (2, 1.0)]
+    assert all(one["judge"]["name"] == str(smoke_run) and one["judge_tokens"] == 16 for one in first["entries"])
+    before = file.stat().st_mtime_ns
+    assert cli.main([*argv, "--temperatures=1"]) == 0
+    assert file.stat().st_mtime_ns == before
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith(("strided", "real"))]
+    assert [" ".join(line.split()[:5]) for line in lines][:2] == ["strided, S = 1 1", "strided, S = 2 1"]
+    assert len(lines) == 3 and lines[2].startswith("real text (test split)") and "±" in lines[0]
+
+
+@pytest.mark.slow
+def test_a_denoiser_through_all_verbs(tmp_path, capsys, corpus, smoke_run):
     """Training, evaluation, samples, export and report of model.kind=denoiser; no figure pretends to be exact."""
     run, copy = tmp_path / "run", tmp_path / "export"
     config = [f"--config={ROOT / 'experiments' / 'mdlm.py'}:smoke", f"--config.data.path={corpus}"]
@@ -267,8 +286,14 @@ def test_a_denoiser_through_all_verbs(tmp_path, capsys, corpus):
             assert one["num_calls"] == max(one["calls"]) <= 11
     assert [one["steps"] for one in drawn[0]] == [3, 6]
 
+    judged = ["eval", f"--run={run}", f"--judge={smoke_run}", "--samples=2", "--length=8", "--temperatures=0.9"]
+    entries = _json(capsys, *judged, "--samplers=first_hitting,ancestral", "--steps=3")["entries"]
+    assert [(one["sampler"], one["steps"]) for one in entries[1:]] == [("first_hitting", None), ("ancestral", 3)]
+    assert entries[1]["own_nats_per_token"] is None and entries[1]["num_calls"] == 8 >= 3 >= entries[2]["num_calls"]
+
     assert cli.main(["report", f"--run={run}"]) == 0
     page = (run / "report.html").read_text()
+    assert "ancestral, 3 steps" in page.partition("What a judge says")[2] and (run / "frontier.png").exists()
     assert "a masked diffusion model" in page and "a bound: ELBO" in page and "negative ELBO" in page
     shown = re.sub('base64,[^"]*', "", page).partition("Configuration")[0]
     assert "exact" not in shown and "stream" not in shown
@@ -284,6 +309,8 @@ def test_a_denoiser_through_all_verbs(tmp_path, capsys, corpus):
         (["eval", "--orders=2"], ["--orders", "denoiser", "ELBO"]),
         (["eval", "--price"], ["--price", "denoiser", "ELBO"]),
         (["eval", "--tasks=lambada"], ["denoiser", "--tasks"]),
+        (["eval", f"--judge={run}"], ["--judge", "denoiser"]),
+        (["eval", f"--judge={smoke_run}", "--streams=2"], ["--streams=2", "belongs to an ARMD"]),
     ):
         _assert_one_error(capsys, [argv[0], f"--run={run}", *argv[1:]], *words)
     train = ["train", *config, f"--workdir={tmp_path / 'other'}"]

@@ -203,7 +203,7 @@ def evaluate(
                 dataclasses.replace(
                     entry,
                     own_nats_per_token=None if own is None else float(own.mean()),
-                    mauve=_mauve(scores, real_scores),
+                    mauve=mauve_score(scores, real_scores),
                     mauve_text=real_name,
                     tokens_per_second=written.tokens_per_second,
                     num_calls=written.num_calls,
@@ -242,7 +242,7 @@ def _mauve_is_installed() -> bool:
     return True
 
 
-def _mauve(scores: Scores, real: Scores | None) -> float | None:
+def mauve_score(scores: Scores, real: Scores | None) -> float | None:
     """MAUVE between texts and real text, if the library is installed (extra `mauve`)."""
     if real is None or scores.features_TD is None or real.features_TD is None:
         return None

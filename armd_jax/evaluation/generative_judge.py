@@ -8,15 +8,17 @@ included, up to the judge's context.
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, assert_never
 
 import numpy as np
 
 from armd_jax.core import order as orders
 from armd_jax.data.tokenizers import Tokenizer
 from armd_jax.errors import UserError
+from armd_jax.evaluation.completions import fingerprint
 from armd_jax.evaluation.generative_results import JudgedBy
 from armd_jax.inference.language_model import LanguageModel
+from armd_jax.names import JudgeKind
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +61,26 @@ class OwnJudge:
     lm: LanguageModel
     facts: JudgedBy
     batch_size: int
+
+    @classmethod
+    def of(cls, lm: LanguageModel, name: str, kind: JudgeKind, batch_size: int) -> "OwnJudge":
+        """A model with orders and with a tokenizer as a judge. name, kind: see `JudgedBy`."""
+        match kind:
+            case "armd":
+                first_token = "the judge's start token"
+            case "imported" | "transformers":
+                first_token = "the token that its config says texts begin with (bos, else eos)"
+            case _:
+                assert_never(kind)
+        facts = JudgedBy(
+            name=name,
+            kind=kind,
+            digest=fingerprint(lm),
+            context=lm.config.max_length,
+            retokenised=True,
+            first_token=first_token,
+        )
+        return cls(lm, facts, batch_size)
 
     @property
     def _tokenizer(self) -> Tokenizer:

@@ -5,9 +5,7 @@ import pathlib
 from armd_jax import files, remote
 from armd_jax.errors import UserError
 from armd_jax.evaluation import generative_transformers
-from armd_jax.evaluation.completions import fingerprint
 from armd_jax.evaluation.generative_judge import Judge, OwnJudge
-from armd_jax.evaluation.generative_results import JudgedBy
 from armd_jax.interop import importing
 from armd_jax.interop.huggingface import configs as huggingface_configs
 from armd_jax.interop.huggingface.configs import ARMD_TYPE
@@ -35,15 +33,7 @@ def open_judge(path: pathlib.Path, batch_size: int) -> Judge:
             raise UserError(
                 f"--judge={name}: a denoiser (model.kind) gives no text a probability; choose another judge"
             )
-        facts = JudgedBy(
-            name=name,
-            kind="armd",
-            digest=fingerprint(lm),
-            context=lm.config.max_length,
-            retokenised=True,
-            first_token="the judge's start token",
-        )
-        return OwnJudge(lm, facts, batch_size)
+        return OwnJudge.of(lm, name, "armd", batch_size)
     try:
         return _imported(path, name, batch_size)
     except UserError as error:
@@ -54,12 +44,4 @@ def _imported(path: pathlib.Path, name: str, batch_size: int) -> OwnJudge:
     source = importing.open_source(path)
     length = huggingface_configs.read(source.config, source.where).model.max_length
     lm = importing.open_model(source, two_stream_layers=0, max_length=length, aggregator="shift")[0].load()
-    facts = JudgedBy(
-        name=name,
-        kind="imported",
-        digest=fingerprint(lm),
-        context=length,
-        retokenised=True,
-        first_token="the token that its config says texts begin with (bos, else eos)",
-    )
-    return OwnJudge(lm, facts, batch_size)
+    return OwnJudge.of(lm, name, "imported", batch_size)

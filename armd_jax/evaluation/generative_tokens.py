@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterable, Sequence
 
 import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
 
 REPEATED = 4  # tokens of the n-grams whose repetition is counted, as seq-rep-4 of Welleck et al. (2020) has it
 
@@ -70,7 +71,7 @@ def entropy(text: Text) -> float:
 
 def distinct(texts: Iterable[Text], n: int) -> float | None:
     """How many different n-grams texts have, as a share of all their n-grams; None if they have none."""
-    grams = [_n_grams(np.asarray(text), n) for text in texts if len(text) >= n]
+    grams = [sliding_window_view(np.asarray(text), n) for text in texts if len(text) >= n]
     if not grams:
         return None
     together = np.concatenate(grams)
@@ -84,11 +85,6 @@ def longest_repeat(text: Text) -> int:
     low, high = 0, len(tokens)
     while high - low > 1:
         middle = (low + high) // 2
-        grams = {gram.tobytes() for gram in _n_grams(tokens, middle)}
+        grams = {gram.tobytes() for gram in sliding_window_view(tokens, middle)}
         low, high = (middle, high) if len(grams) <= len(tokens) - middle else (low, middle)
     return low
-
-
-def _n_grams(tokens: np.ndarray, n: int) -> np.ndarray:
-    """The n-grams [N - n + 1, n] of a row of N >= n tokens."""
-    return np.lib.stride_tricks.sliding_window_view(tokens, n)

@@ -2,7 +2,7 @@
 
 The page reads the files that other commands left in the run's folder (config.json, metrics.jsonl, events.jsonl,
 eval.json, generation.json, samples.json). Only config.json has to be there. If another file is missing, its section
-names the command that writes it.
+names the command that writes it; what a judge said has a section if there is something.
 """
 
 import dataclasses
@@ -295,7 +295,7 @@ def _generation(found: Generations | None) -> list[_Section]:
         markup.heading("What a judge says of its texts"),
         markup.note(
             "Perplexity under the judge falls with the temperature, and so does the entropy of the tokens within a"
-            " text: dull texts are easy to predict. Ways of writing are compared at equal entropy, and with real text."
+            " text: dull texts are easy to predict. Compare ways of writing at equal entropy, and with real text."
         ),
     ]
     pictures = {}

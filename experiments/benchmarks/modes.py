@@ -24,7 +24,6 @@ a prompt are the same one.
 import argparse
 import dataclasses
 import json
-import math
 import pathlib
 import shlex
 import sys
@@ -39,6 +38,8 @@ from trainings import commit, markdown, mean_and_error
 
 from armd_jax.core import order as orders
 from armd_jax.errors import UserError
+from armd_jax.evaluation import generative_results, generative_tokens
+from armd_jax.evaluation.generative_judge import OwnJudge
 from armd_jax.inference.generation import Generation
 from armd_jax.inference.language_model import LanguageModel
 from armd_jax.interop.load import load
@@ -80,9 +81,9 @@ class Case:
 # --- quality --------------------------------------------------------------------------------------------------------
 
 
-def quality(case: Case, judge: LanguageModel, args: argparse.Namespace) -> tuple[dict[str, Any], np.ndarray]:
+def quality(case: Case, judge: OwnJudge, args: argparse.Namespace) -> tuple[dict[str, Any], np.ndarray]:
     """The figures of all texts of a case, and their tokens. Standard errors are those of means over texts."""
-    tokens, calls, own, judged, difference = [], [], [], [], 0.0
+    tokens, calls, own, difference = [], [], [], 0.0
     for start in range(0, args.texts, args.batch):
         seeds = range(args.seed + start, args.seed + min(start + args.batch, args.texts))
         made = case.write(args, seeds, args.temperature)
@@ -90,44 +91,25 @@ def quality(case: Case, judge: LanguageModel, args: argparse.Namespace) -> tuple
         tokens.append(made.tokens_BN)
         calls += (made.call_BN.max(axis=1) / args.length).tolist()
         own += (-made.log_prob_BN.mean(axis=1, dtype=np.float64)).tolist()
-        judged += left_to_right_nats(judge, made.tokens_BN)
         parallel_BN = np.asarray(case.lm.log_prob(made.tokens_BN, made.order))
         difference = max(difference, float(np.abs(parallel_BN - made.log_prob_BN).max()))
     tokens_BN = np.concatenate(tokens)
-    (nats, nats_error), (own_nats, own_error) = mean_and_error(judged), mean_and_error(own)
-    assert nats_error is not None
+    scores = judge.score(tokens_BN.tolist(), features=False)
+    perplexity, error = generative_results.perplexity_of_corpus(scores.nats_T, scores.tokens_T)
+    own_nats, own_error = mean_and_error(own)
     return {
         "mode": case.mode,
         "streams": case.streams,
         "texts": len(tokens_BN),
         "calls_per_token": float(np.mean(calls)),
-        "generative_perplexity": math.exp(nats),
-        "generative_perplexity_error": math.exp(nats) * nats_error,
-        "entropy": entropy(tokens_BN),
-        "distinct_bigrams": distinct_bigrams(tokens_BN),
+        "generative_perplexity": perplexity,
+        "generative_perplexity_error": error,
+        "entropy": generative_tokens.entropy(tokens_BN.ravel()),
+        "distinct_bigrams": generative_tokens.distinct(tokens_BN, 2),
         "nats_per_token": own_nats,
         "nats_per_token_error": own_error,
         "largest_difference": difference,
     }, tokens_BN
-
-
-def left_to_right_nats(lm: LanguageModel, tokens_BN: np.ndarray) -> list[float]:
-    """Nats per token of each text in one pass, left to right."""
-    log_prob_BN = np.asarray(lm.log_prob(tokens_BN, orders.left_to_right(*tokens_BN.shape)))
-    return [float(-log_prob_N.mean(dtype=np.float64)) for log_prob_N in log_prob_BN]
-
-
-def entropy(tokens_BN: np.ndarray) -> float:
-    """The entropy of the frequencies of tokens in all texts together, in nats."""
-    counts = np.unique(tokens_BN, return_counts=True)[1]
-    shares = counts / counts.sum()
-    return float(-(shares * np.log(shares)).sum())
-
-
-def distinct_bigrams(tokens_BN: np.ndarray) -> float:
-    """How many different pairs of neighbouring tokens there are in all texts together, as a share of all pairs."""
-    pairs = np.stack([tokens_BN[:, :-1].ravel(), tokens_BN[:, 1:].ravel()], axis=1)
-    return len(np.unique(pairs, axis=0)) / len(pairs)
 
 
 # --- speed ----------------------------------------------------------------------------------------------------------
@@ -196,7 +178,7 @@ def lossless(lm: LanguageModel, written_BN: np.ndarray, args: argparse.Namespace
                 "streams": case.streams,
                 "acceptance": accepted / drafted if drafted else None,
                 "tokens_per_call": free * len(texts) / sum(text.num_calls for text in texts),
-                "distinct_bigrams": distinct_bigrams(np.concatenate([text.tokens_BN for text in texts])),
+                "distinct_bigrams": generative_tokens.distinct([row for text in texts for row in text.tokens_BN], 2),
                 "largest_difference": max(differences(lm, texts)),
                 "same_texts": float(np.mean(same)),
             }
@@ -292,14 +274,15 @@ def check(args: argparse.Namespace, lm: LanguageModel, judge: LanguageModel) -> 
 
 def benchmark(args: argparse.Namespace) -> dict[str, Any]:
     """All figures, texts first and speeds last."""
-    lm, judge = load(args.run), load(args.judge)
-    check(args, lm, judge)
+    lm, judging = load(args.run), load(args.judge)
+    check(args, lm, judging)
+    judge = OwnJudge.of(judging, str(args.judge), "armd", args.batch)
     asked = [Case(lm, mode, streams) for mode in args.modes for streams in args.streams]
     base = Case(lm, "strided", 1)
     cases = [base, *(case for case in asked if (case.mode, case.streams) != (base.mode, base.streams))]
     found = [quality(case, judge, args) for case in tqdm(cases, "texts", disable=args.json, leave=False)]
     rows, written_BN = [row for row, _ in found], found[0][1]
-    reference, _ = quality(Case(judge, "strided", 1), judge, args)
+    reference, _ = quality(Case(judging, "strided", 1), judge, args)
     tried: list[dict[str, Any]] = []
     if args.turns:
         add_speeds(rows, cases, args)
