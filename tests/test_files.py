@@ -79,3 +79,21 @@ def test_errors_of_libraries_get_their_number(tmp_path, full_disk, number):
     assert files.os_error(RuntimeError("broken"), tmp_path / "part").errno == errno.EIO
     with full_disk(100):
         assert files.os_error(RuntimeError("broken"), tmp_path / "part").errno == errno.EFBIG
+
+
+def test_the_last_object_is_found_from_the_end(tmp_path):
+    """Whole lines alone count, and what is far from the end is not read."""
+    path = tmp_path / "rows.jsonl"
+    assert files.last_json_line(path) is None
+    for text, last in (
+        ("", None),
+        ('{"step": 1}', None),
+        ('{"step": 1}\n{"step": 2}\n', {"step": 2}),
+        ('{"step": 1}\n{"step": 2}\n{"st', {"step": 2}),
+        ("[1]\n", None),
+        ("{\n", None),
+        ('{"step": 1}\n' + "x" * 2**17, None),
+        ('{"a": "' + "x" * 2**17 + '"}\n{"step": 3}\n', {"step": 3}),
+    ):
+        path.write_text(text)
+        assert files.last_json_line(path) == last, text[:50]
