@@ -135,11 +135,11 @@ def test_train_with_any_overrides(monkeypatch, empty, smoke_config, words):
     assert os.listdir(empty) == []
 
 
-VERBS = ["prepare", "train", "eval", "sample", "export", "import", "report", "profile"]
+VERBS = ["prepare", "train", "sweep", "eval", "sample", "export", "import", "report", "profile"]
 FLAGS = ["--source", "--out", "--tokenizer", "--vocab-size", "--length", "--text-field", "--skip-damaged", "--config"]
 FLAGS += ["--workdir", "--run", "--no-ema", "--split", "--data", "--streams", "--draws", "--batch", "--seed", "--json"]
 FLAGS += ["--temperature", "--top-k", "--top-p", "--prompt", "--suffix", "--help", "-h", "--config.model.width"]
-FLAGS += ["--from", "--two-stream", "--max-length", "--aggregator"]
+FLAGS += ["--from", "--two-stream", "--max-length", "--aggregator", "--list", "--jobs", "--launcher", "--only"]
 words = st.sampled_from(FLAGS) | texts
 flags = st.tuples(st.sampled_from(FLAGS) | texts, texts | numbers.map(str)).map("=".join)
 
@@ -150,6 +150,7 @@ def test_any_command_line(monkeypatch, empty, verb, arguments):
     """Any words after any verb, none of which names a run, a corpus or an experiment that is there."""
     monkeypatch.chdir(empty)
     missing = {"prepare": "--source=missing.txt", "train": "--config=missing.py", "import": "--from=missing"}
+    missing["sweep"] = "--config=missing.py"
     last = missing.get(verb, "--run=missing")
     _assert_one_error([verb, *arguments, last])
     assert os.listdir(empty) == []

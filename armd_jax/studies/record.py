@@ -74,8 +74,12 @@ class Folder:
         return typed.build(Done, files.read_json(file), str(file)) if file.is_file() else NOTHING
 
     def note(self, name: str, done: Done) -> None:
-        """Writes what has been done of a member."""
-        files.write(self.member(name) / "member.json", typed.to_json(done) + "\n")
+        """Writes what has been done of a member; if that is nothing, there is no file."""
+        file = self.member(name) / "member.json"
+        if done == NOTHING:
+            file.unlink(missing_ok=True)
+        else:
+            files.write(file, typed.to_json(done) + "\n")
 
     def names(self) -> list[str]:
         """The names of the members as of the last call, none if there was none."""
@@ -88,7 +92,9 @@ class Folder:
             raise UserError(f"{file}: is not the file of a sweep") from error
 
     def begun(self, name: str) -> bool:
-        """Whether the run of a member has saved something that it can go on from."""
+        """Whether the training of a member is finished, or has saved something that it can go on from."""
+        if TRAIN in self.done(name).done:
+            return True
         saved = self.member(name) / "checkpoints"
         return saved.is_dir() and any(step.name.isdecimal() for step in saved.iterdir())
 

@@ -155,6 +155,9 @@ class _Runner:
         task, job = state.tasks[0], state.job
         folder = self._folder.member(job.name)
         folder.mkdir(parents=True, exist_ok=True)
+        if state.done.error:  # it is tried again
+            state.done = Done("finished", state.done.done)
+            self._folder.note(job.name, state.done)
         words = self._plan.command(job) if task == TRAIN else next(one.words for one in job.after if one.text == task)
         slot = self._slots.pop(0)
         log = folder / "log.txt"

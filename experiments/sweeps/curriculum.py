@@ -2,8 +2,8 @@
 
 Command:   armd sweep --config=experiments/sweeps/curriculum.py --out=runs/curriculum
        or  armd sweep --config=experiments/sweeps/curriculum.py:smoke --out=runs/curriculum-smoke
-Hardware:  2 CPU cores: 12 times the quickstart, which `--list` estimates once a member is finished. With `:smoke`, a
-           few minutes.
+Hardware:  2 CPU cores, for 12 trainings of the quickstart. Once a member is finished, `--list` says how long the others
+           take at its rate.
 Data:      that of the quickstart, whose rows are made once and shared by all members.
 """
 

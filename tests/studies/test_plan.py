@@ -95,6 +95,9 @@ def test_a_member_that_has_changed_is_refused(make_plan):
     plan.folder.note("model=AR", Done("finished", ("train",)))
     with pytest.raises(UserError, match="member model=AR: it was trained with .*training.num_steps was 8, now 10"):
         make_plan(AR, overrides=("--config.training.num_steps=10",))
+    (plan.folder.member("model=AR") / "checkpoints" / "2").rmdir()  # whoever needs space keeps the results
+    with pytest.raises(UserError, match="training.num_steps was 8, now 10"):
+        make_plan(AR, overrides=("--config.training.num_steps=10",))
     more = make_plan(f'chain({AR}, axis("model.dropout", [0.1]))')  # new members may come
     assert [job.name for job in more.jobs] == ["model=AR", "model=WIDE", "model.dropout=0.1"]
 

@@ -45,6 +45,8 @@ def test_what_is_done_is_kept(tmp_path):
     done = Done("failed", ("train",), "eval: no such thing")
     folder.note("a=1", done)
     assert folder.done("a=1") == done
+    folder.note("a=1", record.NOTHING)
+    assert folder.done("a=1") == record.NOTHING and not list(folder.member("a=1").iterdir())
 
 
 @pytest.mark.parametrize("text", ["{", '{"status": "done"}', '{"done": 3}', "[]"])
