@@ -47,7 +47,7 @@ COMMANDS = [
     ("import --from=here --out=az://bucket/export", "--out"),
     ("checkpoints --run=dbfs:/mnt/run", "--run"),
     ("report --run=abfss://bucket/run", "--run"),
-    ("report --sweep=abfss://bucket/sweep", "--sweep"),
+    ("report --sweep=gs://bucket/sweep", "--sweep"),
     ("profile --run=hdfs://host/run", "--run"),
     ("report --run=here --out=hdfs://host/report", "--out"),
     ("serve --run=hdfs://host/run", "--run"),

@@ -53,6 +53,11 @@ def _folder(text: str, use: remote.Use) -> pathlib.Path:
     return remote.copy_for(text, use) if remote.is_address(text) else _path(text, "folder")
 
 
+def local_folder(text: str) -> pathlib.Path:
+    """The type of an argument that names a folder on this machine, and none in object storage."""
+    return _path(text, "folder")
+
+
 def file(text: str) -> pathlib.Path:
     """The type of an argument that names a file."""
     return _path(text, "file")

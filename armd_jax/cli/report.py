@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 
 from armd_jax import files, remote
-from armd_jax.cli.arguments import add_out, check_out, folder, show
+from armd_jax.cli.arguments import add_out, check_out, folder, local_folder, show
 from armd_jax.errors import UserError
 
 HELP = "Write report.html and its pictures into the run, or sweep.html and tables into the folder of a sweep."
@@ -16,7 +16,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     """Declares the arguments."""
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--run", default=None, type=folder, help="a training run or an export")
-    what.add_argument("--sweep", default=None, type=folder, help="the folder of a sweep")
+    what.add_argument("--sweep", default=None, type=local_folder, help="the folder of a sweep")
     add_out(parser, "the page and its pictures", " or the sweep")
     parser.add_argument(
         "--metric",

@@ -36,8 +36,9 @@ def curves(sweep: Sweep, against: Against) -> bytes | None:
 
     Of more than a dozen rows, each has a panel of its own. None if no finished member has such a curve.
     """
-    lines = {row: _of_row(sweep, row, against) for row in sweep.rows}
-    lines = {row: found for row, found in lines.items() if any(found.values())}
+    of_rows = [(row, _of_row(sweep, row, against)) for row in sweep.rows]
+    bounds = {row for row in sweep.rows if any(member.bounds for member in sweep.finished(row))}
+    lines = {row + " (bound)" * (row in bounds): found for row, found in of_rows if any(found.values())}
     if not lines:
         return None
     return _together(lines, against) if len(lines) <= MOST_TOGETHER else _apart(lines, against)
@@ -70,7 +71,7 @@ def _places(member: Member, against: Against) -> Callable[[int], float | None]:
         case "tokens":
             return lambda step: step * cost.tokens_per_step if cost else None
         case "flops":
-            return lambda step: step * cost.tokens_per_step * cost.flops_per_token if cost else None
+            return lambda step: step * cost.flops_per_step if cost else None
         case "seconds":
             return member.seconds().get
         case _:
@@ -207,7 +208,8 @@ def _dots(figure: str, known: Mapping[str, Estimate], sweep: Sweep, axes: Sequen
         joined: dict[str, list[tuple[float, int]]] = {}
         for row, label in labels[axis].items():
             mean, error, place = known[row].mean, known[row].error, places[label]
-            panel.errorbar(mean, place, xerr=error, fmt="o", color=BLUE, markersize=5, capsize=3)
+            bound = any(figures.is_bound(member, figure) for member in sweep.finished(row))
+            panel.errorbar(mean, place, xerr=error, fmt="<" if bound else "o", color=BLUE, markersize=6, capsize=3)
             others = [sweep.values(row)[other] for other in sweep.axes if other != axis]
             joined.setdefault(str(others), []).append((mean, place))
         in_order = all(isinstance(sweep.values(row)[axis], int | float) for row in labels[axis])

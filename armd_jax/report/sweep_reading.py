@@ -45,13 +45,18 @@ class Cost:
     ar_flops_per_token: float
     weights: int
 
+    @property
+    def flops_per_step(self) -> float:
+        """Model FLOPs of a step of training."""
+        return self.tokens_per_step * self.flops_per_token
+
     def figures(self) -> dict[str, float]:
         """The figures of the whole training, by their dotted names."""
         tokens = self.steps * self.tokens_per_step
         return {
             "cost.steps": self.steps,
             "cost.tokens": tokens,
-            "cost.flops": self.flops_per_token * tokens,
+            "cost.flops": self.flops_per_step * self.steps,
             "cost.ar_flops": self.ar_flops_per_token * tokens,
             "cost.weights": self.weights,
         }

@@ -14,7 +14,7 @@ from armd_jax import typed
 from armd_jax.report import sweep_figures as figures
 from armd_jax.report import sweep_statistics as statistics
 from armd_jax.report.sweep_reading import Sweep
-from armd_jax.report.sweep_statistics import Estimate
+from armd_jax.report.sweep_statistics import Estimate, Reach
 from armd_jax.report.sweep_tables import Bound, Cell, Row, Tables, printed
 
 
@@ -98,31 +98,32 @@ def _ratio(cell: Cell) -> str:
 
 
 def _reached(tables: Tables) -> Shown:
-    cells = []
-    for row in tables.rows:
-        steps = [one.steps for one in row.reached if one.steps is not None]
-        never = len(row.reached) - len(steps)
-        if not row.reached:
-            text = ["–", "–"]
-        elif never:  # a mean of those that did reach it would be too good
-            text = ["never" if not steps else f"never in {never} of {len(row.reached)}", "–"]
-        else:
-            speedups = [one.speedup for one in row.reached if one.speedup is not None]
-            at_most = any(one.at_most for one in row.reached)
-            text = [
-                shown_estimate(statistics.estimate(steps), 0, "≤" if at_most else ""),
-                shown_estimate(statistics.estimate(speedups), 2, "≥" if at_most else ""),
-            ]
-        cells.append([row.name, str(len(row.reached)), *text])
+    cells = [[row.name, str(len(row.reached)), *_steps(row.reached)] for row in tables.rows]
     note = (
         "The first step at which the held-out loss is as low as the final one of that row with the same seed, linear in"
-        " the logarithm of the step between two evaluations; and how many times fewer steps that is than the row took."
-        " ≤: already at the first evaluation."
+        " the logarithm of the step between two evaluations; how many times fewer steps that is than the row took, and"
+        " how many times fewer model FLOPs. ≤: already at the first evaluation."
     )
     if bounds := [row.name for row in tables.rows if row.bound]:
         note += f" The loss of {', '.join(bounds)} is an upper bound of the true one."
-    header = ["row", "seeds", "steps", "times fewer"]
+    header = ["row", "seeds", "steps", "times fewer", "times fewer FLOPs"]
     return Shown(f"Steps to the final held-out loss of {tables.reach}", note, header, cells)
+
+
+def _steps(reached: Sequence[Reach]) -> list[str]:
+    """Steps, times fewer steps, times fewer FLOPs. A mean without the seeds that never get there would be too good."""
+    steps = [one.steps for one in reached if one.steps is not None]
+    if len(steps) < len(reached):
+        return [f"never in {len(reached) - len(steps)} of {len(reached)}" if steps else "never", "–", "–"]
+    speedups = [one.speedup for one in reached if one.speedup is not None]
+    savings = [one.flops_saving for one in reached if one.flops_saving is not None]
+    at_most: Bound = "≤" if any(one.at_most for one in reached) else ""
+    at_least: Bound = "≥" if at_most else ""
+    return [
+        shown_estimate(statistics.estimate(steps), 0, at_most),
+        shown_estimate(statistics.estimate(speedups), 2, at_least),
+        shown_estimate(statistics.estimate(savings), 2, at_least),
+    ]
 
 
 def _left_out(tables: Tables) -> Shown:
@@ -140,7 +141,8 @@ def markdown(tables: Tables) -> str:
 
 
 def _markdown(table: Shown) -> str:
-    lines = [_line(table.header), _line(["---", *["---:" for _ in table.header[1:]]])]
+    numbers = [head not in ("status", "reason") for head in table.header[1:]]
+    lines = [_line(table.header), _line(["---", *("---:" if one else "---" for one in numbers)])]
     for place, row in enumerate(table.cells):
         bold = [f"**{text}**" if (place, column) in table.strong else text for column, text in enumerate(row)]
         lines.append(_line(bold))
@@ -185,9 +187,10 @@ def rows_csv(tables: Tables) -> str:
 def steps_csv(tables: Tables) -> str:
     """One line per row and seed: when its held-out loss reaches the final one of the row that others have to reach."""
     header = ["row", "seed", "reach", "target", "steps", "at_first_evaluation", "baseline_steps", "times_fewer"]
+    header += ["times_fewer_flops"]
     lines = [
         [row.name, one.seed, tables.reach, one.target, "never" if one.steps is None else one.steps]
-        + [int(one.at_most), one.baseline_steps, one.speedup]
+        + [int(one.at_most), one.baseline_steps, one.speedup, one.flops_saving]
         for row in tables.rows
         for one in row.reached
     ]
@@ -212,5 +215,5 @@ def as_dict(tables: Tables) -> dict[str, Any]:
     plain["left_out"] = [{key: getattr(member, key) for key in keys} for member in tables.left_out]
     for row, one in zip(plain["rows"], tables.rows, strict=True):
         for values, reached in zip(row["reached"], one.reached, strict=True):
-            values["speedup"] = reached.speedup
+            values |= {"speedup": reached.speedup, "flops_saving": reached.flops_saving}
     return plain

@@ -104,7 +104,10 @@ def test_steps_to_equal_likelihood(make_sweep):
     assert [one.steps for one in reached["model=MDLM"]] == [1600.0, 1600.0, 1600.0]
     text = sweep_text.markdown(tables)
     assert "| model=ARMD | 2 | 300 ± 100 | 6.00 ± 2.00 |" in text
-    assert "| model=AR | 3 | never in 1 of 3 | – |" in text
+    step = flops.training_flops_per_token
+    cost = step(ModelConfig(max_length=64)).total / step(ModelConfig(kind="denoiser", max_length=64)).total
+    assert [one.flops_saving for one in reached["model=ARMD"]] == [pytest.approx(8 / cost), pytest.approx(4 / cost)]
+    assert "| model=AR | 3 | never in 1 of 3 | – | – |" in text
     lines = list(csv.DictReader(io.StringIO(sweep_text.steps_csv(tables))))
     assert [line["steps"] for line in lines if line["row"] == "model=AR"][2] == "never"
     assert statistics.first_reached([(100, 5.0), (200, 4.0)], 6.0) == (100.0, True)
