@@ -57,7 +57,7 @@ COMMANDS = [
 # Arguments and fields that take a text which names no file.
 OTHER_TEXTS = {"--text-field", "--coordinator", "--topology", "--streams", "--steps", "--stop", "--prompt", "--suffix"}
 OTHER_TEXTS |= {"--mesh", "--host", "--tasks", "--shard", "--beam-flag"}
-OTHER_TEXTS |= {"--metric", "--baseline", "--reach"}
+OTHER_TEXTS |= {"--metric", "--rows", "--baseline", "--reach"}
 OTHER_FIELDS = {"data.text_field", "training.wandb_project"}
 
 

@@ -32,17 +32,21 @@ def write(
     wanted: Sequence[str] = (),
     baseline: str | None = None,
     reach: str | None = None,
+    rows: Sequence[str] = (),
 ) -> Report:
     """Writes the report of the sweep in `folder` into `out`, by default the sweep's folder.
 
     sweep.md, sweep.csv, rows.csv, steps.csv: tables, the same bytes for members of the same bits. speed.csv, sweep.html
     and its PNG files: with speeds, which differ between equal runs.
-    wanted, baseline, reach: see `sweep_tables.make`.
+    wanted, baseline, reach: see `sweep_tables.make`. rows: patterns as those of file names; only rows that fit one, and
+    those that they are compared with, are reported. None: all.
     Everything is made before the first file is written, and every file is written whole or not at all.
     Raises UserError if the folder is no sweep, if nothing of it is finished, or if it cannot be written.
     """
     out = folder if out is None else out
     sweep = sweep_reading.load(folder)
+    if rows:
+        sweep = sweep_reading.only(sweep, rows, [row for row in (baseline, reach) if row is not None])
     tables = sweep_tables.make(sweep, wanted, baseline, reach)
     markdown = sweep_text.markdown(tables)
     pictures = _pictures(sweep, tables)
@@ -96,7 +100,7 @@ def _page(sweep: Sweep, tables: Tables, pictures: dict[str, tuple[bytes, str]]) 
     body = []
     for table in sweep_text.shown_tables(tables, {figure: figures.words(figure) for figure in tables.figures}):
         body += [markup.heading(table.title), *([markup.note(table.note)] if table.note else [])]
-        body.append(markup.table(table.header, table.cells, table.strong))
+        body += [markup.table(table.header, table.cells, table.strong)] if table.cells else []
     if pictures:
         body.append(markup.heading("Pictures"))
     body += [markup.figure(png, caption) for png, caption in pictures.values()]

@@ -7,6 +7,7 @@ unless a figure of speed is asked for by its name.
 import csv
 import dataclasses
 import io
+import typing
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -42,33 +43,40 @@ class Shown:
 
 def shown_tables(tables: Tables, names: dict[str, str] | None = None) -> list[Shown]:
     """All tables for people. names: what to write above a column in the place of the figure's path."""
-    heads = [(names or {}).get(figure, figure) for figure in tables.figures]
-    found = [_values(tables, heads)]
-    if len(tables.rows) > 1:
-        found.append(_ratios(tables, heads))
-        if any(row.reached for row in tables.rows):
-            found.append(_reached(tables))
+    found: list[Shown] = []
+    for part in typing.get_args(figures.Table):
+        columns = [figure for figure in tables.figures if figures.table_of(figure) == part]
+        rows = [row for row in tables.rows if any(row.cells[figure].value for figure in columns)]
+        if rows:
+            heads = [(names or {}).get(figure, figure) for figure in columns]
+            # A row without any figure is in the first table, where it says how many of its members are finished.
+            first = not found
+            found.append(_values(tables, tables.rows if first else rows, columns, heads, part))
+            if len(tables.rows) > 1 and (first or tables.baseline in [row.name for row in rows]):
+                found.append(_ratios(tables, rows, columns, heads, part))
+    if len(tables.rows) > 1 and any(row.reached for row in tables.rows):
+        found.append(_reached(tables))
     if tables.left_out or tables.lacking:
         found.append(_left_out(tables))
     return found
 
 
-def _values(tables: Tables, heads: Sequence[str]) -> Shown:
-    cells = [
-        [row.name, _seeds(row), *(_value(tables, row, figure) for figure in tables.figures)] for row in tables.rows
-    ]
+def _values(
+    tables: Tables, rows: Sequence[Row], columns: Sequence[str], heads: Sequence[str], part: figures.Table
+) -> Shown:
+    cells = [[row.name, _seeds(row), *(_value(tables, row, figure) for figure in columns)] for row in rows]
     strong = frozenset(
         (place, column + 2)
-        for place, row in enumerate(tables.rows)
-        for column, figure in enumerate(tables.figures)
+        for place, row in enumerate(rows)
+        for column, figure in enumerate(columns)
         if row.cells[figure].best
     )
     note = (
         "Mean over the finished seeds ± standard error, which one seed does not have. The best of a column is marked."
     )
-    if any(cell.bound for row in tables.rows for cell in row.cells.values()):
+    if any(row.cells[figure].bound for row in rows for figure in columns):
         note += " ≤: an upper bound; the true figure is at most that high."
-    return Shown("Figures", note, ["row", "seeds", *heads], cells, strong)
+    return Shown(f"Figures: {part}", note, ["row", "seeds", *heads], cells, strong)
 
 
 def _value(tables: Tables, row: Row, figure: str) -> str:
@@ -81,16 +89,17 @@ def _seeds(row: Row) -> str:
     return str(row.members) if row.finished == row.members else f"{row.finished} of {row.members}"
 
 
-def _ratios(tables: Tables, heads: Sequence[str]) -> Shown:
+def _ratios(
+    tables: Tables, rows: Sequence[Row], columns: Sequence[str], heads: Sequence[str], part: figures.Table
+) -> Shown:
     cells = [
-        [row.name, *(_ratio(row.cells[figure]) for figure in tables.figures)]
-        for row in tables.rows
-        if row.name != tables.baseline
+        [row.name, *(_ratio(row.cells[figure]) for figure in columns)] for row in rows if row.name != tables.baseline
     ]
     note = "Each seed is divided by the same seed of that row; then the mean ± standard error over these seeds."
-    if not any(row.finished for row in tables.rows if row.name == tables.baseline):
-        note = "No member of that row is finished, so there are no ratios; --baseline takes another row."
-    return Shown(f"Ratios to {tables.baseline}", note, ["row", *heads], cells)
+    if tables.baseline not in [row.name for row in rows]:
+        note = "That row has none of these figures, so there are no ratios; --baseline takes another row."
+        cells = []
+    return Shown(f"Ratios to {tables.baseline}: {part}", note, ["row", *heads], cells)
 
 
 def _ratio(cell: Cell) -> str:
@@ -98,7 +107,7 @@ def _ratio(cell: Cell) -> str:
 
 
 def _reached(tables: Tables) -> Shown:
-    cells = [[row.name, str(len(row.reached)), *_steps(row.reached)] for row in tables.rows]
+    cells = [[row.name, str(len(row.reached)), *_steps(row.reached)] for row in tables.rows if row.finished]
     note = (
         "The first step at which the held-out loss is as low as the final one of that row with the same seed, linear in"
         " the logarithm of the step between two evaluations; how many times fewer steps that is than the row took, and"
@@ -136,11 +145,13 @@ def markdown(tables: Tables) -> str:
     """All tables as Markdown, the best of each column in bold."""
     parts = []
     for table in shown_tables(tables):
-        parts += [f"## {table.title}", *([table.note] if table.note else []), _markdown(table)]
+        parts += [text for text in (f"## {table.title}", table.note, _markdown(table)) if text]
     return "\n\n".join(parts) + "\n"
 
 
 def _markdown(table: Shown) -> str:
+    if not table.cells:
+        return ""
     numbers = [head not in ("status", "reason") for head in table.header[1:]]
     lines = [_line(table.header), _line(["---", *("---:" if one else "---" for one in numbers)])]
     for place, row in enumerate(table.cells):

@@ -190,6 +190,62 @@ def test_any_number_has_a_name(make_sweep):
         _tables(folder, reach="model=MDML")
 
 
+def test_items_that_some_settings_do_not_tell_apart_have_more(make_sweep):
+    """The same way of writing with another number of texts is another figure; the same once more has its place."""
+    entries = [{"mode": "strided", "figure": 1.5, "samples": count} for count in (2, 4)]
+    folder = make_sweep()
+    (folder / "members/model=AR,seed=0/generation.json").write_text(json.dumps([*entries, *entries[:1]]))
+    figures = sweep_reading.load(folder).members[0].figures
+    assert [name for name in figures if name.endswith("figure")] == [
+        "generation[0].figure",
+        "generation[mode=strided,samples=4].figure",
+        "generation[2].figure",
+    ]
+
+
+def test_every_file_has_a_table(make_sweep):
+    """Suites and generation have tables of their own, of the rows that have such figures."""
+    folder = make_sweep()
+    score = {"nats": 3.0, "perplexity": 20.0}
+    suites = [{"protocol": "sedd", "set": "ptb", "split": "test", "score": score, "words": 7}]
+    drawn = [{"mode": "strided", "streams": 2, "temperature": 1.0, "generative_perplexity": 40.0, "entropy_nats": 4.5}]
+    for seed in (0, 1):
+        run = folder / f"members/model=ARMD,seed={seed}"
+        (run / "suites.json").write_text(json.dumps({"figures": suites}))
+        (run / "generation.json").write_text(json.dumps({"entries": [*drawn, {"text": "test split", "mauve": 1.0}]}))
+    tables = _tables(folder)
+    assert tables.figures[3:] == (
+        "suites.figures[protocol=sedd,set=ptb,split=test].score.perplexity",
+        "generation.entries[mode=strided,streams=2,temperature=1.0].generative_perplexity",
+        "generation.entries[mode=strided,streams=2,temperature=1.0].entropy_nats",
+    )
+    titles = {table.title: [row[0] for row in table.cells] for table in sweep_text.shown_tables(tables)}
+    assert titles["Figures: suites"] == titles["Figures: generation"] == ["model=ARMD"]
+    assert len(titles["Figures: training and likelihood"]) == 4 and "Ratios to model=AR: suites" not in titles
+
+
+def test_some_rows_alone(make_sweep):
+    """Those that fit a pattern, and those that they are compared with."""
+    sweep = sweep_reading.load(make_sweep())
+    assert sweep_reading.only(sweep, ["model=A?", "model=w*"], ["model=MDLM"]).rows == (
+        "model=AR",
+        "model=MDLM",
+        "model=wide",
+    )
+    with pytest.raises(UserError, match="--rows='model=ARDM': no row of the sweep fits; did you mean 'model=ARMD'"):
+        sweep_reading.only(sweep, ["model=ARDM"], [])
+
+
+def test_a_sweep_without_seeds_is_paired_by_that_of_the_config(make_sweep):
+    """A row that was trained once, with the seed of the base, is compared with the same seed of another row."""
+    folder = make_sweep()
+    record = json.loads((folder / "sweep.json").read_text())
+    next(one for one in record["members"] if one["name"] == "model=ARMD,seed=0")["seed"] = None
+    (folder / "sweep.json").write_text(json.dumps(record))
+    ratio = _row(_tables(folder), "model=ARMD").cells[BITS].ratio
+    assert ratio == statistics.Estimate(pytest.approx(1.0), pytest.approx(0.5), 2)
+
+
 def test_seconds_are_those_of_the_rates(make_sweep):
     """12,800 tokens at the next rate, 1280 per second, then 38,400 at it, then 153,600 at 2560 per second."""
     member = sweep_reading.load(make_sweep()).members[0]
