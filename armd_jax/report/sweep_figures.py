@@ -69,13 +69,14 @@ def is_bound(member: Member, figure: str) -> bool:
 
 
 def words(figure: str) -> str:
-    """The figure for people: `eval.strided.4.bits_per_byte` is "strided 4, bits per byte"."""
+    """The figure for people: `eval.strided.4.bits_per_byte` is "strided 4, bits per byte", and brackets are rounded."""
     if figure in _WORDS:
         return _WORDS[figure]
     file, _, rest = figure.partition(".")
     parts = [part.replace("_", " ") for part in _DOTS.split(rest)] if rest else [file]
     head = " ".join(parts[:-1]) if file == "eval" else " ".join([file, *parts[:-1]])
-    return f"{head}, {parts[-1]}" if head else parts[-1]
+    text = f"{head}, {parts[-1]}" if head else parts[-1]
+    return re.sub(r"\[([^]]*)\]", lambda found: f" ({found[1].replace(',', ', ')})", text)
 
 
 def known(members: Collection[Member]) -> list[str]:
@@ -89,6 +90,10 @@ def chosen(sweep: Sweep, wanted: Sequence[str] = ()) -> tuple[str, ...]:
     Raises UserError if no finished member has a wanted figure.
     """
     names = known([member for member in sweep.members if member.finished])
+    if not names:
+        raise UserError(
+            "the finished members of the sweep have no figures: there is neither config.json nor metrics.jsonl"
+        )
     usual = _usual(sweep, names) or tuple(names[:1])
     for figure in wanted:
         if figure not in names:

@@ -157,6 +157,13 @@ def test_which_way_is_better(figure, better):
     assert sweep_figures.better(figure) == better
 
 
+def test_figures_have_names_for_people():
+    """Dots inside brackets are part of a number."""
+    assert sweep_figures.words("eval.strided.4.bits_per_byte") == "strided 4, bits per byte"
+    name = "generation.entries[mode=strided,temperature=1.0].entropy_nats"
+    assert sweep_figures.words(name) == "generation entries (mode=strided, temperature=1.0), entropy nats"
+
+
 def test_bounds_are_marked(make_sweep):
     """The loss of a masked diffusion is an upper bound, and so is its ratio to an exact loss."""
     cells = _row(_tables(make_sweep()), "model=MDLM").cells
