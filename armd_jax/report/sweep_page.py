@@ -10,7 +10,7 @@ from armd_jax import files
 from armd_jax.errors import UserError
 from armd_jax.report import markup, sweep_pictures, sweep_reading, sweep_tables, sweep_text
 from armd_jax.report import sweep_figures as figures
-from armd_jax.report.sweep_pictures import Against
+from armd_jax.report.sweep_curves import Against
 from armd_jax.report.sweep_reading import Status, Sweep
 from armd_jax.report.sweep_tables import Tables
 
@@ -39,7 +39,7 @@ def write(
     sweep.md, sweep.csv, rows.csv, steps.csv: tables, the same bytes for members of the same bits. speed.csv, sweep.html
     and its PNG files: with speeds, which differ between equal runs.
     wanted, baseline, reach: see `sweep_tables.make`. rows: patterns as those of file names; only rows that fit one, and
-    those that they are compared with, are reported. None: all.
+    those that they are compared with, are reported. Empty: all.
     Everything is made before the first file is written, and every file is written whole or not at all.
     Raises UserError if the folder is no sweep, if nothing of it is finished, or if it cannot be written.
     """
@@ -76,7 +76,7 @@ def _pictures(sweep: Sweep, tables: Tables) -> dict[str, tuple[bytes, str]]:
     what: dict[Against, str] = {
         "steps": f"Losses against training steps. {thin}",
         "tokens": f"Losses against training tokens. {thin}",
-        "flops": f"Losses against model FLOPs: both streams of an ARMD, and no masked attention. {thin}",
+        "flops": f"Losses against model FLOPs: both streams of an ARMD, without attention that a mask hides. {thin}",
         "seconds": f"Losses against seconds of training, without compilation, evaluation and saving. {thin}",
     }
     found = {f"curves_{one}.png": (sweep_pictures.curves(sweep, one), caption) for one, caption in what.items()}

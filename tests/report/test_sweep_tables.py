@@ -10,7 +10,7 @@ import pytest
 from armd_jax.config import ModelConfig
 from armd_jax.core import flops
 from armd_jax.errors import UserError
-from armd_jax.report import sweep_figures, sweep_reading, sweep_tables, sweep_text
+from armd_jax.report import sweep_curves, sweep_figures, sweep_reading, sweep_tables, sweep_text
 from armd_jax.report import sweep_statistics as statistics
 
 BITS = "likelihood.bits_per_byte"
@@ -258,6 +258,22 @@ def test_seconds_are_those_of_the_rates(make_sweep):
     member = sweep_reading.load(make_sweep()).members[0]
     assert member.seconds() == {100: 10.0, 400: 40.0, 1600: 100.0}
     assert member.figures["speed.seconds"] == 100.0 and member.figures["speed.tokens_per_second"] == 2048.0
+
+
+def test_curves_are_averaged_at_the_same_steps(make_sweep):
+    """A seed that lacks an evaluation takes none from another step; tokens and FLOPs are those of the config."""
+    folder = make_sweep()
+    file = folder / "members/model=AR,seed=1/metrics.jsonl"
+    file.write_text("".join(line + "\n" for line in file.read_text().splitlines() if '"step": 400, "eval' not in line))
+    sweep = sweep_reading.load(folder)
+    found = sweep_curves.lines(sweep, "model=AR", "eval/nll", "tokens")
+    assert found == [([12800, 204800], [6.0, last]) for last in (3.5, 3.0, 4.5)]
+    assert sweep_curves.mean(found) == ([12800, 204800], [6.0, pytest.approx(11 / 3)])
+    (xs, _), *_ = sweep_curves.lines(sweep, "model=MDLM", "eval/nll", "flops")
+    assert xs[-1] == flops.training_flops_per_token(ModelConfig(kind="denoiser", max_length=64)).total * 204800
+    assert sweep_curves.lines(sweep, "model=ARMD", "train/nll", "seconds")[0] == ([10.0, 40.0, 100.0], [6.0, 4.0, 3.5])
+    assert sweep_curves.lines(sweep, "model=wide", "eval/nll", "steps") == []  # it is under way
+    assert sweep_curves.thinned(([1, 2, 3, 4], [1.0, 3.0, 5.0, 8.0]), 2) == ([2, 4], [2.0, 6.5])
 
 
 def test_csv_has_every_member_and_every_number(make_sweep):
