@@ -57,8 +57,8 @@ COMMANDS = [
 # Arguments and fields that take a text which names no file.
 OTHER_TEXTS = {"--text-field", "--coordinator", "--topology", "--streams", "--steps", "--stop", "--prompt", "--suffix"}
 OTHER_TEXTS |= {"--mesh", "--host", "--tasks", "--shard", "--beam-flag"}
-OTHER_TEXTS |= {"--metric", "--rows", "--baseline", "--reach"}
 OTHER_FIELDS = {"data.text_field", "training.wandb_project"}
+OTHER_TEXTS |= {"--metric", "--rows", "--baseline", "--reach"}  # of the report of a sweep
 
 
 @pytest.mark.parametrize(("line", "where"), COMMANDS, ids=[line for line, _ in COMMANDS])
