@@ -188,6 +188,35 @@ MUTATIONS = (
         "return False",
         "training/test_step.py::test_gradients_are_summed_in_the_dtype_of_the_config",
     ),
+    # --- reports of sweeps --------------------------------------------------------------------------------------------
+    Mutation(
+        "a member that is not finished is in no mean",
+        "report/sweep_reading.py",
+        "return [member for member in self.of_row(row) if member.finished]",
+        "return self.of_row(row)",
+        "report/test_sweep_tables.py::test_what_is_not_finished_is_listed_and_in_no_mean",
+    ),
+    Mutation(
+        "ratios are taken seed by seed",
+        "report/sweep_statistics.py",
+        "[values[seed] / base[seed] for seed in values if base.get(seed)]",
+        "[value / other for value in values.values() for other in base.values() if other]",
+        "report/test_sweep_tables.py::test_ratios_are_taken_seed_by_seed",
+    ),
+    Mutation(
+        "losses are interpolated in the logarithm of the step",
+        "report/sweep_statistics.py",
+        "before[0] * (step / before[0]) ** part",
+        "before[0] + (step - before[0]) * part",
+        "report/test_sweep_tables.py::test_steps_to_equal_likelihood",
+    ),
+    Mutation(
+        "speeds are in no table that is to be the same for equal runs",
+        "report/sweep_figures.py",
+        'or bool({"second", "seconds"} & set(name.split("_")))',
+        "",
+        "report/test_sweep_tables.py::test_csv_has_every_member_and_every_number",
+    ),
     # --- where time goes ----------------------------------------------------------------------------------------------
     Mutation(
         "steps that were trained again are lost",

@@ -51,7 +51,7 @@ COMMANDS = [
     ("import --from=here --out=az://bucket/export", "--out"),
     ("checkpoints --run=dbfs:/mnt/run", "--run"),
     ("report --run=abfss://bucket/run", "--run"),
-    ("report --sweep=abfss://bucket/sweep", "--sweep"),
+    ("report --sweep=gs://bucket/sweep", "--sweep"),
     ("profile --run=hdfs://host/run", "--run"),
     ("report --run=here --out=hdfs://host/report", "--out"),
     ("serve --run=hdfs://host/run", "--run"),
@@ -64,7 +64,9 @@ OTHER_TEXTS |= {"--mesh", "--host", "--tasks", "--shard", "--beam-flag", "--only
 OTHER_TEXTS |= {"--metric", "--baseline", "--reach"}
 OTHER_TEXTS |= {"--mesh", "--host", "--tasks", "--shard", "--beam-flag"}
 OTHER_TEXTS |= {"--temperatures", "--modes", "--samplers"}
+OTHER_TEXTS |= {"--mesh", "--host", "--tasks", "--shard", "--beam-flag"}
 OTHER_FIELDS = {"data.text_field", "training.wandb_project"}
+OTHER_TEXTS |= {"--metric", "--rows", "--baseline", "--reach"}  # of the report of a sweep
 
 
 @pytest.mark.parametrize(("line", "where"), COMMANDS, ids=[line for line, _ in COMMANDS])

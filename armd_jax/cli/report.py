@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 
 from armd_jax import files, remote
-from armd_jax.cli.arguments import add_out, check_out, folder, show
+from armd_jax.cli.arguments import add_out, check_out, folder, local_folder, show
 from armd_jax.errors import UserError
 
 HELP = "Write report.html and its pictures into the run, or sweep.html and tables into the folder of a sweep."
@@ -16,7 +16,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     """Declares the arguments."""
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--run", default=None, type=folder, help="a training run or an export")
-    what.add_argument("--sweep", default=None, type=folder, help="the folder of a sweep")
+    what.add_argument("--sweep", default=None, type=local_folder, help="the folder of a sweep")
     add_out(parser, "the page and its pictures", " or the sweep")
     parser.add_argument(
         "--metric",
@@ -24,6 +24,13 @@ def add(parser: argparse.ArgumentParser) -> None:
         default=[],
         metavar="PATH",
         help="a column of the sweep's table, such as eval.strided.4.bits_per_byte or metrics.eval/nll; may be repeated",
+    )
+    parser.add_argument(
+        "--rows",
+        action="append",
+        default=[],
+        metavar="GLOB",
+        help="only rows of a sweep that fit, such as 'model=*', and those that they are compared with; may be repeated",
     )
     parser.add_argument(
         "--baseline", default=None, metavar="ROW", help="the row of a sweep that ratios are to; default: the first"
@@ -45,7 +52,7 @@ def run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
     check_out(args)
     if args.sweep is not None:
         return _run_sweep(args)
-    for flag in ("metric", "baseline", "reach"):
+    for flag in ("metric", "rows", "baseline", "reach"):
         if getattr(args, flag):
             raise UserError(f"--{flag} is for the report of a sweep, and needs --sweep=DIR")
     from armd_jax.report import page
@@ -59,7 +66,7 @@ def run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
 def _run_sweep(args: argparse.Namespace) -> int:
     from armd_jax.report import sweep_page
 
-    report = sweep_page.write(args.sweep, args.out, args.metric, args.baseline, args.reach)
+    report = sweep_page.write(args.sweep, args.out, args.metric, args.baseline, args.reach, args.rows)
     show(args, {"report": str(report.page), **report.tables}, report.markdown.rstrip())
     print(remote.spelled(str(report.page)), file=sys.stderr)
     return 0

@@ -13,19 +13,32 @@ from armd_jax.report.sweep_reading import Member, Sweep
 from armd_jax.training.run_log import SPEED
 
 Better = Literal["lower", "higher", "neither"]
+Table = Literal["training and likelihood", "suites", "generation"]
 
 # The last part of a path is cut into words. Properties of the text, and errors of figures, are neither.
 _NEITHER = {"error", "least", "learning", "norm", "spread"}
 _TEXT_ALONE = ("eval.unigram", "eval.xz_bits_per_byte")
 _LOWER = {"nll", "loss", "nats", "perplexity", "ppl", "bits", "gap", "cost", "seconds", "repetition", "calls", "cold"}
 _HIGHER = {"accuracy", "acc", "mauve", "distinct", "mfu", "second"}
-# Figures of other files that stand in the table without being asked for.
-_WANTED = {"perplexity", "word_perplexity", "accuracy", "generative_perplexity", "mauve"}
+_DOTS = re.compile(r"\.(?![^[]*\])")  # those that are not inside brackets
 _WORDS = {
     "metrics.eval/nll": "held-out loss (nats per token)",
     "metrics.train/nll": "training loss (nats per token)",
 }
 _MOST = 12  # columns of a table that nobody asked for
+# Of texts that a model drew: the two figures that only say something together, at the temperature that changes nothing.
+_DRAWN = re.compile(r"generation\..*\btemperature=1(\.0)?\b.*\.(generative_perplexity|entropy_nats)")
+
+
+def table_of(figure: str) -> Table:
+    """The table that a figure is a column of."""
+    match figure.partition(".")[0]:
+        case "suites":
+            return "suites"
+        case "generation":
+            return "generation"
+        case _:
+            return "training and likelihood"
 
 
 def better(figure: str) -> Better:
@@ -48,19 +61,22 @@ def is_bound(member: Member, figure: str) -> bool:
     """Whether a member's figure only bounds its likelihood: the true loss is at most that high."""
     if figure.startswith(("metrics.eval/nll", "metrics.eval/perplexity")):
         return member.bounds
+    if figure.startswith("suites.") and better(figure) == "lower":
+        return member.bounds
     evaluation = member.documents.get("eval")
     exact = isinstance(evaluation, dict) and evaluation.get("left_to_right") is not None
     return figure.startswith("eval.elbo.") or (figure.startswith("likelihood.") and not exact)
 
 
 def words(figure: str) -> str:
-    """The figure for people: `eval.strided.4.bits_per_byte` is "strided 4, bits per byte"."""
+    """The figure for people: `eval.strided.4.bits_per_byte` is "strided 4, bits per byte", and brackets are rounded."""
     if figure in _WORDS:
         return _WORDS[figure]
     file, _, rest = figure.partition(".")
-    parts = [part.replace("_", " ") for part in rest.split(".")] if rest else [file]
+    parts = [part.replace("_", " ") for part in _DOTS.split(rest)] if rest else [file]
     head = " ".join(parts[:-1]) if file == "eval" else " ".join([file, *parts[:-1]])
-    return f"{head}, {parts[-1]}" if head else parts[-1]
+    text = f"{head}, {parts[-1]}" if head else parts[-1]
+    return re.sub(r"\[([^]]*)\]", lambda found: f" ({found[1].replace(',', ', ')})", text)
 
 
 def known(members: Collection[Member]) -> list[str]:
@@ -74,7 +90,11 @@ def chosen(sweep: Sweep, wanted: Sequence[str] = ()) -> tuple[str, ...]:
     Raises UserError if no finished member has a wanted figure.
     """
     names = known([member for member in sweep.members if member.finished])
-    usual = _usual(sweep, names)
+    if not names:
+        raise UserError(
+            "the finished members of the sweep have no figures: there is neither config.json nor metrics.jsonl"
+        )
+    usual = _usual(sweep, names) or tuple(names[:1])
     for figure in wanted:
         if figure not in names:
             close = difflib.get_close_matches(figure[:200], names, n=1, cutoff=0.5)
@@ -92,13 +112,10 @@ def _usual(sweep: Sweep, names: Sequence[str]) -> tuple[str, ...]:
     found += sorted((name for name in names if re.fullmatch(rf"eval\.strided\.\d+\.{unit}", name)), key=_streams)
     found += [f"eval.random_orders.{unit}"]
     found += [f"eval.elbo.{unit}"] if all_exact else []
-    found += [name for name in names if name.split(".")[0] in ("suites", "generation") and _last(name) in _WANTED]
-    return tuple([name for name in found if name in names][:_MOST]) or tuple(names[:1])
+    suites = [name for name in names if re.fullmatch(r"suites\..*(\.score\.perplexity|\.accuracy)", name)]
+    drawn = [name for name in names if _DRAWN.fullmatch(name) and "[text=" not in name]
+    return tuple(name for some in (found, suites, drawn) for name in [one for one in some if one in names][:_MOST])
 
 
 def _streams(figure: str) -> int:
     return int(figure.split(".")[2])
-
-
-def _last(figure: str) -> str:
-    return figure.rpartition(".")[2]

@@ -10,7 +10,7 @@ from armd_jax import files
 from armd_jax.errors import UserError
 from armd_jax.report import markup, sweep_pictures, sweep_reading, sweep_tables, sweep_text
 from armd_jax.report import sweep_figures as figures
-from armd_jax.report.sweep_pictures import Against
+from armd_jax.report.sweep_curves import Against
 from armd_jax.report.sweep_reading import Status, Sweep
 from armd_jax.report.sweep_tables import Tables
 
@@ -32,17 +32,21 @@ def write(
     wanted: Sequence[str] = (),
     baseline: str | None = None,
     reach: str | None = None,
+    rows: Sequence[str] = (),
 ) -> Report:
     """Writes the report of the sweep in `folder` into `out`, by default the sweep's folder.
 
     sweep.md, sweep.csv, rows.csv, steps.csv: tables, the same bytes for members of the same bits. speed.csv, sweep.html
     and its PNG files: with speeds, which differ between equal runs.
-    wanted, baseline, reach: see `sweep_tables.make`.
+    wanted, baseline, reach: see `sweep_tables.make`. rows: patterns as those of file names; only rows that fit one, and
+    those that they are compared with, are reported. Empty: all.
     Everything is made before the first file is written, and every file is written whole or not at all.
     Raises UserError if the folder is no sweep, if nothing of it is finished, or if it cannot be written.
     """
     out = folder if out is None else out
     sweep = sweep_reading.load(folder)
+    if rows:
+        sweep = sweep_reading.only(sweep, rows, [row for row in (baseline, reach) if row is not None])
     tables = sweep_tables.make(sweep, wanted, baseline, reach)
     markdown = sweep_text.markdown(tables)
     pictures = _pictures(sweep, tables)
@@ -72,14 +76,15 @@ def _pictures(sweep: Sweep, tables: Tables) -> dict[str, tuple[bytes, str]]:
     what: dict[Against, str] = {
         "steps": f"Losses against training steps. {thin}",
         "tokens": f"Losses against training tokens. {thin}",
-        "flops": f"Losses against model FLOPs: both streams of an ARMD, and no masked attention. {thin}",
+        "flops": f"Losses against model FLOPs: both streams of an ARMD, without attention that a mask hides. {thin}",
         "seconds": f"Losses against seconds of training, without compilation, evaluation and saving. {thin}",
     }
     found = {f"curves_{one}.png": (sweep_pictures.curves(sweep, one), caption) for one, caption in what.items()}
     first = tables.figures[0]
     caption = (
         f"{figures.words(first)} against each axis of the sweep. A point is a row with its standard error over seeds,"
-        " and points that differ in this axis alone are joined."
+        " and points that differ in this axis alone are joined. A triangle is an upper bound: the true figure lies left"
+        " of it."
     )
     found = {"axes.png": (sweep_pictures.against_axes(sweep, first), caption), **found}
     return {name: (png, caption) for name, (png, caption) in found.items() if png is not None}
@@ -95,7 +100,7 @@ def _page(sweep: Sweep, tables: Tables, pictures: dict[str, tuple[bytes, str]]) 
     body = []
     for table in sweep_text.shown_tables(tables, {figure: figures.words(figure) for figure in tables.figures}):
         body += [markup.heading(table.title), *([markup.note(table.note)] if table.note else [])]
-        body.append(markup.table(table.header, table.cells, table.strong))
+        body += [markup.table(table.header, table.cells, table.strong)] if table.cells else []
     if pictures:
         body.append(markup.heading("Pictures"))
     body += [markup.figure(png, caption) for png, caption in pictures.values()]

@@ -5,12 +5,25 @@
 """
 
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 LARGEST = 1e30  # a number beyond this measures nothing, and axes cannot be divided so far
 # Fields of an item that say what was measured there, and not what came out. They name the item.
-_SETTINGS = ("name", "text", "mode", "sampler", "streams", "steps", "orders", "temperature", "top_p", "first")
+_SETTINGS: tuple[str, ...] = (
+    "name",
+    "protocol",
+    "set",
+    "split",
+    "text",
+    "mode",
+    "sampler",
+    "streams",
+    "steps",
+    "orders",
+)
+_SETTINGS += ("temperature", "top_p", "first")
+_MORE = ("samples", "length", "batch", "seed")  # these as well, of items that the others do not tell apart
 _BRACKETS = re.compile(r"\[([^][]*)\]")
 
 
@@ -28,14 +41,18 @@ def numbers(value: Any, path: str) -> Iterator[tuple[str, float]]:
         for name, item in value.items():
             yield from numbers(item, f"{path}.{name}")
     elif isinstance(value, list):
-        names = [_settings(item) for item in value]
+        names = [_settings(item, _SETTINGS) for item in value]
+        names = [
+            _settings(item, _SETTINGS + _MORE) if names.count(name) > 1 else name
+            for name, item in zip(names, value, strict=True)
+        ]
         for place, (name, item) in enumerate(zip(names, value, strict=True)):
             yield from numbers(item, f"{path}[{name if name and names.count(name) == 1 else place}]")
 
 
-def _settings(item: Any) -> str:
+def _settings(item: Any, which: Sequence[str]) -> str:
     """What tells an item of a list from others, as `mode=strided,streams=2`; empty if it has no settings."""
-    given = {name: item.get(name) for name in _SETTINGS} if isinstance(item, dict) else {}
+    given = {name: item.get(name) for name in which} if isinstance(item, dict) else {}
     words = [f"{name}={value}" for name, value in given.items() if type(value) in (int, float, str) and value != ""]
     return "" if any(re.search(r"[][,]|=.*=", word) for word in words) else ",".join(words)
 

@@ -1,20 +1,19 @@
 """The pictures of a sweep: losses against steps, tokens, FLOPs and seconds, and a figure against the axes."""
 
-import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, assert_never
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
+from armd_jax.report import sweep_curves
 from armd_jax.report import sweep_figures as figures
 from armd_jax.report import sweep_statistics as statistics
 from armd_jax.report.style import BLUE, INK, ORANGE, SKY, VERMILLION, new_figure, png, styled
-from armd_jax.report.sweep_reading import Member, Sweep
+from armd_jax.report.sweep_curves import Against, Line
+from armd_jax.report.sweep_reading import Sweep
 from armd_jax.report.sweep_statistics import Estimate
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-Against = Literal["steps", "tokens", "flops", "seconds"]
 
 _COLORS = (BLUE, VERMILLION, "#009e73", ORANGE, "#cc79a7", SKY, INK)
 _STYLES = ("-", (0, (5, 1.5)))
@@ -28,7 +27,7 @@ _LABELS: dict[Against, str] = {
 _GREY = "#cccccc"
 _POINTS = 100  # to which a training loss is thinned out
 
-Line = tuple[list[float], list[float]]
+_METRICS = {statistics.HELD_OUT: "held-out loss (nats per token)", "train/nll": "training loss (nats per token)"}
 
 
 def curves(sweep: Sweep, against: Against) -> bytes | None:
@@ -36,59 +35,18 @@ def curves(sweep: Sweep, against: Against) -> bytes | None:
 
     Of more than a dozen rows, each has a panel of its own. None if no finished member has such a curve.
     """
-    lines = {row: _of_row(sweep, row, against) for row in sweep.rows}
-    lines = {row: found for row, found in lines.items() if any(found.values())}
+    of_rows = [(row, _of_row(sweep, row, against)) for row in sweep.rows]
+    bounds = {row for row in sweep.rows if any(member.bounds for member in sweep.finished(row))}
+    lines = {row + " (bound)" * (row in bounds): found for row, found in of_rows if any(found.values())}
     if not lines:
         return None
     return _together(lines, against) if len(lines) <= MOST_TOGETHER else _apart(lines, against)
 
 
 def _of_row(sweep: Sweep, row: str, against: Against) -> dict[str, list[Line]]:
-    """The curves of the finished members of a row by their metric."""
-    members = sweep.finished(row)
-    return {name: [line for one in members if (line := _line(one, name, against))[0]] for name in _METRICS}
-
-
-_METRICS = {statistics.HELD_OUT: "held-out loss (nats per token)", "train/nll": "training loss (nats per token)"}
-
-
-def _line(member: Member, metric: str, against: Against) -> Line:
-    place = _places(member, against)
-    curve = [(place(step), value) for step, value in member.curve(metric) if step > 0]
-    found = [(x, value) for x, value in curve if x is not None]
-    if metric == "train/nll":
-        found = _thinned(found)
-    return [x for x, _ in found], [value for _, value in found]
-
-
-def _places(member: Member, against: Against) -> Callable[[int], float | None]:
-    """Where on the axis a step of a member is; None if that is not known."""
-    cost = member.cost
-    match against:
-        case "steps":
-            return float
-        case "tokens":
-            return lambda step: step * cost.tokens_per_step if cost else None
-        case "flops":
-            return lambda step: step * cost.tokens_per_step * cost.flops_per_token if cost else None
-        case "seconds":
-            return member.seconds().get
-        case _:
-            assert_never(against)
-
-
-def _thinned(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Means over neighbouring points, so that at most `_POINTS` are left."""
-    count = min(len(points), _POINTS)
-    edges = [round(place * len(points) / count) for place in range(count + 1)] if count else []
-    parts = [points[begin:end] for begin, end in itertools.pairwise(edges)]
-    return [(part[-1][0], sum(value for _, value in part) / len(part)) for part in parts]
-
-
-def _mean(lines: Sequence[Line]) -> Line:
-    """The mean of curves with as many points, point by point; of others, as far as the shortest goes."""
-    xs, ys = ([list(values) for values in zip(*(line[which] for line in lines), strict=False)] for which in (0, 1))
-    return [sum(values) / len(values) for values in xs], [sum(values) / len(values) for values in ys]
+    """The lines of a row by their metric."""
+    found = {name: sweep_curves.lines(sweep, row, name, against) for name in _METRICS}
+    return found | {"train/nll": [sweep_curves.thinned(line, _POINTS) for line in found["train/nll"]]}
 
 
 @styled
@@ -116,7 +74,7 @@ def _draw(panel: "Axes", lines: Sequence[Line], label: str, color: str, style: A
     if len(lines) > 1:
         for xs, ys in lines:
             panel.plot(xs, ys, color=color, linewidth=0.6, alpha=0.4)
-    xs, ys = _mean(lines)
+    xs, ys = sweep_curves.mean(lines)
     marker = "o" if len(xs) < 25 else None
     panel.plot(xs, ys, color=color, linestyle=style, linewidth=1.8, marker=marker, markersize=3, label=label)
 
@@ -146,7 +104,7 @@ def _apart(lines: dict[str, dict[str, list[Line]]], against: Against) -> bytes:
     panels = list(figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flat)
     metric = next(name for name in _METRICS if any(found[name] for found in lines.values()))
     everything = [line for found in lines.values() for line in found[metric]]
-    means = {row: _mean(found[metric]) for row, found in lines.items() if found[metric]}
+    means = {row: sweep_curves.mean(found[metric]) for row, found in lines.items() if found[metric]}
     for panel, (row, found) in zip(panels, lines.items(), strict=False):
         for xs, ys in means.values():
             panel.plot(xs, ys, color=_GREY, linewidth=0.7)
@@ -207,7 +165,8 @@ def _dots(figure: str, known: Mapping[str, Estimate], sweep: Sweep, axes: Sequen
         joined: dict[str, list[tuple[float, int]]] = {}
         for row, label in labels[axis].items():
             mean, error, place = known[row].mean, known[row].error, places[label]
-            panel.errorbar(mean, place, xerr=error, fmt="o", color=BLUE, markersize=5, capsize=3)
+            bound = any(figures.is_bound(member, figure) for member in sweep.finished(row))
+            panel.errorbar(mean, place, xerr=error, fmt="<" if bound else "o", color=BLUE, markersize=6, capsize=3)
             others = [sweep.values(row)[other] for other in sweep.axes if other != axis]
             joined.setdefault(str(others), []).append((mean, place))
         in_order = all(isinstance(sweep.values(row)[axis], int | float) for row in labels[axis])

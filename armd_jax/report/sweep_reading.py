@@ -15,14 +15,16 @@ A number of a list may also be named by some of the settings of its item, if the
 """
 
 import dataclasses
+import fnmatch
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 from armd_jax import config as configs
 from armd_jax import files, typed
+from armd_jax.config import Config
 from armd_jax.core import flops
-from armd_jax.errors import UserError, shown
+from armd_jax.errors import UserError, nearest, shown
 from armd_jax.evaluation.results import Score
 from armd_jax.report import sweep_paths as paths
 
@@ -45,13 +47,18 @@ class Cost:
     ar_flops_per_token: float
     weights: int
 
+    @property
+    def flops_per_step(self) -> float:
+        """Model FLOPs of a step of training."""
+        return self.tokens_per_step * self.flops_per_token
+
     def figures(self) -> dict[str, float]:
         """The figures of the whole training, by their dotted names."""
         tokens = self.steps * self.tokens_per_step
         return {
             "cost.steps": self.steps,
             "cost.tokens": tokens,
-            "cost.flops": self.flops_per_token * tokens,
+            "cost.flops": self.flops_per_step * self.steps,
             "cost.ar_flops": self.ar_flops_per_token * tokens,
             "cost.weights": self.weights,
         }
@@ -61,7 +68,8 @@ class Cost:
 class Member:
     """One training of a sweep.
 
-    row: what members that differ only in the seed share. values: by axis. reason: why it is not finished, in one line.
+    row: what members that differ only in the seed share. seed: that of sweep.json, or of the config if the
+    sweep has no seeds. values: by axis. reason: why it is not finished, in one line.
     figures: numbers by dotted path; a number that is not finite is not there. metrics: the rows of metrics.jsonl.
     documents: the parsed JSON files by the name of the file. cost: None if there is no config.json.
     """
@@ -205,13 +213,15 @@ def _typed(value: Any, kind: type) -> Any:
 def _member(run: pathlib.Path, entry: _Entry) -> Member:
     metrics = _metrics(run / "metrics.jsonl")
     documents = {stem: files.read_json(file) for stem in FILES if (file := run / f"{stem}.json").is_file()}
-    cost = _cost(run) if (run / "config.json").is_file() else None
+    config = configs.read(run) if (run / "config.json").is_file() else None
+    cost = _cost(config) if config else None
+    seed = config.training.seed if config and entry.seed is None else entry.seed
     status, reason = _status(run, entry.after, metrics, cost)
     try:
         figures = dict(_figures(metrics, documents, cost))
     except RecursionError as error:
         raise UserError(f"{run}: one of its JSON files is nested too deeply") from error
-    member = Member(entry.name, entry.row, entry.seed, entry.values, status, reason, figures, metrics, documents, cost)
+    member = Member(entry.name, entry.row, seed, entry.values, status, reason, figures, metrics, documents, cost)
     return dataclasses.replace(member, figures={**figures, **_speed(member)})
 
 
@@ -236,8 +246,7 @@ def _metrics(file: pathlib.Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _cost(run: pathlib.Path) -> Cost:
-    config = configs.read(run)
+def _cost(config: Config) -> Cost:
     return Cost(
         steps=config.training.num_steps,
         tokens_per_step=config.training.batch_size * config.model.max_length,
@@ -292,6 +301,18 @@ def _score(elbo: Any) -> Any:
     """What a bound has in common with an exact likelihood."""
     scores = [field.name for field in dataclasses.fields(Score)]
     return {name: elbo.get(name) for name in scores} if isinstance(elbo, dict) else None
+
+
+def only(sweep: Sweep, patterns: Sequence[str], rows: Sequence[str]) -> Sweep:
+    """The sweep without the rows that fit no pattern, as those of file names, and are not among `rows`.
+
+    Raises UserError if a pattern fits no row.
+    """
+    for pattern in patterns:
+        if not any(fnmatch.fnmatchcase(row, pattern) for row in sweep.rows):
+            raise UserError(f"--rows={shown(pattern)}: no row of the sweep fits{nearest(pattern, sweep.rows)}")
+    kept = {row for pattern in patterns for row in sweep.rows if fnmatch.fnmatchcase(row, pattern)} | set(rows)
+    return dataclasses.replace(sweep, members=tuple(member for member in sweep.members if member.row in kept))
 
 
 def select(sweep: Sweep, wanted: Sequence[str]) -> Sweep:

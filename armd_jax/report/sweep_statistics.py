@@ -44,6 +44,7 @@ class Reach:
 
     target: that final loss, nats per token. steps: the first step at which the curve is as low, None if it never is.
     at_most: whether it is so at the first evaluation already. baseline_steps: at which the baseline has its final loss.
+    step_flops: model FLOPs of a step, those of a step of the baseline being 1; None if they are not known.
     """
 
     seed: Seed
@@ -51,11 +52,17 @@ class Reach:
     steps: float | None
     at_most: bool
     baseline_steps: int
+    step_flops: float | None
 
     @property
     def speedup(self) -> float | None:
         """How many times fewer steps than the baseline's; None if never."""
         return self.baseline_steps / self.steps if self.steps else None
+
+    @property
+    def flops_saving(self) -> float | None:
+        """How many times fewer model FLOPs than the baseline's; None if never, or if they are not known."""
+        return self.speedup / self.step_flops if self.speedup and self.step_flops else None
 
 
 def first_reached(curve: Sequence[tuple[int, float]], target: float) -> tuple[float, bool] | None:
@@ -76,14 +83,15 @@ def first_reached(curve: Sequence[tuple[int, float]], target: float) -> tuple[fl
 
 def steps_to_equal(sweep: Sweep, row: str, baseline: str) -> list[Reach]:
     """One `Reach` for every seed of which both rows have a finished member with held-out losses."""
-    ends = {one.seed: end for one in sweep.finished(baseline) if (end := _end(one)) is not None}
+    ends = {one.seed: (*end, one.cost) for one in sweep.finished(baseline) if (end := _end(one)) is not None}
     found = []
     for member in sweep.finished(row):
         curve = member.curve(HELD_OUT)
         if curve and member.seed in ends:
-            last, target = ends[member.seed]
+            last, target, cost = ends[member.seed]
             steps, at_most = first_reached(curve, target) or (None, False)
-            found.append(Reach(member.seed, target, steps, at_most, last))
+            flops = member.cost.flops_per_step / cost.flops_per_step if member.cost and cost else None
+            found.append(Reach(member.seed, target, steps, at_most, last, flops))
     return found
 
 

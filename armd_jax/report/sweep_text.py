@@ -7,6 +7,7 @@ unless a figure of speed is asked for by its name.
 import csv
 import dataclasses
 import io
+import typing
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -14,7 +15,7 @@ from armd_jax import typed
 from armd_jax.report import sweep_figures as figures
 from armd_jax.report import sweep_statistics as statistics
 from armd_jax.report.sweep_reading import Sweep
-from armd_jax.report.sweep_statistics import Estimate
+from armd_jax.report.sweep_statistics import Estimate, Reach
 from armd_jax.report.sweep_tables import Bound, Cell, Row, Tables, printed
 
 
@@ -42,33 +43,40 @@ class Shown:
 
 def shown_tables(tables: Tables, names: dict[str, str] | None = None) -> list[Shown]:
     """All tables for people. names: what to write above a column in the place of the figure's path."""
-    heads = [(names or {}).get(figure, figure) for figure in tables.figures]
-    found = [_values(tables, heads)]
-    if len(tables.rows) > 1:
-        found.append(_ratios(tables, heads))
-        if any(row.reached for row in tables.rows):
-            found.append(_reached(tables))
+    found: list[Shown] = []
+    for part in typing.get_args(figures.Table):
+        columns = [figure for figure in tables.figures if figures.table_of(figure) == part]
+        rows = [row for row in tables.rows if any(row.cells[figure].value for figure in columns)]
+        if rows:
+            heads = [(names or {}).get(figure, figure) for figure in columns]
+            # A row without any figure is in the first table, where it says how many of its members are finished.
+            first = not found
+            found.append(_values(tables, tables.rows if first else rows, columns, heads, part))
+            if len(tables.rows) > 1 and (first or tables.baseline in [row.name for row in rows]):
+                found.append(_ratios(tables, rows, columns, heads, part))
+    if len(tables.rows) > 1 and any(row.reached for row in tables.rows):
+        found.append(_reached(tables))
     if tables.left_out or tables.lacking:
         found.append(_left_out(tables))
     return found
 
 
-def _values(tables: Tables, heads: Sequence[str]) -> Shown:
-    cells = [
-        [row.name, _seeds(row), *(_value(tables, row, figure) for figure in tables.figures)] for row in tables.rows
-    ]
+def _values(
+    tables: Tables, rows: Sequence[Row], columns: Sequence[str], heads: Sequence[str], part: figures.Table
+) -> Shown:
+    cells = [[row.name, _seeds(row), *(_value(tables, row, figure) for figure in columns)] for row in rows]
     strong = frozenset(
         (place, column + 2)
-        for place, row in enumerate(tables.rows)
-        for column, figure in enumerate(tables.figures)
+        for place, row in enumerate(rows)
+        for column, figure in enumerate(columns)
         if row.cells[figure].best
     )
     note = (
         "Mean over the finished seeds ± standard error, which one seed does not have. The best of a column is marked."
     )
-    if any(cell.bound for row in tables.rows for cell in row.cells.values()):
+    if any(row.cells[figure].bound for row in rows for figure in columns):
         note += " ≤: an upper bound; the true figure is at most that high."
-    return Shown("Figures", note, ["row", "seeds", *heads], cells, strong)
+    return Shown(f"Figures: {part}", note, ["row", "seeds", *heads], cells, strong)
 
 
 def _value(tables: Tables, row: Row, figure: str) -> str:
@@ -81,16 +89,17 @@ def _seeds(row: Row) -> str:
     return str(row.members) if row.finished == row.members else f"{row.finished} of {row.members}"
 
 
-def _ratios(tables: Tables, heads: Sequence[str]) -> Shown:
+def _ratios(
+    tables: Tables, rows: Sequence[Row], columns: Sequence[str], heads: Sequence[str], part: figures.Table
+) -> Shown:
     cells = [
-        [row.name, *(_ratio(row.cells[figure]) for figure in tables.figures)]
-        for row in tables.rows
-        if row.name != tables.baseline
+        [row.name, *(_ratio(row.cells[figure]) for figure in columns)] for row in rows if row.name != tables.baseline
     ]
     note = "Each seed is divided by the same seed of that row; then the mean ± standard error over these seeds."
-    if not any(row.finished for row in tables.rows if row.name == tables.baseline):
-        note = "No member of that row is finished, so there are no ratios; --baseline takes another row."
-    return Shown(f"Ratios to {tables.baseline}", note, ["row", *heads], cells)
+    if tables.baseline not in [row.name for row in rows]:
+        note = "That row has none of these figures, so there are no ratios; --baseline takes another row."
+        cells = []
+    return Shown(f"Ratios to {tables.baseline}: {part}", note, ["row", *heads], cells)
 
 
 def _ratio(cell: Cell) -> str:
@@ -98,31 +107,32 @@ def _ratio(cell: Cell) -> str:
 
 
 def _reached(tables: Tables) -> Shown:
-    cells = []
-    for row in tables.rows:
-        steps = [one.steps for one in row.reached if one.steps is not None]
-        never = len(row.reached) - len(steps)
-        if not row.reached:
-            text = ["–", "–"]
-        elif never:  # a mean of those that did reach it would be too good
-            text = ["never" if not steps else f"never in {never} of {len(row.reached)}", "–"]
-        else:
-            speedups = [one.speedup for one in row.reached if one.speedup is not None]
-            at_most = any(one.at_most for one in row.reached)
-            text = [
-                shown_estimate(statistics.estimate(steps), 0, "≤" if at_most else ""),
-                shown_estimate(statistics.estimate(speedups), 2, "≥" if at_most else ""),
-            ]
-        cells.append([row.name, str(len(row.reached)), *text])
+    cells = [[row.name, str(len(row.reached)), *_steps(row.reached)] for row in tables.rows if row.finished]
     note = (
         "The first step at which the held-out loss is as low as the final one of that row with the same seed, linear in"
-        " the logarithm of the step between two evaluations; and how many times fewer steps that is than the row took."
-        " ≤: already at the first evaluation."
+        " the logarithm of the step between two evaluations; how many times fewer steps that is than the row took, and"
+        " how many times fewer model FLOPs. ≤: already at the first evaluation."
     )
     if bounds := [row.name for row in tables.rows if row.bound]:
         note += f" The loss of {', '.join(bounds)} is an upper bound of the true one."
-    header = ["row", "seeds", "steps", "times fewer"]
+    header = ["row", "seeds", "steps", "times fewer", "times fewer FLOPs"]
     return Shown(f"Steps to the final held-out loss of {tables.reach}", note, header, cells)
+
+
+def _steps(reached: Sequence[Reach]) -> list[str]:
+    """Steps, times fewer steps, times fewer FLOPs. A mean without the seeds that never get there would be too good."""
+    steps = [one.steps for one in reached if one.steps is not None]
+    if len(steps) < len(reached):
+        return [f"never in {len(reached) - len(steps)} of {len(reached)}" if steps else "never", "–", "–"]
+    speedups = [one.speedup for one in reached if one.speedup is not None]
+    savings = [one.flops_saving for one in reached if one.flops_saving is not None]
+    at_most: Bound = "≤" if any(one.at_most for one in reached) else ""
+    at_least: Bound = "≥" if at_most else ""
+    return [
+        shown_estimate(statistics.estimate(steps), 0, at_most),
+        shown_estimate(statistics.estimate(speedups), 2, at_least),
+        shown_estimate(statistics.estimate(savings), 2, at_least),
+    ]
 
 
 def _left_out(tables: Tables) -> Shown:
@@ -135,12 +145,15 @@ def markdown(tables: Tables) -> str:
     """All tables as Markdown, the best of each column in bold."""
     parts = []
     for table in shown_tables(tables):
-        parts += [f"## {table.title}", *([table.note] if table.note else []), _markdown(table)]
+        parts += [text for text in (f"## {table.title}", table.note, _markdown(table)) if text]
     return "\n\n".join(parts) + "\n"
 
 
 def _markdown(table: Shown) -> str:
-    lines = [_line(table.header), _line(["---", *["---:" for _ in table.header[1:]]])]
+    if not table.cells:
+        return ""
+    numbers = [head not in ("status", "reason") for head in table.header[1:]]
+    lines = [_line(table.header), _line(["---", *("---:" if one else "---" for one in numbers)])]
     for place, row in enumerate(table.cells):
         bold = [f"**{text}**" if (place, column) in table.strong else text for column, text in enumerate(row)]
         lines.append(_line(bold))
@@ -185,9 +198,10 @@ def rows_csv(tables: Tables) -> str:
 def steps_csv(tables: Tables) -> str:
     """One line per row and seed: when its held-out loss reaches the final one of the row that others have to reach."""
     header = ["row", "seed", "reach", "target", "steps", "at_first_evaluation", "baseline_steps", "times_fewer"]
+    header += ["times_fewer_flops"]
     lines = [
         [row.name, one.seed, tables.reach, one.target, "never" if one.steps is None else one.steps]
-        + [int(one.at_most), one.baseline_steps, one.speedup]
+        + [int(one.at_most), one.baseline_steps, one.speedup, one.flops_saving]
         for row in tables.rows
         for one in row.reached
     ]
@@ -212,5 +226,5 @@ def as_dict(tables: Tables) -> dict[str, Any]:
     plain["left_out"] = [{key: getattr(member, key) for key in keys} for member in tables.left_out]
     for row, one in zip(plain["rows"], tables.rows, strict=True):
         for values, reached in zip(row["reached"], one.reached, strict=True):
-            values["speedup"] = reached.speedup
+            values |= {"speedup": reached.speedup, "flops_saving": reached.flops_saving}
     return plain

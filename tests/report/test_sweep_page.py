@@ -141,8 +141,13 @@ def test_nothing_finished_and_other_mistakes(make_sweep, capsys, tmp_path):
     for file in folder.glob("members/*/member.json"):
         file.unlink()
     shutil.rmtree(folder / MEMBER)
+    empty = make_sweep("empty")
+    for run in empty.glob("members/*"):
+        for file in ("config.json", "metrics.jsonl", "eval.json"):
+            (run / file).unlink()
     for line, reason in [
         (f"--sweep={folder}", "no member of the sweep is finished yet (1 not begun, 9 under way)"),
+        (f"--sweep={empty}", "the finished members of the sweep have no figures"),
         (f"--sweep={tmp_path / 'none'}", "there is no such folder"),
         (f"--run={folder} --metric=x", "--metric is for the report of a sweep, and needs --sweep=DIR"),
         (f"--run={folder} --sweep={folder}", "not allowed with argument"),

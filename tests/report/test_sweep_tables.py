@@ -10,7 +10,7 @@ import pytest
 from armd_jax.config import ModelConfig
 from armd_jax.core import flops
 from armd_jax.errors import UserError
-from armd_jax.report import sweep_figures, sweep_reading, sweep_tables, sweep_text
+from armd_jax.report import sweep_curves, sweep_figures, sweep_reading, sweep_tables, sweep_text
 from armd_jax.report import sweep_statistics as statistics
 
 BITS = "likelihood.bits_per_byte"
@@ -104,7 +104,10 @@ def test_steps_to_equal_likelihood(make_sweep):
     assert [one.steps for one in reached["model=MDLM"]] == [1600.0, 1600.0, 1600.0]
     text = sweep_text.markdown(tables)
     assert "| model=ARMD | 2 | 300 ± 100 | 6.00 ± 2.00 |" in text
-    assert "| model=AR | 3 | never in 1 of 3 | – |" in text
+    step = flops.training_flops_per_token
+    cost = step(ModelConfig(max_length=64)).total / step(ModelConfig(kind="denoiser", max_length=64)).total
+    assert [one.flops_saving for one in reached["model=ARMD"]] == [pytest.approx(8 / cost), pytest.approx(4 / cost)]
+    assert "| model=AR | 3 | never in 1 of 3 | – | – |" in text
     lines = list(csv.DictReader(io.StringIO(sweep_text.steps_csv(tables))))
     assert [line["steps"] for line in lines if line["row"] == "model=AR"][2] == "never"
     assert statistics.first_reached([(100, 5.0), (200, 4.0)], 6.0) == (100.0, True)
@@ -154,6 +157,13 @@ def test_which_way_is_better(figure, better):
     assert sweep_figures.better(figure) == better
 
 
+def test_figures_have_names_for_people():
+    """Dots inside brackets are part of a number."""
+    assert sweep_figures.words("eval.strided.4.bits_per_byte") == "strided 4, bits per byte"
+    name = "generation.entries[mode=strided,temperature=1.0].entropy_nats"
+    assert sweep_figures.words(name) == "generation entries (mode=strided, temperature=1.0), entropy nats"
+
+
 def test_bounds_are_marked(make_sweep):
     """The loss of a masked diffusion is an upper bound, and so is its ratio to an exact loss."""
     cells = _row(_tables(make_sweep()), "model=MDLM").cells
@@ -187,11 +197,83 @@ def test_any_number_has_a_name(make_sweep):
         _tables(folder, reach="model=MDML")
 
 
+def test_items_that_some_settings_do_not_tell_apart_have_more(make_sweep):
+    """The same way of writing with another number of texts is another figure; the same once more has its place."""
+    entries = [{"mode": "strided", "figure": 1.5, "samples": count} for count in (2, 4)]
+    folder = make_sweep()
+    (folder / "members/model=AR,seed=0/generation.json").write_text(json.dumps([*entries, *entries[:1]]))
+    figures = sweep_reading.load(folder).members[0].figures
+    assert [name for name in figures if name.endswith("figure")] == [
+        "generation[0].figure",
+        "generation[mode=strided,samples=4].figure",
+        "generation[2].figure",
+    ]
+
+
+def test_every_file_has_a_table(make_sweep):
+    """Suites and generation have tables of their own, of the rows that have such figures."""
+    folder = make_sweep()
+    score = {"nats": 3.0, "perplexity": 20.0}
+    suites = [{"protocol": "sedd", "set": "ptb", "split": "test", "score": score, "words": 7}]
+    drawn = [{"mode": "strided", "streams": 2, "temperature": 1.0, "generative_perplexity": 40.0, "entropy_nats": 4.5}]
+    for seed in (0, 1):
+        run = folder / f"members/model=ARMD,seed={seed}"
+        (run / "suites.json").write_text(json.dumps({"figures": suites}))
+        (run / "generation.json").write_text(json.dumps({"entries": [*drawn, {"text": "test split", "mauve": 1.0}]}))
+    tables = _tables(folder)
+    assert tables.figures[3:] == (
+        "suites.figures[protocol=sedd,set=ptb,split=test].score.perplexity",
+        "generation.entries[mode=strided,streams=2,temperature=1.0].generative_perplexity",
+        "generation.entries[mode=strided,streams=2,temperature=1.0].entropy_nats",
+    )
+    titles = {table.title: [row[0] for row in table.cells] for table in sweep_text.shown_tables(tables)}
+    assert titles["Figures: suites"] == titles["Figures: generation"] == ["model=ARMD"]
+    assert len(titles["Figures: training and likelihood"]) == 4 and "Ratios to model=AR: suites" not in titles
+
+
+def test_some_rows_alone(make_sweep):
+    """Those that fit a pattern, and those that they are compared with."""
+    sweep = sweep_reading.load(make_sweep())
+    assert sweep_reading.only(sweep, ["model=A?", "model=w*"], ["model=MDLM"]).rows == (
+        "model=AR",
+        "model=MDLM",
+        "model=wide",
+    )
+    with pytest.raises(UserError, match="--rows='model=ARDM': no row of the sweep fits; did you mean 'model=ARMD'"):
+        sweep_reading.only(sweep, ["model=ARDM"], [])
+
+
+def test_a_sweep_without_seeds_is_paired_by_that_of_the_config(make_sweep):
+    """A row that was trained once, with the seed of the base, is compared with the same seed of another row."""
+    folder = make_sweep()
+    record = json.loads((folder / "sweep.json").read_text())
+    next(one for one in record["members"] if one["name"] == "model=ARMD,seed=0")["seed"] = None
+    (folder / "sweep.json").write_text(json.dumps(record))
+    ratio = _row(_tables(folder), "model=ARMD").cells[BITS].ratio
+    assert ratio == statistics.Estimate(pytest.approx(1.0), pytest.approx(0.5), 2)
+
+
 def test_seconds_are_those_of_the_rates(make_sweep):
     """12,800 tokens at the next rate, 1280 per second, then 38,400 at it, then 153,600 at 2560 per second."""
     member = sweep_reading.load(make_sweep()).members[0]
     assert member.seconds() == {100: 10.0, 400: 40.0, 1600: 100.0}
     assert member.figures["speed.seconds"] == 100.0 and member.figures["speed.tokens_per_second"] == 2048.0
+
+
+def test_curves_are_averaged_at_the_same_steps(make_sweep):
+    """A seed that lacks an evaluation takes none from another step; tokens and FLOPs are those of the config."""
+    folder = make_sweep()
+    file = folder / "members/model=AR,seed=1/metrics.jsonl"
+    file.write_text("".join(line + "\n" for line in file.read_text().splitlines() if '"step": 400, "eval' not in line))
+    sweep = sweep_reading.load(folder)
+    found = sweep_curves.lines(sweep, "model=AR", "eval/nll", "tokens")
+    assert found == [([12800, 204800], [6.0, last]) for last in (3.5, 3.0, 4.5)]
+    assert sweep_curves.mean(found) == ([12800, 204800], [6.0, pytest.approx(11 / 3)])
+    (xs, _), *_ = sweep_curves.lines(sweep, "model=MDLM", "eval/nll", "flops")
+    assert xs[-1] == flops.training_flops_per_token(ModelConfig(kind="denoiser", max_length=64)).total * 204800
+    assert sweep_curves.lines(sweep, "model=ARMD", "train/nll", "seconds")[0] == ([10.0, 40.0, 100.0], [6.0, 4.0, 3.5])
+    assert sweep_curves.lines(sweep, "model=wide", "eval/nll", "steps") == []  # it is under way
+    assert sweep_curves.thinned(([1, 2, 3, 4], [1.0, 3.0, 5.0, 8.0]), 2) == ([2, 4], [2.0, 6.5])
 
 
 def test_csv_has_every_member_and_every_number(make_sweep):
