@@ -119,7 +119,7 @@ def test_every_draw_has_a_seed_of_its_own(data, lm):
 
 @pytest.mark.slow
 def test_bounds_are_those_of_the_chosen_rows(data, lm):
-    """Evenly spaced rows in K orders of their own; K = 1 is the expectation, and one shuffled token is left to right."""
+    """Evenly spaced rows in K orders of their own; K = 1 is the mean, and one shuffled token is left to right."""
     num_rows = data.counts("test").rows
 
     def bounds(**asked):
