@@ -44,8 +44,8 @@ def upper(log_p_RK: np.ndarray) -> np.ndarray:
         return log_s_RK.mean(axis=1) + log_factor_R + np.exp(log_ratio_R - log_factor_R) - 1.0
 
 
-def measure(log_p_RK: np.ndarray, tokens: int) -> tuple[OrderBound, ...]:
-    """The bounds from 1, 2, 4 … and all K orders, in nats per token of all R rows together.
+def measure(log_p_RK: np.ndarray, tokens: int) -> dict[str, OrderBound]:
+    """The bounds from 1, 2, 4 … and all K orders, in nats per token of all R rows together, by their number.
 
     Fewer than K orders are taken as often as the K draws allow, each draw once, and the results averaged. Standard
     errors are those over draws, for these rows: from the differences between these groups of draws in every row. If
@@ -56,7 +56,7 @@ def measure(log_p_RK: np.ndarray, tokens: int) -> tuple[OrderBound, ...]:
     num_draws = log_p_RK.shape[1]
     powers = [2**i for i in range(num_draws.bit_length()) if 2**i < num_draws]
     can_bound_above = num_draws > 1 and spread(log_p_RK) ** 2 <= np.log(log_p_RK.size)
-    found = []
+    found = {}
     for number in [*powers, num_draws]:
         groups = [log_p_RK[:, first : first + number] for first in range(0, num_draws - number + 1, number)]
         below, below_error = _mean_and_error([lower(group) for group in groups])
@@ -67,16 +67,13 @@ def measure(log_p_RK: np.ndarray, tokens: int) -> tuple[OrderBound, ...]:
             above, above_error = _mean_and_error([upper(group) for group in groups])
             if above_error is None and number > 2:
                 above_error = _jackknife([upper(np.delete(log_p_RK, draw, axis=1)) for draw in range(number)])
-        found.append(
-            OrderBound(
-                orders=number,
-                nll_at_most=-below / tokens,
-                nll_at_most_error=None if below_error is None else below_error / tokens,
-                nll_at_least=None if above is None else -above / tokens,
-                nll_at_least_error=None if above_error is None else above_error / tokens,
-            )
+        found[str(number)] = OrderBound(
+            nll_at_most=-below / tokens,
+            nll_at_most_error=None if below_error is None else below_error / tokens,
+            nll_at_least=None if above is None else -above / tokens,
+            nll_at_least_error=None if above_error is None else above_error / tokens,
         )
-    return tuple(found)
+    return found
 
 
 def spread(nats_RK: np.ndarray) -> float:

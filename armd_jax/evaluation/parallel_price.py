@@ -59,14 +59,13 @@ class ByPlace:
 
 
 def measure(
-    streams: int,
     with_blocks_R: np.ndarray,
     one_by_one_R: np.ndarray,
     left_to_right_R: np.ndarray,
     by_place: ByPlace,
     heads: int,
 ) -> StreamPrice:
-    """The price of a number of streams, in nats per token.
+    """The price of strided writing in some number of streams, in nats per token.
 
     with_blocks_R, one_by_one_R: nats of every row under the strided order, float64. left_to_right_R: of the same rows.
     by_place: of the order with blocks. heads: how many heads of streams there are with S = 1.
@@ -76,7 +75,6 @@ def measure(
     late, cold_start = by_place.cold_start()
     more = int(by_place.tokens[0]) - heads
     return StreamPrice(
-        streams=streams,
         nats_per_token=float(with_blocks_R.sum()) / tokens,
         independence_gap=float(gap_R.sum()) / tokens,
         independence_gap_error=_error_over_rows(gap_R, tokens),

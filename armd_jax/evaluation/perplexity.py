@@ -247,19 +247,18 @@ class _Passes:
             bounds=order_bounds.measure(-nats_RK, tokens),
         )
 
-    def price(self, found: Mapping[int, tuple[np.ndarray, ByPlace]]) -> tuple[StreamPrice, ...]:
+    def price(self, found: Mapping[int, tuple[np.ndarray, ByPlace]]) -> dict[str, StreamPrice]:
         """What each number of streams costs, from what `in_streams` found for them, and for 1."""
         one, places_of_one = found[1]
-        prices = []
+        prices = {}
         for streams, (nats_R, by_place) in found.items():
             single_R = nats_R  # blocks of one token already
             if streams > 1:
                 task = _one_by_one(_in_streams(streams, self.end))
                 single_R = self.nats(task, f"one at a time, S = {streams}", 1)[:, 0]
-            prices.append(
-                parallel_price.measure(streams, nats_R, single_R, one, by_place, int(places_of_one.tokens[0]))
-            )
-        return tuple(prices)
+            heads = int(places_of_one.tokens[0])
+            prices[str(streams)] = parallel_price.measure(nats_R, single_R, one, by_place, heads)
+        return prices
 
 
 # Kept, so that the same config gives the same function and compiles once.

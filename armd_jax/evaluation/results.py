@@ -66,12 +66,11 @@ class Elbo(Score):
 class OrderBound:
     """What K orders say of the negative log-likelihood of the mixture over all orders, in nats per token.
 
-    orders: K. nll_at_most: an estimate of something that is at least the negative log-likelihood, and nll_at_least of
+    nll_at_most: an estimate of something that is at least the negative log-likelihood, and nll_at_least of
     something that is at most it, both in expectation over the draws; see `evaluation.order_bounds`. One order bounds it
     on one side only. Errors are standard errors over the draws, None if they are not known.
     """
 
-    orders: int
     nll_at_most: float | None = None
     nll_at_most_error: float | None = None
     nll_at_least: float | None = None
@@ -80,19 +79,20 @@ class OrderBound:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OrderBounds:
-    """Bounds on the likelihood of the mixture over all orders, by the number of orders, fewest first.
+    """Bounds on the likelihood of the mixture over all orders.
 
     shuffled: the orders are those in which that many tokens, drawn at random, stand in random order, and all others
     where they were; None: all permutations.
     rows: how many rows were scored, evenly spaced over the split. tokens: how many they hold.
     spread: the standard deviation of the nats of a row over orders; None after a single draw.
+    bounds: by the number of orders, which is written out ("4"), fewest first.
     """
 
     shuffled: int | None = typed.field(None, absent_if_none=True)
     rows: int = 0
     tokens: int = 0
     spread: float | None = None
-    bounds: tuple[OrderBound, ...] = ()
+    bounds: dict[str, OrderBound] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -117,7 +117,6 @@ class StreamPrice:
     places: nats by place in the stream.
     """
 
-    streams: int
     nats_per_token: float | None = None
     independence_gap: float | None = None
     independence_gap_error: float | None = None
@@ -139,7 +138,7 @@ class Evaluation:
     strided: scores of strided orders by the number of streams, which is written out ("4"): keys of JSON are texts.
     random_orders, elbo: None if they were not measured.
     order_bounds: of the mixture over all orders; None if it was not asked for.
-    price: of writing in streams, by their number; None if it was not asked for.
+    price: of writing in streams, by their number, which is written out; None if it was not asked for.
     unigram: the score of the token frequencies of the training split.
     xz_bits_per_byte: bits per byte that `xz -9e` needs after the training text; None if that cannot be known.
     seed: of the random orders.
@@ -157,7 +156,7 @@ class Evaluation:
     strided: dict[str, Score] = dataclasses.field(default_factory=dict)
     elbo: Elbo | None = typed.field(None, absent_if_none=True)
     order_bounds: OrderBounds | None = typed.field(None, absent_if_none=True)
-    price: tuple[StreamPrice, ...] | None = typed.field(None, absent_if_none=True)
+    price: dict[str, StreamPrice] | None = typed.field(None, absent_if_none=True)
     unigram: Score | None = None
     xz_bits_per_byte: float | None = None
     seed: int | None = None
@@ -297,8 +296,9 @@ def read_evaluation(run: pathlib.Path) -> Evaluation | None:
     found = read_file(Evaluation, file, "armd eval")
     if found and found.left_to_right is None and found.elbo is None:
         raise UserError(f"{file}: has neither left_to_right nor elbo; write it again with armd eval")
-    if found and (wrong := [key for key in found.strided if not key.isdecimal()]):
-        raise UserError(f"{file}: strided={wrong!r}: expected numbers of streams; write it again with armd eval")
+    for name, group in (("strided", found.strided), ("price", found.price)) if found else ():
+        if wrong := [key for key in group or () if not key.isdecimal()]:
+            raise UserError(f"{file}: {name}={wrong!r}: expected numbers of streams; write it again with armd eval")
     return found
 
 

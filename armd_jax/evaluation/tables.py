@@ -3,7 +3,7 @@
 A table is a list of rows of texts, the header first.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from armd_jax.evaluation import results
 from armd_jax.evaluation.results import Evaluation, OrderBounds, StreamPrice
@@ -24,7 +24,7 @@ def bounds_note(found: OrderBounds) -> str:
     if found.spread is None:
         return "One order bounds the figure on one side only."
     note = f"A row's nats differ by {found.spread:.2f} between these orders (standard deviation)."
-    if all(bound.nll_at_least is None for bound in found.bounds):
+    if all(bound.nll_at_least is None for bound in found.bounds.values()):
         note += " That is too much for so few draws to say what the figure is at least."
     return note
 
@@ -32,14 +32,14 @@ def bounds_note(found: OrderBounds) -> str:
 def bounds_table(found: OrderBounds) -> list[list[str]]:
     """The bounds on the likelihood of the mixture over orders, the header first."""
     cells = [["orders K", "nats per token at least", "at most", "perplexity at least", "at most"]]
-    for bound in found.bounds:
+    for orders, bound in found.bounds.items():
         sides = (bound.nll_at_least, bound.nll_at_least_error), (bound.nll_at_most, bound.nll_at_most_error)
         perplexities = (results.formatted(None if side is None else results.perplexity(side), 2) for side, _ in sides)
-        cells.append([str(bound.orders), *(with_error(*side) for side in sides), *perplexities])
+        cells.append([orders, *(with_error(*side) for side in sides), *perplexities])
     return cells
 
 
-def price_table(found: Sequence[StreamPrice]) -> list[list[str]]:
+def price_table(found: Mapping[str, StreamPrice]) -> list[list[str]]:
     """The price of streams taken apart, the header first."""
     cells = [
         [
@@ -52,10 +52,10 @@ def price_table(found: Sequence[StreamPrice]) -> list[list[str]]:
             "cold start",
         ]
     ]
-    for price in found:
+    for streams, price in found.items():
         cells.append(
             [
-                str(price.streams),
+                streams,
                 results.formatted(price.nats_per_token, 4),
                 with_error(price.independence_gap, price.independence_gap_error, 5),
                 with_error(price.order_cost, price.order_cost_error, 5),
@@ -67,11 +67,11 @@ def price_table(found: Sequence[StreamPrice]) -> list[list[str]]:
     return cells
 
 
-def places_table(found: Sequence[StreamPrice]) -> list[list[str]]:
+def places_table(found: Mapping[str, StreamPrice]) -> list[list[str]]:
     """Nats per token by place in the stream, a column for each number of streams, the header first."""
-    columns = [{(place.first, place.last): place.nats_per_token for place in price.places} for price in found]
+    columns = [{(place.first, place.last): place.nats_per_token for place in price.places} for price in found.values()]
     spans = sorted({span for column in columns for span in column})
-    cells = [["place in the stream", *(f"S = {price.streams}" for price in found)]]
+    cells = [["place in the stream", *(f"S = {streams}" for streams in found)]]
     for span in spans:
         name = str(span[0]) if span[0] == span[1] else f"{span[0]}–{span[1]}"
         cells.append([name, *(results.formatted(column.get(span), 4) for column in columns)])

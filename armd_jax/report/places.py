@@ -1,17 +1,17 @@
 """The picture of nats by place in the stream: how cold streams start, and how they warm up."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 
 from armd_jax.evaluation.results import StreamPrice
 from armd_jax.report.style import call_color, new_figure, png, styled
 
 
 @styled
-def picture(prices: Sequence[StreamPrice]) -> bytes:
+def picture(prices: Mapping[str, StreamPrice]) -> bytes:
     """One line for each number of streams, over the place in the stream on a logarithmic scale."""
     figure = new_figure(8, 3.8)
     axes = figure.subplots()
-    for number, price in enumerate(prices, start=1):
+    for number, (streams, price) in enumerate(prices.items(), start=1):
         points = [
             ((place.first * place.last) ** 0.5, place.nats_per_token)
             for place in price.places
@@ -19,8 +19,8 @@ def picture(prices: Sequence[StreamPrice]) -> bytes:
         ]
         centres, nats = [centre for centre, _ in points], [value for _, value in points]
         color = call_color(number, len(prices) + 1)  # the lightest is too light for a line
-        axes.plot(centres, nats, "o-", color=color, linewidth=1.8, markersize=4, label=f"S = {price.streams}")
-    longest = max((place.last for price in prices for place in price.places), default=1)
+        axes.plot(centres, nats, "o-", color=color, linewidth=1.8, markersize=4, label=f"S = {streams}")
+    longest = max((place.last for price in prices.values() for place in price.places), default=1)
     ticks = [2**power for power in range(longest.bit_length())]
     axes.set_xscale("log", base=2)
     axes.set_xticks(ticks, [str(tick) for tick in ticks])

@@ -46,9 +46,10 @@ def _evaluation() -> Evaluation:
     numbers = itertools.count(1)
 
     def filled(hint: object) -> object:
+        groups = [one for one in (hint, *typing.get_args(hint)) if typing.get_origin(one) in (dict, tuple)]
+        (hint,) = groups or [hint]
         if typing.get_origin(hint) is dict:
             return {"2": filled(typing.get_args(hint)[1]), "4": filled(typing.get_args(hint)[1])}
-        (hint,) = [one for one in typing.get_args(hint) if typing.get_origin(one) is tuple] or [hint]
         if typing.get_origin(hint) is tuple:
             return (filled(typing.get_args(hint)[0]), filled(typing.get_args(hint)[0]))
         for plain, value in ((str, "test"), (bool, True), (int, next(numbers)), (float, next(numbers) + 0.25)):
@@ -65,7 +66,8 @@ def test_every_score_has_its_row():
     evaluation = _evaluation()
     values = [getattr(evaluation, field.name) for field in dataclasses.fields(Evaluation)]
     scores = [value for value in values if isinstance(value, Score)]
-    scores += [score for value in values if isinstance(value, dict) for score in value.values()]
+    in_groups = [score for value in values if isinstance(value, dict) for score in value.values()]
+    scores += [score for score in in_groups if isinstance(score, Score)]
     scores += [Score(bits_per_byte=value) for value in values if isinstance(value, float)]
     rows = results.rows(evaluation)
     assert len(scores) == len(rows) == len({row.name for row in rows})
@@ -142,6 +144,7 @@ def test_no_file_is_no_result(tmp_path):
         ({"left_to_right": {"bits_per_byte": "low"}}, "eval.left_to_right.bits_per_byte='low': expected float"),
         ({"left_to_rihgt": {}}, "unknown field 'eval.left_to_rihgt'; did you mean 'eval.left_to_right'"),
         ({"strided": {"two": {}}}, r"strided=\['two'\]: expected numbers of streams"),
+        ({"price": {"two": {}}}, r"price=\['two'\]: expected numbers of streams"),
         ({"strided": {"\ud800": {}}}, "expected numbers of streams"),
         ({"bytes": 10**400}, "eval.bytes: a number of"),
         ({"bytes": True}, "eval.bytes=True: expected int"),

@@ -108,10 +108,10 @@ def test_bounds_and_the_price_of_streams_are_shown(run):
     """With them in eval.json the page has their figures, what cannot be known as a dash, and the picture by place."""
     places = [{"first": i, "last": i, "tokens": 40, "nats_per_token": 6.5 - i / 4} for i in (1, 2, 3)]
     places.append({"first": 9, "last": 16, "tokens": 40, "nats_per_token": None})
-    price = {"streams": 4, "independence_gap": 0.01234, "order_cost": 0.06789, "cold_start": 9.87, "places": places}
-    bounds = [{"orders": 1, "nll_at_most": 4.8765, "nll_at_most_error": 0.0077}, {"orders": 2, "nll_at_least": 4.3219}]
+    price = {"independence_gap": 0.01234, "order_cost": 0.06789, "cold_start": 9.87, "places": places}
+    bounds = {"1": {"nll_at_most": 4.8765, "nll_at_most_error": 0.0077}, "2": {"nll_at_least": 4.3219}}
     found = {"rows": 33, "tokens": 8448, "spread": 2.468, "bounds": bounds}
-    _write_json(run / "eval.json", {**_evaluation(), "order_bounds": found, "price": [price, {"streams": 8}]})
+    _write_json(run / "eval.json", {**_evaluation(), "order_bounds": found, "price": {"4": price, "8": {}}})
     html = page.write(run).read_text(encoding="utf-8")
     for words in ("4.8765 ± 0.0077", "4.3219", "33 rows, 8,448 tokens", "2.47", "0.01234", "0.06789", "9.87", "6.2500"):
         assert words in html, words
