@@ -255,7 +255,7 @@ class Scorer:
             for draw in range(self.draws):
                 sums.add(draw, rows, self._score(rows, draw, number), length, around)
         limited = self.limit is not None and sums.chunks >= self.limit
-        error = sums.error()
+        error = sums.error(length)
         # Nats of single tokens of a chunk are those of an order. A bound is one of whole chunks.
         text_nats = sums.total if not around else None if bound else sums.total - sums.first - sums.last
         every = None if text_nats is None else counted(float(np.mean(text_nats)), sums.tokens - sums.around)
@@ -344,9 +344,8 @@ class _Sums:
                 self.tokens += len(row)
                 self.around += around
 
-    def error(self) -> float | None:
+    def error(self, length: int) -> float | None:
         """The standard error of nats per token of the whole chunks, over the draws; None if it is not known."""
         if len(self.whole) < 2 or not self.chunks:
             return None
-        per_chunk = self.whole / self.chunks
-        return float(np.std(per_chunk, ddof=1)) / len(self.whole) ** 0.5
+        return float(np.std(self.whole, ddof=1)) / len(self.whole) ** 0.5 / (self.chunks * length)
