@@ -38,6 +38,8 @@ COMMANDS = [
     (f"{EVAL} --data=s3a://bucket/text.txt", "--data"),
     (f"{EVAL} --out=s3a://bucket/figures", "--out"),
     (f"{EVAL} --tasks=own --include-path=https://example.org/tasks", "--include-path"),
+    (f"{EVAL} --suite=all --suite-data=hdfs://host/suites", "--suite-data"),
+    (f"{EVAL} --suite=all --suite-tfds=https://example.org/tfds", "--suite-tfds"),
     ("sample --run=S3://bucket/run", "--run"),
     ("sample --run=here --out=hdfs://host/samples", "--out"),
     ("sample --run=here --prompts=gs://bucket/prompts.jsonl --out=new", "--prompts"),
@@ -55,7 +57,7 @@ COMMANDS = [
 ]
 # Arguments and fields that take a text which names no file.
 OTHER_TEXTS = {"--text-field", "--coordinator", "--topology", "--streams", "--steps", "--stop", "--prompt", "--suffix"}
-OTHER_TEXTS |= {"--mesh", "--host", "--tasks", "--shard", "--beam-flag"}
+OTHER_TEXTS |= {"--mesh", "--host", "--tasks", "--shard", "--beam-flag", "--suite-sets"}
 OTHER_FIELDS = {"data.text_field", "training.wandb_project"}
 
 

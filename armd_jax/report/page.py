@@ -1,8 +1,8 @@
 """`armd report --run=DIR`: one self-contained HTML page about a run, and its pictures as PNG files beside it.
 
 The page reads the files that other commands left in the run's folder (config.json, metrics.jsonl, events.jsonl,
-eval.json, samples.json). Only config.json has to be there. If another file is missing, its section names the command
-that writes it.
+eval.json, suites.json, samples.json). Only config.json has to be there. If another file is missing, its section names
+the command that writes it; only that about suites is left out.
 """
 
 import dataclasses
@@ -16,9 +16,9 @@ from armd_jax import data_config, files
 from armd_jax.config import Config
 from armd_jax.core import task as tasks
 from armd_jax.errors import UserError
-from armd_jax.evaluation import results
+from armd_jax.evaluation import results, suites_results
 from armd_jax.evaluation.results import Evaluation, Sample, Samples
-from armd_jax.report import bars, loss_curve, markup, masks, order_schedule, replay, sample_text, time_spent
+from armd_jax.report import bars, loss_curve, markup, masks, order_schedule, replay, sample_text, suites, time_spent
 from armd_jax.training import goodput
 from armd_jax.training.goodput import Goodput
 
@@ -47,6 +47,7 @@ def write(run: pathlib.Path, out: pathlib.Path | None = None) -> pathlib.Path:
     sections = [
         _headline(evaluation, drawn, where),
         _quality(evaluation, where),
+        *[_Section(suites.section(found)) for found in [suites_results.read(run)] if found],
         _speed(drawn, where),
         _samples(drawn, where),
         _training(rows, config, f"--workdir={shlex.quote(str(run))}"),

@@ -101,7 +101,7 @@ def test_documents_are_kept_apart_if_they_were_in_training(lm):
     """The figure then is that of every document of a chunk by itself."""
     lines = ["the old", "rivers", "a"]  # 7 + 1, 6 + 1 and the end: one chunk of 16 with what follows
     text = [*lines[:2], "", "bird"]
-    found = Scorer(lm, lm.tokenizer, apart=True, progress=False).figure("sedd", "ptb", "test", _text(text))
+    found = Scorer(lm, lm.tokenizer, reset="document", progress=False).figure("sedd", "ptb", "test", _text(text))
     expected = 0.0
     for line in text[:3]:
         ids = [*line.encode(), lm.tokenizer.end_of_text]
