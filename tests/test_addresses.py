@@ -42,6 +42,8 @@ COMMANDS = [
     (f"{EVAL} --tasks=own --include-path=https://example.org/tasks", "--include-path"),
     (f"{EVAL} --judge=https://example.org/judge", "--judge"),
     (f"{EVAL} --judge=here --reference=hdfs://host/text.txt", "--reference"),
+    (f"{EVAL} --suite=all --suite-data=hdfs://host/suites", "--suite-data"),
+    (f"{EVAL} --suite=all --suite-tfds=https://example.org/tfds", "--suite-tfds"),
     ("sample --run=S3://bucket/run", "--run"),
     ("sample --run=here --out=hdfs://host/samples", "--out"),
     ("sample --run=here --prompts=gs://bucket/prompts.jsonl --out=new", "--prompts"),
@@ -65,6 +67,7 @@ OTHER_TEXTS |= {"--metric", "--baseline", "--reach"}
 OTHER_TEXTS |= {"--mesh", "--host", "--tasks", "--shard", "--beam-flag"}
 OTHER_TEXTS |= {"--temperatures", "--modes", "--samplers"}
 OTHER_TEXTS |= {"--mesh", "--host", "--tasks", "--shard", "--beam-flag"}
+OTHER_TEXTS |= {"--mesh", "--host", "--tasks", "--shard", "--beam-flag", "--suite-sets"}
 OTHER_FIELDS = {"data.text_field", "training.wandb_project"}
 OTHER_TEXTS |= {"--metric", "--rows", "--baseline", "--reach"}  # of the report of a sweep
 

@@ -92,7 +92,7 @@ def run(args: argparse.Namespace) -> int:
         batch_size=args.batch,
         seed=args.seed,
         limit=args.limit_rows,
-        apart=config.data.reset == "document",
+        reset=config.data.reset,
         context=PLAIN if mesh is None else Context(sharding.constrain(mesh)),
     )
     result = suites.evaluate(scorer, found, missing)

@@ -25,6 +25,7 @@ import functools
 import itertools
 import pathlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import assert_never
 
 import jax
 import jax.numpy as jnp
@@ -45,7 +46,7 @@ from armd_jax.evaluation.perplexity import MakeTask
 from armd_jax.evaluation.suites_results import Figure, Missing, Suites, counted, perplexity_of
 from armd_jax.evaluation.suites_text import CORPORA, PUBLISHED, SPLITS, Text
 from armd_jax.inference.language_model import LanguageModel
-from armd_jax.names import Split, SuiteProtocol, SuiteSet
+from armd_jax.names import Reset, Split, SuiteProtocol, SuiteSet
 
 _AT_ONCE = 256  # records that are tokenized together
 
@@ -68,6 +69,8 @@ def added(protocol: SuiteProtocol) -> int:
             return 0
         case "mdlm":
             return 2
+        case _:
+            assert_never(protocol)
 
 
 def chunks(
@@ -182,7 +185,7 @@ def evaluate(scorer: "Scorer", found: Sequence[Found], missing: Sequence[Missing
         word = suites_lambada.last_word(*made)
     return Suites(
         length=scorer.lm.config.max_length,
-        documents_apart=scorer.apart,
+        documents_apart=scorer.end_of_document is not None,
         seed=scorer.seed,
         limit_rows=scorer.limit,
         figures=figures,
@@ -227,7 +230,7 @@ class Scorer:
       draws: of the bound of a denoiser; 1 for an ARMD, whose figures are exact.
       batch_size: chunks per network call. seed: of the draws.
       limit: chunks of each set at most; None: all.
-      apart: whether the documents of a chunk are kept apart, as a model trained with `data.reset=document` needs.
+      reset: `data.reset` of the training, which chunks are scored with, although the protocols know no such thing.
       context: on which devices.
       progress: whether progress bars are shown on stderr.
     """
@@ -238,9 +241,20 @@ class Scorer:
     batch_size: int = 16
     seed: int = 0
     limit: int | None = None
-    apart: bool = False
+    reset: Reset = "none"
     context: Context = PLAIN
     progress: bool = True
+
+    @property
+    def end_of_document(self) -> int | None:
+        """The id behind every document, if the documents of a chunk are kept apart; None: they are not."""
+        match self.reset:
+            case "none":
+                return None
+            case "document":
+                return self.tokenizer.end_of_text
+            case _:
+                assert_never(self.reset)
 
     def figure(self, protocol: SuiteProtocol, name: SuiteSet, split: Split, text: Text) -> Figure:
         """The figure of one split of one set. Raises UserError if its text cannot be read."""
@@ -255,7 +269,7 @@ class Scorer:
             for draw in range(self.draws):
                 sums.add(draw, rows, self._score(rows, draw, number), length, around)
         limited = self.limit is not None and sums.chunks >= self.limit
-        error = sums.error()
+        error = sums.error(length)
         # Nats of single tokens of a chunk are those of an order. A bound is one of whole chunks.
         text_nats = sums.total if not around else None if bound else sums.total - sums.first - sums.last
         every = None if text_nats is None else counted(float(np.mean(text_nats)), sums.tokens - sums.around)
@@ -311,7 +325,7 @@ class Scorer:
         key = jax.random.fold_in(jax.random.key(self.seed + draw), number)
         make_task: MakeTask = _denoising
         if self.lm.config.has_orders:
-            make_task = perplexity.under_order(_left_to_right, self.tokenizer.end_of_text if self.apart else None)
+            make_task = perplexity.under_order(_left_to_right, self.end_of_document)
         arrays = jnp.asarray(tokens_BN), jnp.asarray(valid_BN), key
         nats_BN = _nats(self.lm.params, self.lm.config, *arrays, make_task=make_task, context=self.context)
         return np.asarray(nats_BN, np.float64)[: len(rows)]
@@ -344,9 +358,8 @@ class _Sums:
                 self.tokens += len(row)
                 self.around += around
 
-    def error(self) -> float | None:
+    def error(self, length: int) -> float | None:
         """The standard error of nats per token of the whole chunks, over the draws; None if it is not known."""
         if len(self.whole) < 2 or not self.chunks:
             return None
-        per_chunk = self.whole / self.chunks
-        return float(np.std(per_chunk, ddof=1)) / len(self.whole) ** 0.5
+        return float(np.std(self.whole, ddof=1)) / len(self.whole) ** 0.5 / (self.chunks * length)

@@ -1,8 +1,8 @@
 """`armd report --run=DIR`: one self-contained HTML page about a run, and its pictures as PNG files beside it.
 
 The page reads the files that other commands left in the run's folder (config.json, metrics.jsonl, events.jsonl,
-eval.json, generation.json, samples.json). Only config.json has to be there. If another file is missing, its section
-names the command that writes it; what a judge said has a section if there is something.
+eval.json, suites.json, generation.json, samples.json). Only config.json has to be there. If another file is missing,
+its section names the command that writes it; those about suites and about what a judge said are left out.
 """
 
 import dataclasses
@@ -16,21 +16,11 @@ from armd_jax import data_config, files
 from armd_jax.config import Config
 from armd_jax.core import task as tasks
 from armd_jax.errors import UserError
-from armd_jax.evaluation import generative_results, results, tables
+from armd_jax.evaluation import generative_results, results, suites_results, tables
 from armd_jax.evaluation.generative_results import Generations
 from armd_jax.evaluation.results import Evaluation, Sample, Samples
-from armd_jax.report import (
-    bars,
-    frontier,
-    loss_curve,
-    markup,
-    masks,
-    order_schedule,
-    places,
-    replay,
-    sample_text,
-    time_spent,
-)
+from armd_jax.report import bars, frontier, loss_curve, markup, masks, order_schedule, places, replay
+from armd_jax.report import sample_text, suites, time_spent
 from armd_jax.training import goodput
 from armd_jax.training.goodput import Goodput
 
@@ -61,6 +51,7 @@ def write(run: pathlib.Path, out: pathlib.Path | None = None) -> pathlib.Path:
         _quality(evaluation, where),
         *_over_orders(evaluation),
         *_price(evaluation),
+        *[_Section(suites.section(found)) for found in [suites_results.read(run)] if found],
         _speed(drawn, where),
         _samples(drawn, where),
         *_generation(generative_results.read(run)),

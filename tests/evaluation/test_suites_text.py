@@ -1,0 +1,69 @@
+"""The texts of suites: which files are found, and what their records are."""
+
+import gzip
+import json
+
+import pytest
+
+from armd_jax.errors import UserError
+from armd_jax.evaluation import suites_text
+
+LINES = " \n = Title = \n \n A line , with words . \n"
+
+
+def _records(name, split, folder, tfds=None):
+    found = suites_text.find(name, split, folder, tfds)
+    return None if found is None else list(found.records())
+
+
+def test_a_line_of_a_text_file_is_a_record(tmp_path):
+    """A line of WikiText keeps its line feed, and a blank one holds nothing; other lines are stripped."""
+    (tmp_path / "wikitext-2").mkdir()
+    (tmp_path / "wikitext-2" / "test.txt").write_text(LINES)
+    (tmp_path / "ptb.test.txt").write_text(" a line \n another\x85one \n")
+    assert _records("wikitext2", "test", tmp_path) == ["", " = Title = \n", "", " A line , with words . \n"]
+    assert _records("ptb", "test", tmp_path) == ["a line", "another\x85one"]
+    assert _records("wikitext103", "test", tmp_path) is None and _records("wikitext2", "train", tmp_path) is None
+
+
+@pytest.mark.parametrize("field", ["article", "text"])
+def test_fields_of_json_lines(tmp_path, field):
+    """The text is in the field that the set's own files have, or in `text`; blank records stay."""
+    (tmp_path / "pubmed").mkdir()
+    rows = [{field: "one"}, {field: ""}, {field: "two\nlines"}]
+    content = "".join(json.dumps(row) + "\n" for row in rows)
+    (tmp_path / "pubmed" / "valid.jsonl.gz").write_bytes(gzip.compress(content.encode()))
+    assert _records("pubmed", "valid", tmp_path) == ["one", "", "two\nlines"]
+
+
+def test_tables_of_hugging_face(tmp_path):
+    """As their folders and files are called there, in several parts."""
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    folder = tmp_path / "wikitext-2-raw-v1"
+    folder.mkdir()
+    for part, texts in enumerate((["", " = A = \n"], [" b \n"])):
+        parquet.write_table(pyarrow.table({"text": texts}), folder / f"test-0000{part}-of-00002.parquet")
+    assert _records("wikitext2", "test", tmp_path) == ["", " = A = \n", " b \n"]
+
+
+def test_what_is_ambiguous_or_broken_is_one_line(tmp_path):
+    """Two forms of one split, a file without the field, and broken JSON."""
+    for name in ("wikitext2", "wikitext-2-raw"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "test.txt").write_text(LINES)
+    with pytest.raises(UserError, match="both may be meant"):
+        suites_text.find("wikitext2", "test", tmp_path, None)
+    (tmp_path / "lm1b_test.jsonl").write_text('{"sentence": "a"}\n')
+    with pytest.raises(UserError, match=r"lm1b_test\.jsonl.*no text in field 'text'"):
+        _records("lm1b", "test", tmp_path)
+    (tmp_path / "ag_news_test.jsonl").write_text('{"text": "a"}\n{"text"\n')
+    with pytest.raises(UserError, match=r"ag_news_test\.jsonl, line 2: not valid JSON"):
+        _records("ag_news", "test", tmp_path)
+
+
+def test_every_set_has_its_splits_and_the_published_ones_are_among_them():
+    """In both protocols."""
+    for protocol, splits in suites_text.SPLITS.items():
+        assert set(splits) == set(suites_text.CORPORA)
+        assert suites_text.PUBLISHED[protocol] <= {(name, split) for name in splits for split in splits[name]}
