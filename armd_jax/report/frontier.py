@@ -16,6 +16,8 @@ def picture(group: Sequence[Entry]) -> bytes:
     Left, every point is labelled with its temperature. Right, the same points over tokens per second, if they have a
     speed.
     """
+    from matplotlib.ticker import FuncFormatter
+
     known = [entry for entry in group if entry.generative_perplexity is not None and entry.entropy_nats is not None]
     ways: dict[str, list[Entry]] = {}
     for entry in known:
@@ -39,5 +41,14 @@ def picture(group: Sequence[Entry]) -> bytes:
             right.axhline(y, color=INK, linestyle=":", linewidth=1)
     left.set(xlabel="entropy within a text (nats)", ylabel="generative perplexity", yscale="log")
     right.set(xlabel="tokens per second")
+    # By default, a logarithmic axis has its numbers as powers, which are formulas.
+    left.yaxis.set_major_formatter(FuncFormatter(_number))
+    left.yaxis.set_minor_formatter(FuncFormatter(_number))
     left.legend(fontsize=8)
     return png(figure)
+
+
+def _number(value: float, place: int) -> str:
+    """A tick's label."""
+    del place
+    return f"{value:g}"

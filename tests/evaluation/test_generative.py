@@ -167,7 +167,7 @@ def test_a_judge_agrees_with_what_a_model_says_of_its_own_texts(lm):
 @pytest.mark.slow
 def test_figures_are_those_of_the_texts_with_these_seeds(lm):
     """Text i has the seed `seed` + i, whatever the batch, and end-of-text ends nothing."""
-    lm = lm.replace(lm.params | {"embedding": lm.params["embedding"].at[END].multiply(3)})  # which now is likely
+    lm = lm.replace(lm.params | {"embedding": lm.params["embedding"].at[END].multiply(20)})  # which now is likely
     (entry,) = _evaluate(lm, temperatures=[0.8])
     rows = lm.generate(4, 12, temperature=0.8, seed=range(7, 11), stop_at_end=False).tokens_BN.tolist()
     assert any(END in row[:-1] and set(row[row.index(END) :]) != {END} for row in rows)
