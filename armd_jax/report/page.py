@@ -19,8 +19,19 @@ from armd_jax.errors import UserError
 from armd_jax.evaluation import generative_results, results, suites_results, tables
 from armd_jax.evaluation.generative_results import Generations
 from armd_jax.evaluation.results import Evaluation, Sample, Samples
-from armd_jax.report import bars, frontier, loss_curve, markup, masks, order_schedule, places, replay
-from armd_jax.report import sample_text, suites, time_spent
+from armd_jax.report import (
+    bars,
+    frontier,
+    loss_curve,
+    markup,
+    masks,
+    order_schedule,
+    places,
+    replay,
+    sample_text,
+    suites,
+    time_spent,
+)
 from armd_jax.training import goodput
 from armd_jax.training.goodput import Goodput
 

@@ -303,7 +303,7 @@ def price_table(sweep: Sweep) -> str:
     for row, name in _present(sweep, {"SBP=0": "no SBP", "SBP=2.5": "SBP 2.5%", REFERENCE: "SBP 20%"}):
         for streams in STREAMS:
             parts = [
-                estimate(figure(sweep, row, f"eval.price[streams={streams}].{part}").values())
+                estimate(figure(sweep, row, f"eval.price.{streams}.{part}").values())
                 for part in ("independence_gap", "order_cost_per_stream")
             ]
             cells.append([name, str(streams), shown(parts[0], 4), shown(parts[1], 2)])

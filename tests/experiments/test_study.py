@@ -95,7 +95,7 @@ def test_a_power_law_is_found_again(study):
 
 
 def test_figures_are_collected_from_a_finished_sweep_only(study, make_sweep, tmp_path, capsys, monkeypatch):
-    """Members that are not finished are named in one line; the figures of finished ones go through the file unchanged."""
+    """An unfinished member is named in one line; figures of finished ones go through the file unchanged."""
     folder = make_sweep()
     monkeypatch.setattr(sys, "argv", ["write_up.py", f"--sweep={folder}", f"--out={tmp_path / 'page'}"])
     assert study["write_up"].main() == 2
