@@ -43,8 +43,8 @@ def _plan(spec: str, out: pathlib.Path) -> Plan:
     return plans.make(plans.load(spec, []), spec, out, lambda words: None)
 
 
-def _wait(condition: Callable[[], object]) -> None:
-    until = time.monotonic() + PATIENCE
+def _wait(condition: Callable[[], object], patience: float = PATIENCE) -> None:
+    until = time.monotonic() + patience
     while not condition():
         assert time.monotonic() < until
         time.sleep(0.01)
@@ -197,7 +197,7 @@ _BEGINS = """
 import os, subprocess
 from armd_jax.studies.running import _Child
 child = _Child({min(os.sched_getaffinity(0))})
-process = subprocess.Popen(["sleep", "60"], preexec_fn=child, stdout=subprocess.DEVNULL)
+process = subprocess.Popen(["sleep", "600"], preexec_fn=child, stdout=subprocess.DEVNULL)
 print(process.pid, *os.sched_getaffinity(process.pid), flush=True)
 os.kill(os.getpid(), 9)
 """
@@ -208,7 +208,11 @@ def test_a_process_does_not_outlive_the_sweep():
     done = subprocess.run([sys.executable, "-c", _BEGINS], stdout=subprocess.PIPE, text=True)
     pid, *cores = map(int, done.stdout.split())
     assert cores == [min(os.sched_getaffinity(0))]
-    _wait(lambda: not _lives(pid))
+    try:
+        _wait(lambda: not _lives(pid), 10)
+    finally:
+        if _lives(pid):
+            os.kill(pid, signal.SIGKILL)
 
 
 @pytest.mark.parametrize(
