@@ -16,7 +16,7 @@ from armd_jax.report import sweep_figures as figures
 from armd_jax.report import sweep_statistics as statistics
 from armd_jax.report.sweep_reading import Sweep
 from armd_jax.report.sweep_statistics import Estimate, Reach
-from armd_jax.report.sweep_tables import Bound, Cell, Row, Tables, printed
+from armd_jax.report.sweep_tables import Bound, Row, Tables, printed
 
 
 def shown_estimate(found: Estimate | None, digits: int | None, bound: Bound = "") -> str:
@@ -81,8 +81,19 @@ def _values(
 
 def _value(tables: Tables, row: Row, figure: str) -> str:
     cell = row.cells[figure]
-    text = shown_estimate(cell.value, tables.digits(figure), cell.bound)
-    return text if cell.value is None or cell.value.seeds == row.finished else f"{text} ({cell.value.seeds} seeds)"
+    return _with_seeds(shown_estimate(cell.value, tables.digits(figure), cell.bound), cell.value, row)
+
+
+def _ratio(row: Row, figure: str) -> str:
+    cell = row.cells[figure]
+    return _with_seeds(shown_estimate(cell.ratio, 4, cell.ratio_bound), cell.ratio, row)
+
+
+def _with_seeds(text: str, found: Estimate | None, row: Row) -> str:
+    """The text, with the number of seeds if not all finished members of the row are in it."""
+    if found is None or found.seeds == row.finished:
+        return text
+    return f"{text} ({found.seeds} seed{'s' if found.seeds > 1 else ''})"
 
 
 def _seeds(row: Row) -> str:
@@ -92,18 +103,12 @@ def _seeds(row: Row) -> str:
 def _ratios(
     tables: Tables, rows: Sequence[Row], columns: Sequence[str], heads: Sequence[str], part: figures.Table
 ) -> Shown:
-    cells = [
-        [row.name, *(_ratio(row.cells[figure]) for figure in columns)] for row in rows if row.name != tables.baseline
-    ]
+    cells = [[row.name, *(_ratio(row, figure) for figure in columns)] for row in rows if row.name != tables.baseline]
     note = "Each seed is divided by the same seed of that row; then the mean ± standard error over these seeds."
     if tables.baseline not in [row.name for row in rows]:
         note = "That row has none of these figures, so there are no ratios; --baseline takes another row."
         cells = []
     return Shown(f"Ratios to {tables.baseline}: {part}", note, ["row", *heads], cells)
-
-
-def _ratio(cell: Cell) -> str:
-    return shown_estimate(cell.ratio, 4, cell.ratio_bound)
 
 
 def _reached(tables: Tables) -> Shown:

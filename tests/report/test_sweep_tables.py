@@ -90,6 +90,7 @@ def test_a_figure_that_a_member_lacks_is_told(make_sweep):
     assert _row(tables, "model=MDLM").cells["metrics.eval/nll"].value == statistics.Estimate(4.0, 0.0, 2)
     text = sweep_text.markdown(tables)
     assert "≤ 4.0000 ± 0.0000 (2 seeds)" in text
+    assert "| model=MDLM | ≤ 1.0159 ± 0.1270 (2 seeds) |" in text  # 4.0 / 3.5 and 4.0 / 4.5
     assert "| model=AR,seed=2 | finished | lacks eval.strided.4.bits_per_byte |" in text
 
 
