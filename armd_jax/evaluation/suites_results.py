@@ -159,7 +159,18 @@ def read(run: pathlib.Path) -> Suites | None:
     return results.read_file(Suites, run / FILE, "armd eval --suite=all")
 
 
-HEADER = ("set", "split", "perplexity", "± nats", "tokens", "dropped", "first given", "every token", "per word")
+HEADER = (
+    "set",
+    "split",
+    "perplexity",
+    "± nats",
+    "tokens",
+    "dropped",
+    "first given",
+    "every token",
+    "words",
+    "per word",
+)
 
 
 def cells(figure: Figure) -> list[str]:
@@ -178,6 +189,7 @@ def cells(figure: Figure) -> list[str]:
         "?" if figure.limited else f"{figure.dropped:,}",
         shown(figure.given_first),
         shown(figure.every_token),
+        "?" if figure.limited else f"{figure.words:,}",
         formatted(figure.perplexity_per_word, 2),
     ]
 

@@ -2,6 +2,8 @@
 
 import gzip
 import json
+import subprocess
+import sys
 
 import pytest
 
@@ -67,3 +69,39 @@ def test_every_set_has_its_splits_and_the_published_ones_are_among_them():
     for protocol, splits in suites_text.SPLITS.items():
         assert set(splits) == set(suites_text.CORPORA)
         assert suites_text.PUBLISHED[protocol] <= {(name, split) for name in splits for split in splits[name]}
+
+
+@pytest.mark.slow
+def test_datasets_of_tfds(tmp_path):
+    """The title and the description of AG News are one text, as elsewhere; splits that are not there are said."""
+    program = """
+import pathlib, sys
+import tensorflow_datasets as tfds
+from armd_jax.errors import UserError
+from armd_jax.evaluation import suites_text
+
+class AgNewsSubset(tfds.core.GeneratorBasedBuilder):
+    VERSION = tfds.core.Version("1.0.0")
+    def _info(self):
+        features = {name: tfds.features.Text() for name in ("title", "description")}
+        return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
+    def _split_generators(self, manager):
+        return {"train": self._generate_examples(1), "test": self._generate_examples(3)}
+    def _generate_examples(self, count):
+        for index in range(count):
+            yield index, {"title": f"Title {index}", "description": f"says {index}."}
+
+folder = pathlib.Path(sys.argv[1])
+AgNewsSubset(data_dir=str(folder), file_format="array_record").download_and_prepare()
+assert suites_text.find("lm1b", "test", None, folder) is None
+found = suites_text.find("ag_news", "test", folder, folder)
+assert found.where == "tfds:ag_news_subset"
+assert sorted(found.records()) == [f"Title {index} says {index}." for index in range(3)], list(found.records())
+try:
+    list(suites_text.find("ag_news", "valid", None, folder).records())
+    raise SystemExit("a split that is not there was read")
+except UserError as error:
+    assert str(error) == "tfds:ag_news_subset: has no valid split"
+"""
+    run = subprocess.run([sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr[-2000:]
