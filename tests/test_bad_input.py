@@ -248,6 +248,7 @@ COMMAND_LINES = [
     ("eval --run=run --data=silent", r"no text for the test split"),
     ("eval --run=run --samples=3", r"--samples belongs to --judge"),
     ("eval --run=run --judge=run --split=test", r"--split does not go together with --judge"),
+    ("eval --run=run --judge=run --no-baselines", r"--no-baselines does not go together with --judge"),
     ("eval --run=run --judge=run --tasks=own", r"--judge does not go together with --tasks"),
     ("eval --run=run --judge=missing", r"--judge=missing: there is no such folder or file"),
     ("eval --run=run --judge=run-of-nothing", r"run-of-nothing: "),

@@ -15,7 +15,7 @@ from armd_jax.names import DecodingMode, DenoisingSampler
 _STREAMS, _TEMPERATURES, _SAMPLES = "1,2,4", "0.7,0.8,0.9,1.0", 64
 # Arguments of this part, and those of the others that have no meaning here, by their names in the namespace.
 _OWN = ("samples", "length", "temperatures", "modes", "samplers", "steps", "top_p", "reference")
-_OTHERS = ("split", "data", "draws")
+_OTHERS = ("split", "data", "draws", "include_path", "limit", "no_baselines")
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -56,8 +56,9 @@ def check_absent(args: argparse.Namespace) -> None:
 def run(args: argparse.Namespace) -> int:
     """Draws texts, lets the judge score them, prints the figures and keeps them in the run."""
     for name in _OTHERS:
-        if getattr(args, name) is not None:
-            raise UserError(f"--{name} does not go together with --judge; --reference names real text")
+        if getattr(args, name) not in (None, False):
+            flag = f"--{name.replace('_', '-')}"
+            raise UserError(f"{flag} does not go together with --judge; --reference names real text")
     check_seed(args.seed)
     samples = _SAMPLES if args.samples is None else args.samples
     if samples < 1 or args.batch < 1:

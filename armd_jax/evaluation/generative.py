@@ -224,6 +224,7 @@ def _judged(
     entry = Entry(
         **{field.name: getattr(setting, field.name) for field in dataclasses.fields(setting)},
         **dataclasses.asdict(generative_tokens.variety(rows)),
+        texts=len(rows),
         judge_tokens=int(scores.tokens_T.sum()),
         truncated=int((scores.cut_T > 0).sum()),
         cut_tokens=int(scores.cut_T.sum()),

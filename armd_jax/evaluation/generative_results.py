@@ -49,9 +49,10 @@ class Setting:
 
     text: the name of real text, such as "test split"; empty if the model wrote the texts.
     mode, streams: of an ARMD. sampler, steps: of a denoiser; see `inference.language_model.How`. None if it has none.
-    temperature, top_p: None for real text, top_p also if the whole distribution is drawn from.
-    samples: how many texts. length: tokens of each, in the model's tokenizer; nothing ends before: an end-of-text is a
-        token like the others, as in the rows of the training. batch: texts that are drawn together.
+    temperature: None for real text. top_p: None if the whole distribution is drawn from; real text has that of the
+        texts in its table.
+    samples: how many texts are asked for. length: tokens of each, in the model's tokenizer; nothing ends before: an
+        end-of-text is a token like the others, as in the rows of the training. batch: texts that are drawn together.
     seed: text i of an ARMD has the seed `seed` + i; the batch of a denoiser that begins with text i has.
     weights: digest of the first numbers of the model's weights.
     """
@@ -95,6 +96,7 @@ class Setting:
 class Figures(Variety):
     """What was measured.
 
+    texts: how many were measured; of real text, there may be fewer than `samples`.
     judge_tokens: tokens that the judge scored, in its own tokenizer. truncated: texts that were longer than the judge's
         context. cut_tokens: their tokens behind it, which are not scored.
     generative_perplexity: exp(nats of all texts / judge_tokens): that of the corpus, not a mean over texts.
@@ -108,6 +110,7 @@ class Figures(Variety):
     hardware: devices, for people. example: the beginning of the first text.
     """
 
+    texts: int = 0
     judge_tokens: int = 0
     truncated: int = 0
     cut_tokens: int = 0
@@ -189,8 +192,9 @@ def cells(entry: Entry) -> list[str]:
     """A row below `HEADER`."""
     shown = results.formatted
     error = "" if entry.standard_error is None else f" ± {entry.standard_error:,.2f}"
+    fewer = "" if entry.texts == entry.samples else f", {entry.texts:,} texts"
     return [
-        entry.label,
+        entry.label + fewer,
         "–" if entry.temperature is None else f"{entry.temperature:g}",
         shown(entry.generative_perplexity, 2) + error,
         shown(entry.entropy_nats, 3),

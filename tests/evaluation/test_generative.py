@@ -161,6 +161,7 @@ def test_a_judge_agrees_with_what_a_model_says_of_its_own_texts(lm):
     assert abs(math.log(two.generative_perplexity) - two.own_nats_per_token) > 1e-3
     assert (one.num_calls, one.calls_per_token) == (12, 1)
     assert two.num_calls == 7 and two.calls_per_token == pytest.approx(7 / 12)
+    assert one.texts == two.texts == 4
     assert all(entry.tokens_per_second > 0 and entry.example and entry.hardware for entry in (one, two))
 
 
@@ -186,7 +187,8 @@ def test_what_is_known_is_not_drawn_again(lm):
     kept: list[Entry] = []
     real = _real(lm)
     first = _evaluate(lm, temperatures=(0.5, 1.0), real=real, keep=kept.append)
-    assert kept == first and [entry.text for entry in first] == ["some", "", ""]
+    assert kept == first and [(entry.text, entry.texts) for entry in first] == [("some", 3), ("", 4), ("", 4)]
+    assert generative_results.cells(first[0])[0] == "real text (some), 3 texts"
     more: list[Entry] = []
     again = _evaluate(lm, temperatures=(0.5, 0.7, 1.0), real=real, known=first, keep=more.append)
     assert [entry.temperature for entry in more] == [0.7] and [again[i] for i in (0, 1, 3)] == first
@@ -195,7 +197,8 @@ def test_what_is_known_is_not_drawn_again(lm):
     assert len(more) == 1
     other = lm.replace(jax.tree.map(lambda leaf: leaf * 1.5, lm.params))
     more.clear()
-    _evaluate(other, temperatures=(0.5,), known=first, keep=more.append)
+    how = SIZES | {"known": first, "keep": more.append, "progress": False}
+    generative.evaluate(other, _judge(lm), STRIDED, (0.5,), **how)
     assert len(more) == 1
 
 
