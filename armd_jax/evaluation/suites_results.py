@@ -176,21 +176,24 @@ HEADER = (
 def cells(figure: Figure) -> list[str]:
     """A line of the tables, as `HEADER` names its columns."""
 
-    def shown(value: Counted | None) -> str:
-        return formatted(None if value is None else value.perplexity, 2)
+    def shown(perplexity: float | None) -> str:
+        return ("≤ " if figure.bound and perplexity is not None else "") + formatted(perplexity, 2)
+
+    def of(found: Counted | None) -> str:
+        return shown(None if found is None else found.perplexity)
 
     error = None if figure.score is None else figure.score.standard_error
     return [
         figure.set,
         figure.split + ("" if figure.published else "*"),
-        ("≤ " if figure.bound and figure.score else "") + shown(figure.score),
+        of(figure.score),
         formatted(error, 4),
         f"{figure.score.tokens if figure.score else 0:,}",
         "?" if figure.limited else f"{figure.dropped:,}",
-        shown(figure.given_first),
-        shown(figure.every_token),
+        of(figure.given_first),
+        of(figure.every_token),
         "?" if figure.limited else f"{figure.words:,}",
-        formatted(figure.perplexity_per_word, 2),
+        shown(figure.perplexity_per_word),
     ]
 
 
@@ -213,6 +216,8 @@ def notes(found: Suites) -> list[str]:
     if any(figure.unknown for figure in found.figures):
         names = sorted({f"{figure.set} {figure.split}" for figure in found.figures if figure.unknown})
         lines.append(f"with <unk> in the text, unlike the raw form that was published: {', '.join(names)}")
+    if any(figure.bound for figure in found.figures):
+        lines.append("last words of LAMBADA are not measured: a denoiser predicts nothing from left to right")
     if found.limit_rows is not None:
         lines.append(f"at most {found.limit_rows:,} chunks or passages of each set (--limit-rows)")
     if found.documents_apart:
