@@ -62,14 +62,10 @@ COMMANDS = [
 ]
 # Arguments and fields that take a text which names no file.
 OTHER_TEXTS = {"--text-field", "--coordinator", "--topology", "--streams", "--steps", "--stop", "--prompt", "--suffix"}
-OTHER_TEXTS |= {"--mesh", "--host", "--tasks", "--shard", "--beam-flag", "--only", "--launcher-flag"}
-OTHER_TEXTS |= {"--metric", "--baseline", "--reach"}
-OTHER_TEXTS |= {"--mesh", "--host", "--tasks", "--shard", "--beam-flag"}
-OTHER_TEXTS |= {"--temperatures", "--modes", "--samplers"}
-OTHER_TEXTS |= {"--mesh", "--host", "--tasks", "--shard", "--beam-flag"}
-OTHER_TEXTS |= {"--mesh", "--host", "--tasks", "--shard", "--beam-flag", "--suite-sets"}
-OTHER_FIELDS = {"data.text_field", "training.wandb_project"}
+OTHER_TEXTS |= {"--mesh", "--host", "--tasks", "--shard", "--beam-flag", "--only", "--launcher-flag", "--suite-sets"}
+OTHER_TEXTS |= {"--temperatures", "--modes", "--samplers"}  # of texts under a judge
 OTHER_TEXTS |= {"--metric", "--rows", "--baseline", "--reach"}  # of the report of a sweep
+OTHER_FIELDS = {"data.text_field", "training.wandb_project"}
 
 
 @pytest.mark.parametrize(("line", "where"), COMMANDS, ids=[line for line, _ in COMMANDS])

@@ -82,6 +82,7 @@ class Plan:
                 "values": {name: value for name, value in job.member.values.items() if name != sweeps.SEED},
                 "seed": job.member.seed,
                 "overrides": dict(job.member.overrides),
+                "after": [command.text for command in job.after],
             }
             for job in self.jobs
         ]
