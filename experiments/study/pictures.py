@@ -1,6 +1,7 @@
 """The pictures on the study's page."""
 
 import itertools
+from typing import Any
 
 import numpy as np
 import tables
@@ -30,7 +31,7 @@ def curves(sweep: Sweep) -> bytes:
                 axes.plot(x, losses, color=COLOURS[row], linewidth=1.2, label="" if place else name)
     left.set(xlabel="steps", ylabel="held-out nats per token")
     right.set(xlabel="training TFLOPs")
-    left.legend(frameon=False)
+    _legend(left)
     return style.png(figure)
 
 
@@ -64,7 +65,7 @@ def frontier(sweep: Sweep) -> bytes:
         left.plot(entropy_of_real, real, "*", color=style.SKY, markersize=12, label="real text")
     left.set(xlabel="entropy of a text's tokens, nats", ylabel="generative perplexity", yscale="log")
     right.set(xlabel="tokens per second, temperature 1", ylabel="generative perplexity")
-    left.legend(frameon=False)
+    _legend(left)
     return style.png(figure)
 
 
@@ -86,5 +87,11 @@ def sizes(sweep: Sweep) -> bytes:
     axes.set(xscale="log", xlabel="parameters", ylabel="test nats per token")
     axes.set_xticks(ticks, [f"{tick / 1e6:.1f}M" for tick in ticks])
     axes.minorticks_off()
-    axes.legend(frameon=False)
+    _legend(axes)
     return style.png(figure)
+
+
+def _legend(axes: Any) -> None:
+    """A legend, if there is anything to name: a short form of the study lacks some rows."""
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(frameon=False)
