@@ -24,8 +24,12 @@ from armd_jax.core import flops
 from armd_jax.errors import UserError
 from armd_jax.sweeps import Member, Members, Sweep, chain, choices, product, seeds, then
 
-RATES = {"AR": (6e-3, 1.2e-2, 2.4e-2), "ARMD-identity": (6e-3, 1.2e-2, 2.4e-2), "MDLM": (6e-3, 1.2e-2, 2.4e-2)}
-BEST = {"AR": 1.2e-2, "ARMD-identity": 1.2e-2, "MDLM": 1.2e-2}  # what the rows `rate` found; a test compares them
+RATES = {
+    "AR": (1.2e-2, 2.4e-2, 4.8e-2),
+    "ARMD-identity": (1.2e-2, 2.4e-2, 4.8e-2),
+    "MDLM": (6e-3, 1.2e-2, 2.4e-2),
+}
+BEST = {"AR": 2.4e-2, "ARMD-identity": 2.4e-2, "MDLM": 1.2e-2}  # what the rows `rate` find; a test compares them
 TEMPERATURES = (0.7, 0.8, 0.9, 1.0, 1.1)
 BASELINES = ("AR", "MDLM")
 WIDTHS = (192, 256, 384)

@@ -129,7 +129,7 @@ def main() -> int:
             files.write(args.out / METRICS, json.dumps(collect(args.sweep), indent=1) + "\n")
         text = page(args.out / METRICS)
         for name, content in pictures.all_of(read(args.out / METRICS)[1]).items():
-            files.write_bytes(args.out / name, content)
+            files.write(args.out / name, content)
         files.write(args.out / "README.md", text)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
