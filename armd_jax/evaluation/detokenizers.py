@@ -1,10 +1,10 @@
 """Detokenisers: they undo the tokenisation of evaluation corpora, so that their text looks like the text of the web.
 
-Published zero-shot perplexities are of text that went through such rules before it was encoded, and the rules change
-the figures a lot. These have the effect of the rules in the published evaluation code of SEDD, RADD and MDLM (which are
-the same, character by character), because a rule that is better would give figures that nobody can compare. That code
-has one more rule for WikiText, which is written between slashes and so matches nothing in ordinary text; it is left
-out. Each function takes one record of a corpus, such as a line, and is pure.
+Published zero-shot perplexities are of text that went through such rules before it was encoded; without them they
+differ. These have the effect of the rules in the evaluation code of SEDD, RADD and MDLM, which are the same
+character by character, because a rule that is better would give figures that nobody can compare. That code has one more
+rule for WikiText, which is written between slashes and so matches nothing in ordinary text; it is left out. Each
+function takes one record of a corpus, such as a line, and is pure.
 
 Undoing is not exact: a text that had a space before its comma loses it, and `N`, which stands for a number in PTB,
 becomes 1. So perplexities per word after it are of a text that differs a little from the corpus.
