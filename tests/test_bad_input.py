@@ -249,7 +249,7 @@ COMMAND_LINES = [
     ("eval --run=run --samples=3", r"--samples belongs to --judge"),
     ("eval --run=run --judge=run --split=test", r"--split does not go together with --judge"),
     ("eval --run=run --judge=run --no-baselines", r"--no-baselines does not go together with --judge"),
-    ("eval --run=run --judge=run --tasks=own", r"--judge does not go together with --tasks"),
+    ("eval --run=run --judge=run --tasks=own", r"--tasks and --judge are two evaluations"),
     ("eval --run=run --judge=missing", r"--judge=missing: there is no such folder or file"),
     ("eval --run=run --judge=run-of-nothing", r"run-of-nothing: "),
     ("eval --run=run --judge=run --temperatures=warm", r"--temperatures='warm': expected numbers"),

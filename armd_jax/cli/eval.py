@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import itertools
 import pathlib
 import tempfile
 from collections.abc import Sequence
@@ -29,6 +30,13 @@ HELP = (
     " that the model writes."
 )
 IF_MEMORY_RUNS_OUT = "lower --batch"
+# What is evaluated in place of held-out text, by the argument that asks for it, and the arguments that it takes.
+_OTHERS = {
+    "tasks": ("include_path", "limit", "streams"),
+    "suite": (*eval_suites.OWN, "draws"),
+    "judge": (*eval_generation.OWN, "streams"),
+}
+_HELD_OUT = ("split", "data", "streams", "draws", "orders", "rows", "shuffled", "price", "no_baselines")
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -101,21 +109,42 @@ def run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
     """Scores the text, prints the figures, and keeps them in the run if the text is the run's own."""
     del overrides
     check_out(args)
-    asked = {"--tasks": args.tasks, "--suite": args.suite, "--judge": args.judge}
-    if len(flags := [flag for flag, value in asked.items() if value is not None]) > 1:
-        raise UserError(f"{flags[0]} and {flags[1]} are two evaluations; ask for one at a time")
-    if args.judge is not None:
-        eval_suites.check_absent(args)
-        return eval_generation.run(args)
-    eval_generation.check_absent(args)
-    if args.suite is not None:
-        return eval_suites.run(args)
-    eval_suites.check_absent(args)
-    if args.tasks is not None:
-        return _tasks(args)
-    for flag, given in (("--include-path", args.include_path), ("--limit", args.limit)):
-        if given is not None:
-            raise UserError(f"{flag} belongs to --tasks, the tasks of lm-evaluation-harness")
+    match _asked(args):
+        case "tasks":
+            return _tasks(args)
+        case "suite":
+            return eval_suites.run(args)
+        case "judge":
+            return eval_generation.run(args)
+        case _:
+            return _held_out(args)
+
+
+def _asked(args: argparse.Namespace) -> str | None:
+    """Which of `_OTHERS` is asked for; None: held-out text.
+
+    Raises UserError if it is more than one, or if an argument is given that means nothing to it.
+    """
+    asked = [name for name in _OTHERS if getattr(args, name) is not None]
+    if len(asked) > 1:
+        raise UserError(f"{_flag(asked[0])} and {_flag(asked[1])} are two evaluations; ask for one at a time")
+    chosen = asked[0] if asked else None
+    own = _HELD_OUT if chosen is None else _OTHERS[chosen]
+    for name in {*_HELD_OUT, *itertools.chain(*_OTHERS.values())} - {*own}:
+        if getattr(args, name) not in (None, False):
+            if chosen is not None:
+                raise UserError(f"{_flag(name)} does not go together with {_flag(chosen)}")
+            others = " or ".join(_flag(other) for other, names in _OTHERS.items() if name in names)
+            raise UserError(f"{_flag(name)} belongs to {others}")
+    return chosen
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def _held_out(args: argparse.Namespace) -> int:
+    """Scores held-out text."""
     streams = whole_numbers(args.streams or "2,4,8", "--streams")
     if (args.draws is not None and args.draws < 0) or args.batch < 1:
         raise UserError("--draws must be at least 0, --batch at least 1")
@@ -192,19 +221,6 @@ def run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
 
 def _tasks(args: argparse.Namespace) -> int:
     """Runs tasks of lm-evaluation-harness."""
-    for flag, given in (
-        ("--data", args.data is not None),
-        ("--split", args.split is not None),
-        ("--draws", args.draws is not None),
-        ("--no-baselines", args.no_baselines),
-        ("--orders", args.orders is not None),
-        ("--rows", args.rows is not None),
-        ("--shuffled", args.shuffled is not None),
-        ("--price", args.price),
-        ("--judge", args.judge is not None),
-    ):
-        if given:
-            raise UserError(f"{flag} does not go together with --tasks, which say themselves what is scored")
     streams = whole_numbers(args.streams or "1", "--streams")
     if len(streams) > 1:
         raise UserError(f"--streams={args.streams}: with --tasks, give one number of streams")

@@ -13,9 +13,8 @@ from armd_jax.errors import UserError
 from armd_jax.names import DecodingMode, DenoisingSampler
 
 _STREAMS, _TEMPERATURES, _SAMPLES = "1,2,4", "0.7,0.8,0.9,1.0", 64
-# Arguments of this part, and those of the others that have no meaning here, by their names in the namespace.
-_OWN = ("samples", "length", "temperatures", "modes", "samplers", "steps", "top_p", "reference")
-_OTHERS = ("split", "data", "draws", "include_path", "limit", "no_baselines")
+# Arguments that belong to `--judge`.
+OWN = ("samples", "length", "temperatures", "modes", "samplers", "steps", "top_p", "reference")
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -46,19 +45,8 @@ def add(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def check_absent(args: argparse.Namespace) -> None:
-    """Raises UserError if an argument is given that belongs to `--judge`, which is not."""
-    for name in _OWN:
-        if getattr(args, name) is not None:
-            raise UserError(f"--{name.replace('_', '-')} belongs to --judge, the model that scores texts")
-
-
 def run(args: argparse.Namespace) -> int:
     """Draws texts, lets the judge score them, prints the figures and keeps them in the run."""
-    for name in _OTHERS:
-        if getattr(args, name) not in (None, False):
-            flag = f"--{name.replace('_', '-')}"
-            raise UserError(f"{flag} does not go together with --judge; --reference names real text")
     check_seed(args.seed)
     samples = _SAMPLES if args.samples is None else args.samples
     if samples < 1 or args.batch < 1:

@@ -10,8 +10,7 @@ from armd_jax.names import SuiteProtocol, SuiteSet
 
 _PROTOCOLS: tuple[SuiteProtocol, ...] = typing.get_args(SuiteProtocol)
 _SETS: tuple[SuiteSet, ...] = typing.get_args(SuiteSet)
-_OWN = {"--suite-data": "suite_data", "--suite-tfds": "suite_tfds", "--suite-sets": "suite_sets"}
-_OWN |= {"--limit-rows": "limit_rows"}
+OWN = ("suite_data", "suite_tfds", "suite_sets", "limit_rows")  # arguments that belong to `--suite`
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -34,26 +33,8 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--limit-rows", type=int, default=None, help="chunks (or passages) of each set; default: all")
 
 
-def check_absent(args: argparse.Namespace) -> None:
-    """Raises UserError if an argument that belongs to `--suite` is given without it."""
-    for flag, name in _OWN.items():
-        if getattr(args, name) is not None:
-            raise UserError(f"{flag} belongs to --suite, the zero-shot suites")
-
-
 def run(args: argparse.Namespace) -> int:
     """Scores the sets that are there, prints the figures, and keeps them in the run."""
-    for flag, given in (
-        ("--tasks", args.tasks is not None),
-        ("--include-path", args.include_path is not None),
-        ("--limit", args.limit is not None),
-        ("--data", args.data is not None),
-        ("--split", args.split is not None),
-        ("--streams", args.streams is not None),
-        ("--no-baselines", args.no_baselines),
-    ):
-        if given:
-            raise UserError(f"{flag} does not go together with --suite, whose protocols say what is scored and how")
     if args.suite_data is None and args.suite_tfds is None:
         raise UserError("--suite needs its texts: --suite-data=FOLDER, or --suite-tfds=FOLDER of TFDS datasets")
     for flag, place in (("--suite-data", args.suite_data), ("--suite-tfds", args.suite_tfds)):
