@@ -24,6 +24,8 @@ if [ $# -gt 0 ] && [ "${1#--}" = "$1" ]; then
 fi
 
 use_environment .venv/run ""
+mkdir -p "$(dirname "$OUT")"
+trap 'echo "$SECONDS" >>"${OUT%/}.seconds"' EXIT # how long this call took, for the page
 armd sweep --config="experiments/study/study.py${FORM:+:$FORM}" --out="$OUT" --jobs="${JOBS:-2}" \
     --config.data.path="$TEXT" "$@"
 armd report --sweep="$OUT"

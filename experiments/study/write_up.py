@@ -49,7 +49,7 @@ def collect(folder: pathlib.Path) -> dict[str, Any]:
     sweep = sweep_reading.load(folder)
     if unfinished := [member.name for member in sweep.members if not member.finished]:
         raise UserError(f"--sweep={folder}: {len(unfinished)} members are not finished, such as {unfinished[0]}")
-    spent = folder / "seconds"  # one line per call of launch/study.sh
+    spent = folder.with_name(f"{folder.name}.seconds")  # one line per call of launch/study.sh
     return {
         "measured": {
             "cores": os.cpu_count(),
