@@ -123,7 +123,6 @@ def kinds(form: Form) -> dict[str, Overrides]:
         "ARMD-curriculum": {},
         "MDLM": {
             "model.kind": "denoiser",
-            "model.residual_init": "unscaled",
             "model.mlp_width": mlp,
             "order.sbp_steps": 0,
         },
