@@ -3,12 +3,16 @@
 # writes the page and its pictures from what came out. If it is run again, it continues where it was.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-if [ "${1:-}" = "--help" ] || [ $# = 0 ]; then
+if [ "${1:-}" = "--help" ]; then
     sed -n '2,3s/^# //p' launch/study.sh
     echo "usage: bash launch/study.sh TEXT [minutes|gpu] [--config.section.field=value ...]"
     echo "TEXT is a file, a folder or a quoted glob. minutes: the main rows with one seed, in ten minutes. gpu: models of"
     echo "125M parameters on one GPU. OUT=runs/study names the folder of everything, JOBS=2 how many rows are trained at once."
-    [ $# = 0 ] && exit 2 || exit 0
+    exit 0
+fi
+if [ $# = 0 ]; then
+    echo "error: name the TEXT to train on (see bash launch/study.sh --help)" >&2
+    exit 2
 fi
 . launch/environment.sh
 OUT=${OUT:-runs/study}
