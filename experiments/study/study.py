@@ -4,8 +4,7 @@ Command:   bash launch/study.sh TEXT            all of it; TEXT is a file, a fol
            bash launch/study.sh TEXT minutes    its main rows with one seed and fewer steps
        or  armd sweep --config=experiments/study/study.py --out=runs/study --jobs=2 --config.data.path=TEXT
 Hardware:  2 CPU cores. `gpu` as the argument is the larger form: models of 125M parameters on one GPU of 80 GB.
-Data:      any text of 5 MB or more; 0.4% of its documents are held out for validation and as many for the test. The
-           page has figures of 30,000 articles of Wikipedia.
+Data:      any text of 20 MB or more; 0.4% of its documents are held out for validation and as many for the test.
 Result:    README.md in this folder.
 
 Every row trains on the same batches of a seed, with the same number of updates unless its name says otherwise, and with
@@ -60,11 +59,11 @@ class Form:
 
 
 FORMS = {
-    "": Form(steps=300, short=150, seeds=3, judge="size=384-AR"),  # the AR model with the lowest loss
+    "": Form(steps=300, short=150, seeds=3, judge="judge=AR"),
     "minutes": Form(steps=120, samples=64),
-    "smoke": Form(steps=10, short=8, samples=2, vocabulary=400, length=64, judge="size=384-AR"),
-    "gpu": Form(
-        steps=6000, batch_size=32, width=768, layers=12, heads=12, positions=128, length=1024, vocabulary=32_000
+    "smoke": Form(steps=10, short=8, samples=2, vocabulary=400, length=64, judge="judge=AR"),
+    "gpu": Form(  # 500 steps are one pass over 80 MB of text
+        steps=500, batch_size=32, width=768, layers=12, heads=12, positions=128, length=1024, vocabulary=50_000
     ),
 }
 
@@ -80,7 +79,7 @@ def base(form: Form) -> ConfigDict:
     config.model.update(width=form.width, num_heads=form.heads, positional_width=form.positions, residual_init="zero")
 
     # Optimizer: as in the quickstart, but with Muon, which helps every kind of model.
-    config.optimizer.update(kind="muon", base_width=form.width, embedding_rate=2.0)
+    config.optimizer.update(kind="muon", base_width=192, embedding_rate=2.0)
     config.optimizer.update(schedule="cosine", final_fraction=0.05, beta2=0.98, weight_decay=0.1, ema_decay=0.98)
 
     config.order.update(max_permuted=8, streams=(1, 2, 4, 8))
@@ -88,14 +87,14 @@ def base(form: Form) -> ConfigDict:
     return config
 
 
-def schedule(steps: int, sbp: float = 0.2) -> Overrides:
-    """Fields that follow from the number of steps: shares of warm-up, of the phases of orders, and of evaluations.
+def schedule(steps: int, sbp: float = 0.2, evaluations: int = 6) -> Overrides:
+    """Fields that follow from the number of steps: warm-up, the phases of orders, evaluations and checkpoints.
 
     sbp: the share of the steps at the end whose orders are strided.
     """
     return {
         "training.num_steps": steps,
-        "training.eval_every": max(steps // 12, 1),
+        "training.eval_every": max(steps // evaluations, 1),
         "training.checkpoint_every": max(steps // 2, 1),
         "optimizer.warmup_steps": steps // 10,
         "order.ar_steps": steps // 2,
@@ -119,6 +118,8 @@ def kinds(form: Form) -> dict[str, Overrides]:
             "order.kind": "left_to_right",
             "order.sbp_steps": 0,
         },
+        # What ARMD's path from the left neighbour to the prediction is worth by itself: AR with this path.
+        "AR-left-path": {"model.two_stream_layers": 0, "order.kind": "left_to_right", "order.sbp_steps": 0},
         "ARMD-identity": {"order.kind": "left_to_right", "order.sbp_steps": 0},
         "ARMD-curriculum": {},
         "MDLM": {
@@ -141,17 +142,28 @@ def equal_flops(form: Form, kind: str) -> int:
     return round(form.steps * need[0] / need[1])
 
 
-def trained(form: Form, kind: str, steps: int) -> Overrides:
+def trained(form: Form, kind: str, steps: int, evaluations: int = 6) -> Overrides:
     """Overrides of a kind of model that is trained for so many steps at the rate that is best for it."""
-    rate = BEST["ARMD-identity" if kind == "ARMD-curriculum" else kind]
-    return schedule(steps) | {"optimizer.learning_rate": rate} | kinds(form)[kind]
+    rate = BEST[kind if kind in BEST else "ARMD-identity"]
+    return schedule(steps, evaluations=evaluations) | {"optimizer.learning_rate": rate} | kinds(form)[kind]
+
+
+def judge(form: Form) -> Members:
+    """An AR model that sees three times as much text as the others, and scores what they write."""
+    size = {"model.width": WIDTHS[1], "model.num_heads": WIDTHS[1] // 32}
+    wide = dataclasses.replace(form, width=WIDTHS[1])
+    return choices("judge", {"AR": trained(form, "AR", 3 * form.steps) | size | kinds(wide)["AR"]})
 
 
 def main_rows(form: Form) -> Members:
-    """Every kind of model at equal steps, and the baselines with the FLOPs of an ARMD; the rows with several seeds."""
-    equal = {f"{kind}-equal-FLOPs": trained(form, kind, equal_flops(form, kind)) for kind in BASELINES}
-    rows = {kind: trained(form, kind, form.steps) for kind in kinds(form)} | equal
-    return product(choices("model", rows), seeds(form.seeds))
+    """Every kind of model at equal steps, and the baselines with the FLOPs of an ARMD.
+
+    MDLM with these FLOPs has one seed: it has hardly more steps than with an equal number of them.
+    """
+    rows = {kind: trained(form, kind, form.steps, 12) for kind in kinds(form)}
+    equal = {kind: trained(form, kind, equal_flops(form, kind), 12) for kind in BASELINES}
+    ar, mdlm = ({f"{kind}-equal-FLOPs": equal[kind]} for kind in BASELINES)
+    return chain(product(choices("model", rows | ar), seeds(form.seeds)), product(choices("model", mdlm), seeds(1)))
 
 
 def orders(form: Form) -> Members:
@@ -198,8 +210,7 @@ def blocks(form: Form) -> Members:
 
 def _lossless(form: Form) -> str:
     """The command that lets a member write losslessly."""
-    judge = f"eval --judge={{sweep}}/members/{form.judge} --samples={form.samples} --batch=32 --temperatures=1"
-    return f"{judge} --modes=lossless --streams=2,4"
+    return f"{_judged(form)} --samples={form.samples} --temperatures=1 --modes=lossless --streams=2,4"
 
 
 def _short(form: Form, name: str, rows: Mapping[str, Overrides]) -> Members:
@@ -237,11 +248,17 @@ def get_sweep(arg: str = "") -> Sweep:
     if arg not in FORMS:
         raise UserError(f"unknown argument {arg!r} of the study: it takes {', '.join(filter(None, FORMS))} or nothing")
     form = FORMS[arg]
-    members = sizes(form) if form.short else ()
+    members = judge(form) if form.judge.startswith("judge=") else ()
     members += tuple(_measured(member, form) for member in main_rows(form))
     if form.short:
         members += chain(
-            orders(form), aggregators(form), two_stream_layers(form), strided_steps(form), blocks(form), rates(form)
+            sizes(form),
+            orders(form),
+            aggregators(form),
+            two_stream_layers(form),
+            strided_steps(form),
+            blocks(form),
+            rates(form),
         )
     return Sweep(base(form), tuple(_evaluated(member) for member in members))
 
@@ -262,12 +279,15 @@ def _measured(member: Member, form: Form) -> Member:
     """With figures of the texts that it writes, if it is an ARMD that has learned to write in streams."""
     if not member.row.endswith("ARMD-curriculum"):
         return member
-    judge = f"eval --judge={{sweep}}/members/{form.judge} --batch=32"
-    commands = [
-        f"{judge} --samples={form.samples} --temperatures=1 --streams=1,2,4,8",
-        f"{judge} --samples={form.samples} --temperatures=1 --streams=2 --modes=lossless",
-    ]
+    assert member.seed is not None
+    texts = f"--samples={form.samples} --seed={member.seed * form.samples} --temperatures=1"
+    commands = [f"{_judged(form)} {texts} --streams=1,2,4,8", f"{_judged(form)} {texts} --streams=2 --modes=lossless"]
     if not member.seed:  # one seed is enough for a picture
-        several = ",".join(map(str, TEMPERATURES))
-        commands.append(f"{judge} --samples={form.samples} --temperatures={several} --streams=1,2,4,8")
+        others = ",".join(str(one) for one in TEMPERATURES if one != 1)
+        commands.append(f"{_judged(form)} --samples={form.samples // 3} --temperatures={others} --streams=1,2,4,8")
     return then((member,), *commands)[0]
+
+
+def _judged(form: Form) -> str:
+    """The beginning of the command that lets a member write, and the judge score it."""
+    return f"eval --judge={{sweep}}/members/{form.judge} --batch=32"

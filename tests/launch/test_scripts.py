@@ -10,7 +10,9 @@ import pytest
 from armd_jax.compilation import topology
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-SCRIPTS = [ROOT / "launch" / name for name in ("quickstart.sh", "test.sh", "prove.sh", "chaos.sh", "smollm2.sh", "study.sh")]
+SCRIPTS = [
+    ROOT / "launch" / name for name in ("quickstart.sh", "test.sh", "prove.sh", "chaos.sh", "smollm2.sh", "study.sh")
+]
 
 
 @pytest.mark.parametrize("script", [*SCRIPTS, ROOT / "launch" / "environment.sh", ROOT / ".ci" / "run"])
