@@ -73,35 +73,6 @@ MUTATIONS = (
         "if (other := same.setdefault(config, name)) == '':",
         "test_sweeps.py::test_mistakes_are_one_line",
     ),
-    # --- reports of sweeps --------------------------------------------------------------------------------------------
-    Mutation(
-        "a member that is not finished is in no mean",
-        "report/sweep_reading.py",
-        "return [member for member in self.of_row(row) if member.finished]",
-        "return self.of_row(row)",
-        "report/test_sweep_tables.py::test_what_is_not_finished_is_listed_and_in_no_mean",
-    ),
-    Mutation(
-        "ratios are taken seed by seed",
-        "report/sweep_statistics.py",
-        "[values[seed] / base[seed] for seed in values if base.get(seed)]",
-        "[value / other for value in values.values() for other in base.values() if other]",
-        "report/test_sweep_tables.py::test_ratios_are_taken_seed_by_seed",
-    ),
-    Mutation(
-        "losses are interpolated in the logarithm of the step",
-        "report/sweep_statistics.py",
-        "before[0] * (step / before[0]) ** part",
-        "before[0] + (step - before[0]) * part",
-        "report/test_sweep_tables.py::test_steps_to_equal_likelihood",
-    ),
-    Mutation(
-        "speeds are in no table that is to be the same for equal runs",
-        "report/sweep_figures.py",
-        'or bool({"second", "seconds"} & set(name.split("_")))',
-        "",
-        "report/test_sweep_tables.py::test_csv_has_every_member_and_every_number",
-    ),
     # --- documents that are kept apart --------------------------------------------------------------------------------
     Mutation(
         "no query sees a key of another document",
@@ -642,6 +613,8 @@ MUTATIONS = (
         "chosen = [place * all_rows // num_rows for place",
         "chosen = [place for place",
         "evaluation/test_perplexity.py::test_bounds_are_those_of_the_chosen_rows",
+    ),
+    Mutation(
         "the last word of a passage keeps its space",
         "evaluation/suites_lambada.py",
         'return found[1], f" {found[2]}"',
