@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The study of experiments/study: trains and measures every row on your text, about two hours on two idle cores, and
+# The study of experiments/study: trains and measures every row on your text, two to three hours on two idle cores, and
 # writes the page and its pictures from what came out. If it is run again, it continues where it was.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -7,7 +7,7 @@ if [ "${1:-}" = "--help" ]; then
     sed -n '2,3s/^# //p' launch/study.sh
     echo "usage: bash launch/study.sh TEXT [minutes|gpu] [--config.section.field=value ...]"
     echo "TEXT is a file, a folder or a quoted glob. minutes: the main rows with one seed, in ten minutes. gpu: models of"
-    echo "125M parameters on one GPU. OUT=runs/study names the folder of everything, JOBS=2 how many rows are trained at once."
+    echo "124M parameters on one GPU. OUT=runs/study names the folder of everything, JOBS=2 how many rows are trained at once."
     exit 0
 fi
 if [ $# = 0 ]; then
@@ -27,7 +27,11 @@ if [ $# -gt 0 ] && [ "${1#--}" = "$1" ]; then
     shift
 fi
 
-use_environment .venv/run ""
+case $FORM in
+    gpu) EXTRAS="[cuda]" JOBS=${JOBS:-1} ;; # one training takes the whole card
+    *) EXTRAS="" ;;
+esac
+use_environment ".venv/study$EXTRAS" "$EXTRAS"
 mkdir -p "$(dirname "$OUT")"
 trap 'echo "$SECONDS" >>"${OUT%/}.seconds"' EXIT # how long this call took, for the page
 armd sweep --config="experiments/study/study.py${FORM:+:$FORM}" --out="$OUT" --jobs="${JOBS:-2}" \

@@ -9,7 +9,7 @@ import tables
 from armd_jax.report import style
 from armd_jax.report.sweep_reading import Sweep
 
-COLOURS = dict(zip(tables.MAIN, (style.INK, style.BLUE, style.VERMILLION, style.ORANGE), strict=True))
+COLOURS = dict(zip(tables.MAIN, (style.INK, style.SKY, style.BLUE, style.VERMILLION, style.ORANGE), strict=True))
 
 
 def all_of(sweep: Sweep) -> dict[str, bytes]:

@@ -3,7 +3,7 @@
 Command:   bash launch/study.sh TEXT            all of it; TEXT is a file, a folder or a quoted glob
            bash launch/study.sh TEXT minutes    its main rows with one seed and fewer steps
        or  armd sweep --config=experiments/study/study.py --out=runs/study --jobs=2 --config.data.path=TEXT
-Hardware:  2 CPU cores. `gpu` as the argument is the larger form: models of 125M parameters on one GPU of 80 GB.
+Hardware:  2 CPU cores. `gpu` as the argument is the larger form: models of 124M parameters on one GPU of 80 GB.
 Data:      any text of 20 MB or more; 0.4% of its documents are held out for validation and as many for the test.
 Result:    README.md in this folder.
 
@@ -166,6 +166,20 @@ def main_rows(form: Form) -> Members:
     return chain(product(choices("model", rows | ar), seeds(form.seeds)), product(choices("model", mdlm), seeds(1)))
 
 
+def starts(form: Form) -> Members:
+    """Parametrisations beside those of `kinds`."""
+    embedding = {"optimizer.embedding_rate": 1.0}
+    return choices(
+        "start",
+        {
+            "AR-zero": trained(form, "AR", form.short) | {"model.residual_init": "zero"},
+            "AR-embedding-1": trained(form, "AR", form.short) | embedding,
+            "ARMD-unscaled": trained(form, "ARMD-identity", form.short) | {"model.residual_init": "unscaled"},
+            "MDLM-unscaled": trained(form, "MDLM", form.short) | {"model.residual_init": "unscaled"},
+        },
+    )
+
+
 def orders(form: Form) -> Members:
     """Kinds of orders, all with the strided steps at the end; `scatter-8` is also what other tables start from."""
     rows: dict[str, Overrides] = {
@@ -244,22 +258,15 @@ def rates(form: Form) -> Members:
 
 
 def get_sweep(arg: str = "") -> Sweep:
-    """`minutes`: the main rows with one seed. `smoke`: every row for a few steps. `gpu`: models of 125M parameters."""
+    """`minutes`: the main rows with one seed. `smoke`: every row for a few steps. `gpu`: models of 124M parameters."""
     if arg not in FORMS:
         raise UserError(f"unknown argument {arg!r} of the study: it takes {', '.join(filter(None, FORMS))} or nothing")
     form = FORMS[arg]
     members = judge(form) if form.judge.startswith("judge=") else ()
     members += tuple(_measured(member, form) for member in main_rows(form))
     if form.short:
-        members += chain(
-            sizes(form),
-            orders(form),
-            aggregators(form),
-            two_stream_layers(form),
-            strided_steps(form),
-            blocks(form),
-            rates(form),
-        )
+        members += chain(sizes(form), orders(form), aggregators(form), two_stream_layers(form), strided_steps(form))
+        members += chain(blocks(form), rates(form), starts(form))
     return Sweep(base(form), tuple(_evaluated(member) for member in members))
 
 
@@ -267,12 +274,14 @@ def _evaluated(member: Member) -> Member:
     """With the likelihoods that its kind of model has."""
     match member.overrides:
         case {"model.kind": "denoiser"}:
-            how = "--draws=4"
+            how = "--draws=4"  # and token frequencies, to see whether it has learned more
         case {"model.aggregator": "shift", "model.two_stream_layers": 0}:
-            how = "--streams=2 --draws=0"  # of an autoregressive model, only left to right means anything
+            how = (
+                "--no-baselines --streams=2 --draws=0"  # of an autoregressive model, only left to right means anything
+            )
         case _:
-            how = "--streams=2,4,8 --price"
-    return dataclasses.replace(member, after=(f"eval --split=test --no-baselines {how}", *member.after))
+            how = "--no-baselines --streams=2,4,8 --price"
+    return dataclasses.replace(member, after=(f"eval --split=test {how}", *member.after))
 
 
 def _measured(member: Member, form: Form) -> Member:

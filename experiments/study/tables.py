@@ -6,15 +6,18 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
+from scipy import stats
 
+from armd_jax.errors import UserError
 from armd_jax.report import sweep_paths
-from armd_jax.report.sweep_reading import Sweep
+from armd_jax.report.sweep_reading import Member, Sweep
 from armd_jax.report.sweep_statistics import Estimate, by_seed, estimate, paired_ratio, steps_to_equal
 
 PERPLEXITY = "likelihood.perplexity_per_token"
 NATS = "likelihood.nats_per_token"
 MAIN = {
     "model=AR": "AR",
+    "model=AR-left-path": "AR with ARMD's path from the left neighbour (M = 0)",
     "model=ARMD-identity": "ARMD, identity order",
     "model=ARMD-curriculum": "ARMD, curriculum and SBP",
     "model=MDLM": "MDLM (upper bound)",
@@ -26,6 +29,7 @@ EQUAL_FLOPS = {
     "model=MDLM-equal-FLOPs": "MDLM (upper bound)",
 }
 CURRICULUM = "model=ARMD-curriculum"
+JUDGE = "judge=AR"
 REFERENCE = "order=scatter-8"  # the ARMD that the variants differ from in one thing, trained for as many steps
 VARIANTS = {
     "orders": {
@@ -49,46 +53,66 @@ VARIANTS = {
     "blocks": {REFERENCE: "none", "blocks=contiguous": "in a tenth of the steps"},
 }
 STREAMS = (2, 4, 8)
+LEFT_UNIGRAM = 0.1  # nats per token below the frequencies of single tokens from which a model is said to use context
 
 
 @dataclasses.dataclass(frozen=True)
 class Claim:
-    """Something that was asked for: a figure, the limit that it shall not pass, and what it was measured to be."""
+    """Something that was asked for: a figure, the limit that it shall not pass, and what it was measured to be.
+
+    bound: "≤" if the measured figure is an upper bound. undecided: why it says nothing; empty: it does. never: seeds in
+    which the figure does not exist, because the loss in question was not reached.
+    """
 
     words: str
     limit: float
     better: Literal["lower", "higher", "equal"]
     measured: Estimate | None
+    bound: Literal["", "≤"] = ""
+    undecided: str = ""
+    never: int = 0
 
     def verdict(self) -> str:
-        """Whether it is met; within a standard error of the limit, this is said."""
+        """Whether it is met; if the limit is within the 95% interval of the mean (Student's t), this is said."""
+        if self.undecided:
+            return f"not decided: {self.undecided}"
+        if self.never:
+            return f"**missed**: {self.never} seeds never reach it"
         if self.measured is None:
             return "not measured"
-        mean, error = self.measured.mean, self.measured.error or 0.0
-        near = abs(mean - self.limit) <= error
+        mean, half = self.measured.mean, _half_interval(self.measured)
+        near = half is not None and abs(mean - self.limit) <= half
         match self.better:
             case "lower":
                 met = mean <= self.limit
             case "higher":
                 met = mean >= self.limit
             case "equal":
-                return "met, within a standard error" if near else "met within two" if _twice(self) else "**missed**"
-        return f"{'met' if met else '**missed**'}{', but within a standard error of the limit' if near else ''}"
+                if half is None:
+                    return "one seed: no verdict"
+                return "met: within the 95% interval" if near else "**missed**"
+        words = "met" if met else "**missed**"
+        if half is None:
+            return f"{words} (one seed)"
+        return f"{words}, but the limit is within the 95% interval" if near else words
 
 
-def _twice(claim: Claim) -> bool:
-    assert claim.measured is not None
-    return abs(claim.measured.mean - claim.limit) <= 2 * (claim.measured.error or 0.0)
+def _half_interval(value: Estimate) -> float | None:
+    """Half of the 95% interval of a mean over seeds; None from a single one."""
+    return None if value.error is None else float(stats.t.ppf(0.975, value.seeds - 1)) * value.error
 
 
 def named(measured: Mapping[str, Any], sweep: Sweep) -> dict[str, str]:
     """What the names in template.md stand for."""
-    seconds = measured["seconds"]
+    seconds, text = measured["seconds"], measured["text"]
+    judge = sweep.finished(JUDGE)
     found = {
         "hardware": f"{measured['cores']} {measured['machine']} cores",
         "versions": ", ".join(f"{name} {version}" for name, version in measured["versions"].items()),
         "hours": "an unknown time" if seconds is None else f"{seconds // 3600} h {seconds % 3600 // 60} min",
-        "members": str(len(sweep.members)),
+        "members": _members(len(sweep.members), measured["planned"]),
+        "text": "an unknown text" if text is None else _text(text),
+        "judge": _described(sweep, judge[0]) if judge else "an AR model of the main rows",
         "claims": claims_table(claims(sweep)),
         "equal_steps": main_table(sweep, MAIN),
         "equal_flops": main_table(sweep, EQUAL_FLOPS),
@@ -97,9 +121,32 @@ def named(measured: Mapping[str, Any], sweep: Sweep) -> dict[str, str]:
         "lossless": lossless_table(sweep),
         "sizes": sizes_table(sweep),
         "rates": rates_table(sweep),
+        "starts": starts_table(sweep),
         "price": price_table(sweep),
     }
     return found | {name: variants_table(sweep, rows) for name, rows in VARIANTS.items()}
+
+
+def _members(finished: int, planned: int) -> str:
+    if finished == planned:
+        return f"all {planned} trainings"
+    return f"{finished} of {planned} trainings, which are finished so far (the others are in no table),"
+
+
+def _text(text: Mapping[str, Any]) -> str:
+    return (
+        f"`{text['name']}`: {text['documents']:,} documents to train on, {text['bytes'] / 1e6:,.0f} MB, or"
+        f" {text['tokens'] / 1e6:.1f} million tokens of a sentencepiece vocabulary of {text['vocabulary']:,}"
+    )
+
+
+def _described(sweep: Sweep, judge: Member) -> str:
+    assert judge.cost is not None
+    return (
+        f"an AR model of {judge.figures['parameters'] / 1e6:.1f}M parameters that was trained on"
+        f" {judge.cost.figures()['cost.tokens'] / 1e6:.1f} million tokens (test perplexity"
+        f" {judge.figures[PERPLEXITY]:.1f})"
+    )
 
 
 # --- figures --------------------------------------------------------------------------------------------------------
@@ -110,7 +157,9 @@ def figure(sweep: Sweep, row: str, name: str) -> dict[int | None, float]:
     found: dict[int | None, float] = {}
     for member in sweep.finished(row):
         fitting = [name] if name in member.figures else sweep_paths.fitting(name, member.figures)
-        if len(fitting) == 1:
+        if len(fitting) > 1:
+            raise UserError(f"{member.name}: {name} may be {fitting[0]} or {fitting[1]}")
+        if fitting:
             found[member.seed] = member.figures[fitting[0]]
     return found
 
@@ -138,12 +187,28 @@ def entropy_change(sweep: Sweep, streams: int, mode: str = "strided") -> Estimat
     return estimate([several[seed] - one[seed] for seed in several if seed in one])
 
 
-def _reached(sweep: Sweep, row: str, baseline: str) -> Estimate | None:
-    """The share of the baseline's steps after which a row has reached its final loss."""
+def _reached(sweep: Sweep, row: str, baseline: str) -> Claim:
+    """After which share of the baseline's steps a row has its final held-out loss."""
     found = steps_to_equal(sweep, row, baseline)
-    if not found or any(one.steps is None for one in found):
-        return None
-    return estimate([one.steps / one.baseline_steps for one in found if one.steps is not None])
+    shares = [one.steps / one.baseline_steps for one in found if one.steps is not None]
+    return Claim(
+        words="steps of ARMD under the curriculum until MDLM's final held-out loss / MDLM's steps",
+        limit=1 / 3,
+        better="lower",
+        measured=estimate(shares),
+        bound="≤" if any(one.at_most for one in found) else "",
+        undecided=_still_unigram(sweep),
+        never=len(found) - len(shares),
+    )
+
+
+def _still_unigram(sweep: Sweep) -> str:
+    """What there is to say of MDLM if it does not use the context yet; empty if it does."""
+    losses = figure(sweep, "model=MDLM", NATS).values()
+    unigram = figure(sweep, "model=MDLM", "eval.unigram.nats_per_token").values()
+    if losses and unigram and min(losses) > max(unigram) - LEFT_UNIGRAM:
+        return "MDLM has not learned more than the frequencies of single tokens"
+    return ""
 
 
 def claims(sweep: Sweep) -> list[Claim]:
@@ -152,13 +217,20 @@ def claims(sweep: Sweep) -> list[Claim]:
     return [
         Claim("perplexity of ARMD in the identity order / AR", 0.98, "lower", _ratio(sweep, identity, ar)),
         Claim("perplexity of ARMD under the curriculum with SBP / AR", 1.0, "lower", _ratio(sweep, curriculum, ar)),
-        Claim("perplexity of MDLM (an upper bound) / AR", 1.2, "higher", _ratio(sweep, mdlm, ar)),
+        Claim(
+            "perplexity of MDLM / AR",
+            1.2,
+            "higher",
+            _ratio(sweep, mdlm, ar),
+            bound="≤",
+            undecided=_still_unigram(sweep),
+        ),
         Claim("generative perplexity, S = 2 / S = 1", 1.04, "lower", _generated_ratio(sweep, 2)),
         Claim("generative perplexity, S = 4 / S = 1", 1.08, "lower", _generated_ratio(sweep, 4)),
-        Claim("entropy, S = 2 minus S = 1, nats, within 0.05", 0.05, "lower", _size(entropy_change(sweep, 2))),
-        Claim("entropy, S = 4 minus S = 1, nats, within 0.05", 0.05, "lower", _size(entropy_change(sweep, 4))),
+        Claim("entropy, S = 2 against S = 1, nats of difference", 0.05, "lower", _size(entropy_change(sweep, 2))),
+        Claim("entropy, S = 4 against S = 1, nats of difference", 0.05, "lower", _size(entropy_change(sweep, 4))),
         Claim("generative perplexity, lossless / S = 1", 1.0, "equal", _generated_ratio(sweep, 2, "lossless")),
-        Claim("steps of ARMD until MDLM's final loss / MDLM's", 1 / 3, "lower", _reached(sweep, curriculum, mdlm)),
+        _reached(sweep, curriculum, mdlm),
     ]
 
 
@@ -189,6 +261,8 @@ def widths(sweep: Sweep, kind: str) -> list[tuple[float, float, float]]:
 
 def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A table; a sentence if it has no rows."""
+    rows = list(rows)
+    assert all(len(cells) == len(header) for cells in rows), header
     lines = [f"| {' | '.join(cells)} |" for cells in rows]
     if not lines:
         return "(Not trained in this form of the study.)"
@@ -212,7 +286,7 @@ def claims_table(found: Sequence[Claim]) -> str:
             [
                 claim.words,
                 f"{signs[claim.better]} {claim.limit:.2f}",
-                shown(claim.measured),
+                f"{claim.bound} {shown(claim.measured)}".strip(),
                 str(claim.measured.seeds if claim.measured else 0),
                 claim.verdict(),
             ]
@@ -244,19 +318,13 @@ def main_table(sweep: Sweep, rows: Mapping[str, str]) -> str:
                 shown(estimate(figure(sweep, row, PERPLEXITY).values()), 1),
                 shown(_ratio(sweep, row, base)),
                 shown(estimate(figure(sweep, row, "likelihood.bits_per_byte").values())),
+                str(len(sweep.finished(row))),
             ]
         )
-    header = [
-        "",
-        "steps",
-        "million tokens",
-        "TFLOPs",
-        "nats per token",
-        "perplexity",
-        "perplexity / AR",
-        "bits per byte",
-    ]
-    return markdown(header, cells)
+    for nats in list(figure(sweep, "model=MDLM", "eval.unigram.nats_per_token").values())[:1]:
+        cells.append(["frequencies of single tokens", *[""] * 4, f"{nats:.3f}", f"{math.exp(nats):,.1f}", *[""] * 3])
+    header = ["", "parameters", "steps", "million tokens", "TFLOPs", "nats per token", "perplexity", "perplexity / AR"]
+    return markdown([*header, "bits per byte", "seeds"], cells)
 
 
 def reach_table(sweep: Sweep) -> str:
@@ -307,7 +375,7 @@ def price_table(sweep: Sweep) -> str:
                 for part in ("independence_gap", "order_cost_per_stream")
             ]
             cells.append([name, str(streams), shown(parts[0], 4), shown(parts[1], 2)])
-    return markdown(["", "S", "independence gap, nats per token", "cold start, nats per further stream"], cells)
+    return markdown(["", "S", "independence gap, nats per token", "cost of the order, nats per further stream"], cells)
 
 
 def generation_table(sweep: Sweep, row: str) -> str:
@@ -378,3 +446,20 @@ def rates_table(sweep: Sweep) -> str:
         if words:
             cells.append([kind, ", ".join(words)])
     return markdown(["", "held-out nats per token by learning rate; the chosen one is bold"], cells)
+
+
+def starts_table(sweep: Sweep) -> str:
+    """Parametrisations that were not taken, beside those that were."""
+    rows = {
+        "size=192-AR": "AR as it is",
+        "start=AR-zero": "AR, residual projections start at 0",
+        "start=AR-embedding-1": "AR, vectors of tokens learn at the rate of the others",
+        "size=192-ARMD-identity": "ARMD in the identity order as it is",
+        "start=ARMD-unscaled": "ARMD, residual projections start unscaled",
+        "size=192-MDLM": "MDLM as it is",
+        "start=MDLM-unscaled": "MDLM, residual projections start unscaled",
+    }
+    cells = [
+        [name, shown(estimate(by_seed(sweep, row, "metrics.eval/nll").values()))] for row, name in _present(sweep, rows)
+    ]
+    return markdown(["", "held-out nats per token"], cells)

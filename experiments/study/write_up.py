@@ -22,6 +22,7 @@ import tables
 from armd_jax import config as configs
 from armd_jax import files
 from armd_jax.core import parameters
+from armd_jax.data.manifest import Manifest, prepared_below
 from armd_jax.errors import UserError
 from armd_jax.report import sweep_reading
 from armd_jax.report.sweep_reading import Member, Sweep
@@ -30,6 +31,7 @@ FOLDER = pathlib.Path(__file__).resolve().parent
 METRICS = "metrics.json"
 # Figures that the page needs, by the beginnings of their names, and the ends of those that a list has of each item.
 KEPT = (
+    "eval.unigram.nats",
     "likelihood.",
     "eval.strided.",
     "eval.random_orders.nats",
@@ -45,10 +47,14 @@ DIGITS = 7  # significant ones of every figure in metrics.json
 
 
 def collect(folder: pathlib.Path) -> dict[str, Any]:
-    """What metrics.json holds of the finished members of a sweep, and where it was measured."""
+    """What metrics.json holds of the finished members of a sweep, and where it was measured.
+
+    Raises UserError if no member is finished.
+    """
     sweep = sweep_reading.load(folder)
-    if unfinished := [member.name for member in sweep.members if not member.finished]:
-        raise UserError(f"--sweep={folder}: {len(unfinished)} members are not finished, such as {unfinished[0]}")
+    finished = [member for member in sweep.members if member.finished]
+    if not finished:
+        raise UserError(f"--sweep={folder}: none of its {len(sweep.members)} members is finished yet")
     spent = folder.with_name(f"{folder.name}.seconds")  # one line per call of launch/study.sh
     return {
         "measured": {
@@ -56,9 +62,26 @@ def collect(folder: pathlib.Path) -> dict[str, Any]:
             "machine": platform.machine(),
             "versions": {"python": platform.python_version(), "jax": metadata.version("jax")},
             "seconds": sum(map(int, spent.read_text().split())) if spent.is_file() else None,
+            "text": _text(folder, folder / "members" / finished[0].name),
         },
+        "planned": len(sweep.members),
         "axes": list(sweep.axes),
-        "members": [_kept(folder, member) for member in sweep.members],
+        "members": [_kept(folder, member) for member in finished],
+    }
+
+
+def _text(folder: pathlib.Path, run: pathlib.Path) -> dict[str, Any] | None:
+    """What the members were trained on; None if the sweep does not hold the rows itself."""
+    found = [one for _, one in prepared_below(folder / "data") if isinstance(one, Manifest)]
+    if len(found) != 1:
+        return None
+    counts = found[0].splits["train"].counts
+    return {
+        "name": pathlib.PurePath(configs.read(run).data.path).name,
+        "documents": counts.documents,
+        "bytes": counts.bytes,
+        "tokens": counts.tokens,
+        "vocabulary": found[0].tokenizer.vocab_size,
     }
 
 
@@ -73,7 +96,6 @@ def _kept(folder: pathlib.Path, member: Member) -> dict[str, Any]:
         "bound": member.bounds,
         "parameters": parameters.count(configs.read(folder / "members" / member.name).model),
         "cost": vars(member.cost) if member.cost else None,
-        "seconds": _rounded(member.figures.get("speed.seconds", 0.0)),
     }
 
 
@@ -107,7 +129,7 @@ def read(file: pathlib.Path) -> tuple[dict[str, Any], Sweep]:
         )
         for one in found["members"]
     )
-    return found["measured"], Sweep("study", tuple(found["axes"]), members)
+    return found["measured"] | {"planned": found["planned"]}, Sweep("study", tuple(found["axes"]), members)
 
 
 def page(file: pathlib.Path) -> str:
