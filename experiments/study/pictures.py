@@ -9,7 +9,10 @@ import tables
 from armd_jax.report import style
 from armd_jax.report.sweep_reading import Sweep
 
-COLOURS = dict(zip(tables.MAIN, (style.INK, style.SKY, style.BLUE, style.VERMILLION, style.ORANGE), strict=True))
+COLOURS = dict(
+    zip(tables.MAIN, (style.INK, style.SKY, style.BLUE, style.VERMILLION, style.ORANGE, style.ORANGE), strict=True)
+)
+STYLES = {tables.LONG: "--"}
 
 
 def all_of(sweep: Sweep) -> dict[str, bytes]:
@@ -28,9 +31,11 @@ def curves(sweep: Sweep) -> bytes:
             steps, losses = np.array(member.curve("eval/nll")).T
             per_step = member.cost.flops_per_token * member.cost.tokens_per_step / 1e12
             for axes, x in ((left, steps), (right, steps * per_step)):
-                axes.plot(x, losses, color=COLOURS[row], linewidth=1.2, label="" if place else name)
-    left.set(xlabel="steps", ylabel="held-out nats per token")
-    right.set(xlabel="training TFLOPs")
+                axes.plot(
+                    x, losses, STYLES.get(row, "-"), color=COLOURS[row], linewidth=1.2, label="" if place else name
+                )
+    left.set(xlabel="steps", ylabel="held-out nats per token", xscale="log")
+    right.set(xlabel="training TFLOPs", xscale="log")
     _legend(left)
     return style.png(figure)
 

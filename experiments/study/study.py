@@ -155,6 +155,11 @@ def judge(form: Form) -> Members:
     return choices("judge", {"AR": trained(form, "AR", 3 * form.steps) | size | kinds(wide)["AR"]})
 
 
+def long(form: Form) -> Members:
+    """MDLM with five times the steps: in as many as the others have, it hardly learns more than token frequencies."""
+    return product(choices("long", {"MDLM": trained(form, "MDLM", 5 * form.steps, 20)}), seeds(1))
+
+
 def main_rows(form: Form) -> Members:
     """Every kind of model at equal steps, and the baselines with the FLOPs of an ARMD.
 
@@ -262,7 +267,7 @@ def get_sweep(arg: str = "") -> Sweep:
     if arg not in FORMS:
         raise UserError(f"unknown argument {arg!r} of the study: it takes {', '.join(filter(None, FORMS))} or nothing")
     form = FORMS[arg]
-    members = judge(form) if form.judge.startswith("judge=") else ()
+    members = chain(judge(form), long(form)) if form.short else ()
     members += tuple(_measured(member, form) for member in main_rows(form))
     if form.short:
         members += chain(sizes(form), orders(form), aggregators(form), two_stream_layers(form), strided_steps(form))
