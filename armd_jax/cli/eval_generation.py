@@ -38,8 +38,8 @@ def add(parser: argparse.ArgumentParser) -> None:
     add(
         "--modes",
         default=None,
-        help="modes of decoding (see armd sample --mode; confident with its default"
-        " --max-entropy), each with all --streams",
+        help="modes of decoding (see armd sample --mode; confident with its default --max-entropy), each with all"
+        " --streams",
     )
     add("--samplers", default=None, help="of a denoiser, see armd sample --sampler")
     add(

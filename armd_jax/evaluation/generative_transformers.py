@@ -150,7 +150,8 @@ class TransformersJudge:
         import torch
 
         parts = windows(texts, self.facts.context)
-        nats_W, sums = np.zeros(len(parts)), []
+        nats_W = np.zeros(len(parts))
+        sums: list[np.ndarray] = []
         for begin in range(0, len(parts), self.batch_size):
             chosen = parts[begin : begin + self.batch_size]
             # The row of a text is shifted by the start token, so that place i predicts token i. Causal attention does

@@ -244,6 +244,13 @@ def test_the_record_is_read_as_it_was_written(tmp_path, lm):
     (tmp_path / "new" / generative_results.GENERATION_FILE).write_text('{"entries": [{"samples": "many"}]}')
     with pytest.raises(UserError, match="not what armd eval --judge writes"):
         generative_results.Record.open(tmp_path / "new", promised=True)
+    (tmp_path / "file").touch()
+    record = generative_results.Record.open(tmp_path / "file" / "folder", promised=False)
+    record.add(entry)
+    assert record.unwritten and record.content.entries == (entry,)
+    record.promised = True
+    with pytest.raises(OSError):
+        record.add(entry)
 
 
 def test_two_processes_lose_nothing(tmp_path, lm):
@@ -297,7 +304,7 @@ def test_what_cannot_be_drawn_is_refused(lm):
         with pytest.raises(UserError, match=words):
             _evaluate(lm, **changes)
     with pytest.raises(UserError, match="no tokenizer"):
-        _evaluate(dataclasses.replace(lm, tokenizer=None))
+        generative.evaluate(dataclasses.replace(lm, tokenizer=None), _judge(lm), STRIDED, (1.0,), **SIZES)
 
 
 # --- real text --------------------------------------------------------------------------------------------------------
