@@ -55,6 +55,8 @@ def open_judge(path: pathlib.Path, name: str, batch_size: int, reason: str) -> J
             torch_dtype=torch.float32,
             output_loading_info=True,
         )
+    except MemoryError:
+        raise
     except Exception as error:  # each of the libraries below has exceptions of its own for damaged files
         why = next(iter(str(error).splitlines()), type(error).__name__)
         raise UserError(
@@ -123,9 +125,9 @@ def _digest(model: Any, path: pathlib.Path) -> str:
     found = hashlib.sha256()
     for key, weight in model.named_parameters():
         found.update(key.encode() + weight.detach().flatten()[:16].numpy().tobytes())
-    names = {"config.json"}.union(*({file.name for file in path.glob(pattern)} for pattern in _TOKENIZER_FILES))
-    for file in sorted(names):
-        found.update(file.encode() + hashlib.sha256((path / file).read_bytes()).digest())
+    told = {file for pattern in ("config.json", *_TOKENIZER_FILES) for file in path.glob(pattern) if file.is_file()}
+    for file in sorted(told):
+        found.update(file.name.encode() + hashlib.sha256(file.read_bytes()).digest())
     return found.hexdigest()[:16]
 
 
