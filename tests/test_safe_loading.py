@@ -85,7 +85,8 @@ def test_the_package_has_no_way_to_run_what_it_reads():
 @pytest.mark.parametrize(
     "source",
     ["import pickle", "from pickle import loads", "import yaml", "eval('1')", "exec(x)", "run = eval"]
-    + ["np.load(f)", "torch.load(f)", "f(x, allow_pickle=True)", "os.system('x')", "import marshal as m"],
+    + ["np.load(f)", "torch.load(f)", "f(x, allow_pickle=True)", "os.system('x')", "import marshal as m"]
+    + ["x.from_pretrained(f)", "x.from_pretrained(f, trust_remote_code=True)", "g(trust_remote_code=flag)"],
 )
 def test_the_check_finds_what_it_looks_for(source):
     assert _dangers(source)
