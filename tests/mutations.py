@@ -966,9 +966,23 @@ MUTATIONS = (
     Mutation(
         "what fills up a row is not scored",
         "evaluation/generative_judge.py",
-        "-np.where(valid_BN, np.asarray(log_prob), 0)",
+        "-np.where(scored_BN, np.asarray(log_prob), 0)",
         "-np.asarray(log_prob)",
         "evaluation/test_generative.py::test_scores_are_those_of_each_text_alone",
+    ),
+    Mutation(
+        "what a window only reads is not scored again",
+        "evaluation/generative_judge.py",
+        "(places_N >= seen[chosen, None]) & ",
+        "",
+        "evaluation/test_generative.py::test_what_lies_behind_the_context_is_scored_in_windows",
+    ),
+    Mutation(
+        "what another process added to generation.json is kept",
+        "evaluation/generative_results.py",
+        "before.entries if before else self.entries",
+        "self.entries",
+        "evaluation/test_generative.py::test_two_processes_lose_nothing",
     ),
     Mutation(
         "the judge's end-of-text stands between documents",

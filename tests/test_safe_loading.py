@@ -51,9 +51,17 @@ def _dangers(source: str) -> list[str]:
             found.append(node.id)
         elif isinstance(node, ast.Attribute) and _dotted(node) in FORBIDDEN_ATTRIBUTES:
             found.append(_dotted(node))
-        elif isinstance(node, ast.keyword) and node.arg in FORBIDDEN_KEYWORDS:
+        elif isinstance(node, ast.keyword) and node.arg in FORBIDDEN_KEYWORDS and not _declines(node):
             found.append(node.arg)
+        elif isinstance(node, ast.Call) and _dotted(node.func).endswith(".from_pretrained"):
+            found += [] if any(map(_declines, node.keywords)) else ["from_pretrained"]
     return found
+
+
+def _declines(keyword: ast.keyword) -> bool:
+    """Whether it is trust_remote_code=False, as every folder that transformers reads has to be opened."""
+    value = keyword.value
+    return keyword.arg == "trust_remote_code" and isinstance(value, ast.Constant) and value.value is False
 
 
 def test_the_package_has_no_way_to_run_what_it_reads():
@@ -77,7 +85,8 @@ def test_the_package_has_no_way_to_run_what_it_reads():
 @pytest.mark.parametrize(
     "source",
     ["import pickle", "from pickle import loads", "import yaml", "eval('1')", "exec(x)", "run = eval"]
-    + ["np.load(f)", "torch.load(f)", "f(x, allow_pickle=True)", "os.system('x')", "import marshal as m"],
+    + ["np.load(f)", "torch.load(f)", "f(x, allow_pickle=True)", "os.system('x')", "import marshal as m"]
+    + ["x.from_pretrained(f)", "x.from_pretrained(f, trust_remote_code=True)", "g(trust_remote_code=flag)"],
 )
 def test_the_check_finds_what_it_looks_for(source):
     assert _dangers(source)

@@ -2,17 +2,19 @@
 
 import argparse
 import math
+import sys
 import typing
 from typing import Any
 
 from armd_jax import config as configs
 from armd_jax import typed
-from armd_jax.cli.arguments import check_seed, folder, show_and_keep, source, whole_numbers
+from armd_jax.cli.arguments import check_seed, folder, show, source, whole_numbers
 from armd_jax.config import Config
 from armd_jax.errors import UserError
 from armd_jax.names import DecodingMode, DenoisingSampler
 
 _STREAMS, _TEMPERATURES, _SAMPLES = "1,2,4", "0.7,0.8,0.9,1.0", 64
+_ENOUGH = 1000  # texts for MAUVE
 # Arguments that belong to `--judge`.
 OWN = ("samples", "length", "temperatures", "modes", "samplers", "steps", "top_p", "reference")
 
@@ -27,14 +29,24 @@ def add(parser: argparse.ArgumentParser) -> None:
         type=folder,
         metavar="DIR",
         help="the model that scores them: a run, an export, or a causal language model as a Hugging Face folder or a"
-        " .gguf file. Finished settings are kept in generation.json and not drawn again",
+        " .gguf file. It runs on one device, whatever --mesh is. Finished settings are kept in generation.json and not"
+        " drawn again",
     )
     add("--samples", type=int, default=None, help=f"texts of each setting; default: {_SAMPLES}")
     add("--length", type=int, default=None, help="tokens of each text; default: the model's max_length")
     add("--temperatures", default=None, help=f"default: {_TEMPERATURES}")
-    add("--modes", default=None, help="modes of decoding (see armd sample --mode), each with all --streams")
+    add(
+        "--modes",
+        default=None,
+        help="modes of decoding (see armd sample --mode; confident with its default --max-entropy), each with all"
+        " --streams",
+    )
     add("--samplers", default=None, help="of a denoiser, see armd sample --sampler")
-    add("--steps", default=None, help="of a denoiser: one or more numbers of steps")
+    add(
+        "--steps",
+        default=None,
+        help="of a denoiser: one or more numbers of steps, for other samplers than first_hitting",
+    )
     add("--top-p", type=float, default=None, help="draw from the nucleus of this probability only")
     add(
         "--reference",
@@ -95,8 +107,14 @@ def run(args: argparse.Namespace) -> int:
     note = "" if real is not None else "No real text to compare with was found; --reference names some."
     if real is not None and not any(entry.mauve_text for entry in found):
         note = "MAUVE is not installed (an extra, under the GPL): pip install -e '.[mauve]'"
+    elif real is not None and samples < _ENOUGH:
+        note = f"MAUVE is made for thousands of texts; from {samples:,} it says little."
     text = generative_results.as_text(found, note)
-    return show_and_keep(args, record.content, text, args.run, generative_results.GENERATION_FILE)
+    code = show(args, record.content, text)
+    if record.unwritten:
+        file = record.folder / generative_results.GENERATION_FILE
+        print(f"{file} was not written ({record.unwritten}); --out=FOLDER keeps it elsewhere", file=sys.stderr)
+    return code
 
 
 def _numbers(text: str) -> list[float]:

@@ -4,12 +4,14 @@ Every text has the same number of tokens, in the model's tokenizer: end-of-text 
 token and ends nothing, as in the rows of the training, so that texts of all modes and real text can be compared.
 """
 
+import contextlib
 import dataclasses
 import functools
 import itertools
+import os
 import platform
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import assert_never
 
 import jax
@@ -56,8 +58,11 @@ def ways_of_armd(modes: Sequence[DecodingMode], streams: Sequence[int], length: 
 
 
 def ways_of_denoiser(samplers: Sequence[DenoisingSampler], steps: Sequence[int], length: int) -> list[Way]:
-    """Every sampler of a denoiser with every number of steps, of which first-hitting sampling has no choice."""
-    found = []
+    """Every sampler of a denoiser with every number of steps, of which first-hitting sampling has no choice.
+
+    Raises UserError if steps are given and none of the samplers takes a number of them.
+    """
+    found: list[Way] = []
     for sampler in samplers:
         match sampler:
             case "first_hitting":
@@ -67,6 +72,11 @@ def ways_of_denoiser(samplers: Sequence[DenoisingSampler], steps: Sequence[int],
                 found += [Way(sampler=sampler, steps=denoise.number_of_steps(sampler, length, n)) for n in numbers]
             case _:
                 assert_never(sampler)
+    if steps and all(way.steps is None for way in found):
+        raise UserError(
+            f"--steps={','.join(map(str, steps))}: --samplers={','.join(samplers)} takes one step per token; leave"
+            " --steps out, or name ancestral or confidence too"
+        )
     return found
 
 
@@ -226,8 +236,7 @@ def _judged(
         **dataclasses.asdict(generative_tokens.variety(rows)),
         texts=len(rows),
         judge_tokens=int(scores.tokens_T.sum()),
-        truncated=int((scores.cut_T > 0).sum()),
-        cut_tokens=int(scores.cut_T.sum()),
+        windowed=int((scores.windows_T > 1).sum()),
         generative_perplexity=perplexity,
         standard_error=None if np.isnan(error) else error,
         example=tokenizer.decode(rows[0])[:_EXAMPLE],
@@ -250,4 +259,18 @@ def mauve_score(scores: Scores, real: Scores | None) -> float | None:
     import mauve
 
     features = scores.features_TD.astype(np.float32), real.features_TD.astype(np.float32)
-    return float(mauve.compute_mauve(p_features=features[0], q_features=features[1], verbose=False).mauve)
+    with _quiet():
+        return float(mauve.compute_mauve(p_features=features[0], q_features=features[1], verbose=False).mauve)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps back what is written to stderr: the clustering of MAUVE, in C++, warns there of few texts, each time."""
+    kept = os.dup(2)
+    try:
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)

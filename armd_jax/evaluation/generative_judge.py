@@ -3,15 +3,17 @@
 A text is a row of token ids of the model that wrote it. If the judge has the same tokenizer, it scores these ids. If
 not, the row is cut at its end-of-text tokens, each part is decoded and encoded again with the judge's tokenizer, and
 the judge's own end-of-text stands between the parts. Every token is scored, the first one and those of end-of-text
-included, up to the judge's context.
+included. A text that is longer than the judge's context is scored in windows (`windows`).
 """
 
 import dataclasses
+import hashlib
 from collections.abc import Sequence
 from typing import Protocol, assert_never
 
 import numpy as np
 
+from armd_jax import typed
 from armd_jax.core import order as orders
 from armd_jax.data.tokenizers import Tokenizer
 from armd_jax.errors import UserError
@@ -25,15 +27,55 @@ from armd_jax.names import JudgeKind
 class Scores:
     """What a judge says about texts T.
 
-    nats_T: float64, -log p of each text, of what is within the judge's context. tokens_T: how many tokens that are.
-    cut_T: how many tokens lie behind the context. features_TD: the judge's final hidden states, averaged over the
-    tokens of a text; None if they were not asked for.
+    nats_T: float64, -log p of each text. tokens_T: how many tokens that are. windows_T: how many windows each was
+    scored in. features_TD: the judge's final hidden states, averaged over the tokens of a text; None if they were not
+    asked for.
     """
 
     nats_T: np.ndarray
     tokens_T: np.ndarray
-    cut_T: np.ndarray
+    windows_T: np.ndarray
     features_TD: np.ndarray | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Window:
+    """A part of a text that is scored at once. text: its number. seen: how many tokens at the start are only read."""
+
+    text: int
+    tokens: Sequence[int]
+    seen: int
+
+
+def windows(texts: Sequence[Sequence[int]], context: int) -> list[Window]:
+    """The parts that a judge scores texts in, those of similar lengths together.
+
+    A text that fits into the context is one window. Of a longer one, the first window is its first `context` tokens;
+    each further one scores up to context - context // 2 tokens more and reads as many tokens before them as fit. So
+    every token after the first window is conditioned on at least context // 2 tokens of its own text.
+    """
+    found = []
+    for number, text in enumerate(texts):
+        done = min(len(text), context)
+        found.append(Window(number, text[:done], 0))
+        while done < len(text):
+            end = min(done + context - context // 2, len(text))
+            found.append(Window(number, text[end - context : end], done - (end - context)))
+            done = end
+    return sorted(found, key=lambda window: len(window.tokens))
+
+
+def totals(parts: Sequence[Window], nats: np.ndarray, sums: np.ndarray | None) -> Scores:
+    """The scores of whole texts, from those of their windows: -log p, and sums of hidden states of what is scored."""
+    texts = np.asarray([window.text for window in parts])
+    count = int(texts.max()) + 1
+    tokens_T = np.bincount(texts, [len(window.tokens) - window.seen for window in parts], count).astype(np.int64)
+    features_TD = None
+    if sums is not None:
+        features_TD = np.zeros((count, sums.shape[1]))
+        np.add.at(features_TD, texts, sums)
+        features_TD /= tokens_T[:, None]
+    return Scores(np.bincount(texts, nats, count), tokens_T, np.bincount(texts, minlength=count), features_TD)
 
 
 class Judge(Protocol):
@@ -75,7 +117,7 @@ class OwnJudge:
         facts = JudgedBy(
             name=name,
             kind=kind,
-            digest=fingerprint(lm),
+            digest=_digest(lm),
             context=lm.config.max_length,
             retokenised=True,
             first_token=first_token,
@@ -95,27 +137,33 @@ class OwnJudge:
         return joined(self._tokenizer.encode_batch(parts), self._tokenizer.end_of_text)
 
     def score(self, texts: Sequence[Sequence[int]], features: bool) -> Scores:
-        context, count = self.facts.context, len(texts)
-        lengths = np.asarray([min(len(text), context) for text in texts], np.int64)
-        nats_T, features_TD = np.zeros(count), np.zeros((count, self.lm.config.width if features else 0))
-        # Texts of similar lengths together. What fills up a row comes last in the order, where nobody sees it.
-        by_length = np.argsort(lengths, kind="stable")
-        for start in range(0, count, self.batch_size):
-            chosen = by_length[start : start + self.batch_size]
-            tokens_BN = np.zeros((len(chosen), int(lengths[chosen].max())), np.int32)
-            valid_BN = np.arange(tokens_BN.shape[1]) < lengths[chosen, None]
-            for row, at in enumerate(chosen):
-                tokens_BN[row, : lengths[at]] = texts[at][: lengths[at]]
+        parts = windows(texts, self.facts.context)
+        sizes = [(len(window.tokens), window.seen) for window in parts]
+        lengths, seen = (np.asarray(numbers) for numbers in zip(*sizes, strict=True))
+        nats_W, sums_WD = np.zeros(len(parts)), np.zeros((len(parts), self.lm.config.width if features else 0))
+        # What fills up a row comes last in the order, where nobody sees it.
+        for start in range(0, len(parts), self.batch_size):
+            chosen = slice(start, start + self.batch_size)
+            tokens_BN = np.zeros((len(parts[chosen]), int(lengths[chosen].max())), np.int32)
+            for row, window in enumerate(parts[chosen]):
+                tokens_BN[row, : len(window.tokens)] = window.tokens
+            places_N = np.arange(tokens_BN.shape[1])
+            scored_BN = (places_N >= seen[chosen, None]) & (places_N < lengths[chosen, None])
             order = orders.left_to_right(*tokens_BN.shape)
             if features:
                 log_prob, hidden = self.lm.log_prob_and_hidden(tokens_BN, order)
-                sums_BD = np.where(valid_BN[..., None], np.asarray(hidden), 0).sum(axis=1, dtype=np.float64)
-                features_TD[chosen] = sums_BD / lengths[chosen, None]
+                sums_WD[chosen] = np.where(scored_BN[..., None], np.asarray(hidden), 0).sum(axis=1, dtype=np.float64)
             else:
                 log_prob = self.lm.log_prob(tokens_BN, order)
-            nats_T[chosen] = -np.where(valid_BN, np.asarray(log_prob), 0).sum(axis=1, dtype=np.float64)
-        cut_T = np.asarray([len(text) for text in texts], np.int64) - lengths
-        return Scores(nats_T, lengths, cut_T, features_TD if features else None)
+            nats_W[chosen] = -np.where(scored_BN, np.asarray(log_prob), 0).sum(axis=1, dtype=np.float64)
+        return totals(parts, nats_W, sums_WD if features else None)
+
+
+def _digest(lm: LanguageModel) -> str:
+    """Of a model's weights, of its config, and of its tokenizer: what decides how it scores a text."""
+    assert lm.tokenizer is not None  # as above
+    told = fingerprint(lm), typed.to_json(lm.config), lm.tokenizer.hash
+    return hashlib.sha256("\n".join(told).encode()).hexdigest()[:16]
 
 
 def joined(parts: Sequence[Sequence[int]], end_of_text: int) -> list[int]:

@@ -4,11 +4,14 @@ The file has one entry for each setting that texts were drawn with, with all set
 whose settings are asked for once more is kept, and its texts are not drawn again.
 """
 
+import contextlib
 import dataclasses
+import fcntl
 import math
+import os
 import pathlib
 import typing
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
@@ -26,16 +29,17 @@ _LARGEST = 2**53
 class JudgedBy:
     """Which model scored texts, and how.
 
-    name: the path that was given. kind: "armd": a run or an export of this package, an import among them; "imported": a
-        folder of Hugging Face or a GGUF file, which was imported for this; "transformers": one that only that library
-        can read. digest: of the first numbers of its weights.
-    context: tokens that it can see at once; what lies behind is cut off.
+    name: the path that was given, for people: two paths to one judge are one judge.
+    kind: "armd": a run or an export of this package, an import among them; "imported": a folder of Hugging Face or a
+        GGUF file, which was imported for this; "transformers": one that only that library can read.
+    digest: of the first numbers of every weight, of the config and of the tokenizer.
+    context: tokens that it can see at once.
     retokenised: whether texts were decoded and encoded again with the judge's tokenizer. If it has the model's own,
         its log-probabilities are those of the very tokens that were drawn.
     first_token: what the first token of a text is conditioned on, in words.
     """
 
-    name: str
+    name: str = dataclasses.field(compare=False)
     kind: JudgeKind
     digest: str
     context: int
@@ -97,8 +101,9 @@ class Figures(Variety):
     """What was measured.
 
     texts: how many were measured; of real text, there may be fewer than `samples`.
-    judge_tokens: tokens that the judge scored, in its own tokenizer. truncated: texts that were longer than the judge's
-        context. cut_tokens: their tokens behind it, which are not scored.
+    judge_tokens: tokens that the judge scored, in its own tokenizer. windowed: texts that were longer than the judge's
+        context and were scored in windows, see `generative_judge.windows`. truncated, cut_tokens: such texts of entries
+        that an earlier version wrote, which scored their beginning alone, and how many tokens it left out; now 0.
     generative_perplexity: exp(nats of all texts / judge_tokens): that of the corpus, not a mean over texts.
     standard_error: of it, over texts that are drawn independently, by the delta method; None from a single text.
     own_nats_per_token: of the texts under the order in which the model wrote them, by its own probabilities; None for a
@@ -112,6 +117,7 @@ class Figures(Variety):
 
     texts: int = 0
     judge_tokens: int = 0
+    windowed: int = 0
     truncated: int = 0
     cut_tokens: int = 0
     generative_perplexity: float | None = None
@@ -224,6 +230,11 @@ def heading(group: Sequence[Entry]) -> str:
         lines.append(
             f"Cut at the judge's context in {len(cut)} rows: up to {texts:,} texts, which lost up to {lost:,} tokens."
         )
+    if windowed := max(entry.windowed for entry in group):
+        lines.append(
+            f"Up to {windowed:,} texts of a row are longer than the judge's context and were scored in windows, each of"
+            f" which reads at least {judge.context // 2:,} tokens before those that it scores."
+        )
     return " ".join(lines)
 
 
@@ -249,11 +260,14 @@ class Record:
     """What is in a folder's `generation.json`, which is written whenever something is added.
 
     promised: whether it has to be possible to write it; the folder of a run may be on a read-only file system.
+    What other processes add to the same file meanwhile is kept. unwritten: why the last entry could not be written.
     """
 
     folder: pathlib.Path
     promised: bool
     entries: list[Entry]
+    unwritten: str = ""
+    _added: list[Entry] = dataclasses.field(default_factory=list)
 
     @classmethod
     def open(cls, folder: pathlib.Path, promised: bool) -> "Record":
@@ -266,11 +280,35 @@ class Record:
         return Generations(entries=tuple(self.entries))
 
     def add(self, entry: Entry) -> None:
-        """Adds a finished entry, in place of one of the same settings."""
-        self.entries = [old for old in self.entries if old.setting != entry.setting] + [entry]
+        """Adds a finished entry, in place of one of the same settings. Raises UserError as `read` does."""
+        self._added = [*_without(self._added, [entry]), entry]
+        self.entries = [*_without(self.entries, [entry]), entry]
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            files.write(self.folder / GENERATION_FILE, typed.to_json(self.content, indent=2) + "\n")
-        except OSError:
+            with _alone(self.folder):
+                before = read(self.folder)
+                self.entries = [*_without(before.entries if before else self.entries, self._added), *self._added]
+                files.write(self.folder / GENERATION_FILE, typed.to_json(self.content, indent=2) + "\n")
+            self.unwritten = ""
+        except OSError as error:
             if self.promised:
                 raise
+            self.unwritten = error.strerror or str(error)
+
+
+def _without(entries: Iterable[Entry], others: Iterable[Entry]) -> list[Entry]:
+    """Those of settings that the others have not."""
+    settings = {entry.setting for entry in others}
+    return [entry for entry in entries if entry.setting not in settings]
+
+
+@contextlib.contextmanager
+def _alone(folder: pathlib.Path) -> Iterator[None]:
+    """Waits until no other process is between reading and writing the folder's file. The lock leaves nothing behind."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # of a file system that locks no folders, such as NFS: as well as can be
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)

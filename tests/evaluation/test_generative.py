@@ -1,13 +1,16 @@
 """Generation metrics: perplexity under a judge is that of a brute-force computation, and settings are drawn once."""
 
+import concurrent.futures
 import dataclasses
+import json
 import math
+import sys
 
 import jax
 import numpy as np
 import pytest
 
-from armd_jax import order
+from armd_jax import order, typed
 from armd_jax.config import ModelConfig
 from armd_jax.data.sentencepiece_training import train_model
 from armd_jax.data.tokenizers import BytesTokenizer, SentencePieceTokenizer
@@ -57,7 +60,7 @@ def test_scores_are_those_of_each_text_alone(lm, texts):
     for batch_size in (1, 4, 16):
         scores = _judge(lm, batch_size).score(texts, features=batch_size == 4)
         np.testing.assert_allclose(scores.nats_T, expected, rtol=2e-6)
-        assert scores.tokens_T.tolist() == [len(text) for text in texts] and not scores.cut_T.any()
+        assert scores.tokens_T.tolist() == [len(text) for text in texts] and (scores.windows_T == 1).all()
         assert (scores.features_TD is None) == (batch_size != 4)
         if scores.features_TD is not None:
             for text, features_D in zip(texts, scores.features_TD, strict=True):
@@ -67,13 +70,35 @@ def test_scores_are_those_of_each_text_alone(lm, texts):
 
 
 @pytest.mark.slow
-def test_what_lies_behind_the_context_is_cut(lm, texts):
-    """It is counted, and what is scored is the beginning alone."""
+def test_what_lies_behind_the_context_is_scored_in_windows(lm, texts):
+    """Every token once: the first five, then up to three more at a time, behind at least two that are only read."""
     judge = _judge(lm)
     judge = dataclasses.replace(judge, facts=dataclasses.replace(judge.facts, context=5))
-    scores = judge.score(texts, features=False)
-    assert scores.cut_T.tolist() == [max(len(text) - 5, 0) for text in texts]
-    np.testing.assert_allclose(scores.nats_T, [_nats(lm, text[:5]) for text in texts], rtol=2e-6)
+    text = texts[2]
+    spans = [(0, 0, 5), (3, 5, 8), (6, 8, 11), (7, 11, 12)]  # begins, is scored from, ends
+    expected = sum(_nats(lm, text[a:c]) - (_nats(lm, text[a:b]) if b > a else 0) for a, b, c in spans)
+    scores = judge.score(texts, features=True)
+    assert scores.tokens_T.tolist() == [len(text) for text in texts]
+    assert scores.windows_T.tolist() == [4 if len(text) == 12 else 1 for text in texts]
+    assert scores.nats_T[2] == pytest.approx(expected, rel=2e-6)
+    assert scores.nats_T[0] == pytest.approx(_nats(lm, texts[0]), rel=2e-6)
+    hidden = []
+    for a, b, c in spans:
+        given = lm.params, lm.config, np.asarray([text[a:c]], np.int32), order.left_to_right(1, c - a)
+        hidden.append(np.asarray(likelihood.log_prob_and_hidden(*given)[1])[0, b - a :])
+    assert scores.features_TD is not None
+    np.testing.assert_allclose(scores.features_TD[2], np.concatenate(hidden).mean(axis=0), atol=1e-5)
+
+
+@pytest.mark.parametrize("context", [1, 2, 5, 12, 40])
+def test_windows_score_every_token_once(context):
+    """None is longer than the context, and what is only read is half of it or more."""
+    texts = [list(range(length)) for length in (1, 5, 12, 13, 40)]
+    found: list[list[int]] = [[] for _ in texts]
+    for window in generative_judge.windows(texts, context):
+        assert len(window.tokens) <= context and (window.seen >= context // 2 or window.tokens[0] == window.seen == 0)
+        found[window.text] += window.tokens[window.seen :]
+    assert [sorted(tokens) for tokens in found] == texts
 
 
 def test_perplexity_is_that_of_the_corpus():
@@ -195,9 +220,13 @@ def test_what_is_known_is_not_drawn_again(lm):
     more.clear()
     _evaluate(lm, temperatures=(0.5,), known=first, keep=more.append, seed=8)
     assert len(more) == 1
+    elsewhere = OwnJudge.of(lm, "./judge", "armd", 4)  # the same judge by another path
+    how = SIZES | {"known": first, "keep": more.append, "progress": False}
+    more.clear()
+    generative.evaluate(lm, elsewhere, STRIDED, (0.5,), **how)
+    assert not more
     other = lm.replace(jax.tree.map(lambda leaf: leaf * 1.5, lm.params))
     more.clear()
-    how = SIZES | {"known": first, "keep": more.append, "progress": False}
     generative.evaluate(other, _judge(lm), STRIDED, (0.5,), **how)
     assert len(more) == 1
 
@@ -215,17 +244,67 @@ def test_the_record_is_read_as_it_was_written(tmp_path, lm):
     (tmp_path / "new" / generative_results.GENERATION_FILE).write_text('{"entries": [{"samples": "many"}]}')
     with pytest.raises(UserError, match="not what armd eval --judge writes"):
         generative_results.Record.open(tmp_path / "new", promised=True)
+    (tmp_path / "file").touch()
+    record = generative_results.Record.open(tmp_path / "file" / "folder", promised=False)
+    record.add(entry)
+    assert record.unwritten and record.content.entries == (entry,)
+    record.promised = True
+    with pytest.raises(OSError):
+        record.add(entry)
+
+
+def test_two_processes_lose_nothing(tmp_path, lm):
+    """Each writes what the other has added since it began; an entry of its own takes the place of the other's."""
+    (entry,) = _evaluate(lm)
+    one, two = (generative_results.Record.open(tmp_path, promised=True) for _ in range(2))
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        for record, temperatures in ((one, range(1, 9)), (two, range(9, 17))):
+            pool.submit(
+                lambda r, ts: [r.add(dataclasses.replace(entry, temperature=t)) for t in ts], record, temperatures
+            )
+    found = generative_results.read(tmp_path)
+    assert sorted(one.temperature for one in found.entries) == list(range(1, 17))
+    two.add(dataclasses.replace(entry, temperature=3.0, mauve=0.5))
+    assert [e.mauve for e in generative_results.read(tmp_path).entries if e.temperature == 3] == [0.5]
+    assert [path.name for path in tmp_path.iterdir()] == [generative_results.GENERATION_FILE]
+
+
+def test_a_judge_is_its_weights_its_config_and_its_tokenizer(lm, other):
+    """Not the path that it was given by."""
+    facts = _judge(lm).facts
+    assert OwnJudge.of(lm, "./judge", "armd", 4).facts == facts
+    for model in (
+        lm.replace(jax.tree.map(lambda leaf: leaf * 1.5, lm.params)),
+        dataclasses.replace(lm, config=dataclasses.replace(lm.config, norm_epsilon=0.5)),
+        dataclasses.replace(lm, tokenizer=other.lm.tokenizer),
+    ):
+        assert _judge(model).facts != facts
+
+
+def test_entries_of_an_earlier_version_are_read(tmp_path, lm):
+    """Which cut texts at the judge's context; the table says so of them, and of windows otherwise."""
+    (entry,) = _evaluate(lm)
+    old = typed.as_plain(dataclasses.replace(entry, truncated=2, cut_tokens=30))
+    del old["windowed"]
+    (tmp_path / generative_results.GENERATION_FILE).write_text(json.dumps({"entries": [old]}))
+    found = generative_results.read(tmp_path).entries
+    assert "lost up to 30 tokens" in generative_results.heading(found)
+    told = generative_results.heading([dataclasses.replace(entry, windowed=3)])
+    assert "Up to 3 texts" in told and "at least 8 tokens" in told and "lost" not in told
 
 
 def test_what_cannot_be_drawn_is_refused(lm):
     """Before anything is drawn."""
     with pytest.raises(UserError, match="--streams=13: exceeds the 12 tokens"):
         generative.ways_of_armd(["strided"], [1, 13], 12)
+    with pytest.raises(UserError, match="--steps=4,8: --samplers=first_hitting takes one step per token"):
+        generative.ways_of_denoiser(["first_hitting"], [4, 8], 12)
+    assert len(generative.ways_of_denoiser(["first_hitting", "ancestral"], [4, 8], 12)) == 3
     for changes, words in (({"length": 17}, "--length=17: must be in 1 .. 16"), ({"seed": 2**31 - 3}, "--seed=")):
         with pytest.raises(UserError, match=words):
             _evaluate(lm, **changes)
     with pytest.raises(UserError, match="no tokenizer"):
-        _evaluate(dataclasses.replace(lm, tokenizer=None))
+        generative.evaluate(dataclasses.replace(lm, tokenizer=None), _judge(lm), STRIDED, (1.0,), **SIZES)
 
 
 # --- real text --------------------------------------------------------------------------------------------------------
@@ -243,11 +322,13 @@ def test_real_text_is_spread_over_the_split(data):
         generative_reference.spread(data, "train", 17, 1)
 
 
-def test_mauve_tells_texts_apart():
-    """Of the same features nearly 1, of features that lie far apart nearly 0; None without real text."""
+def test_mauve_tells_texts_apart(capfd):
+    """Of the same features nearly 1, of features that lie far apart nearly 0; None without real text. It is quiet."""
     pytest.importorskip("mauve", reason="mauve-text is not installed (the extra `mauve`)")
     rng = np.random.default_rng(0)
     near, far = (Scores(*[np.zeros(60)] * 3, rng.normal(shift, 1, (60, 8))) for shift in (0, 9))
     again = Scores(*[np.zeros(60)] * 3, rng.normal(0, 1, (60, 8)))
     assert generative.mauve_score(near, again) > 0.8 and generative.mauve_score(near, far) < 0.1
     assert generative.mauve_score(near, None) is None
+    print("still heard", file=sys.stderr)
+    assert capfd.readouterr().err == "still heard\n"

@@ -120,8 +120,61 @@ def test_transformers_agrees(tmp_path, folders, llama):
     theirs: Judge = generative_transformers.open_judge(tmp_path / "theirs", "theirs", 2, "a reason")
     assert theirs.facts.kind == "transformers" and theirs.facts.context == 24
     assert theirs.encode(["ab", "c"]) == [97, 98, 256, 99]
-    ours = generative_opening.open_judge(folders["imported"], 2).score(TEXTS, True)
+    own = generative_opening.open_judge(folders["imported"], 2)
+    ours = own.score(TEXTS, True)
     found = theirs.score(TEXTS, True)
     np.testing.assert_allclose(found.nats_T, ours.nats_T, rtol=1e-4)
     np.testing.assert_allclose(found.features_TD, ours.features_TD, atol=1e-3)
     np.testing.assert_allclose(found.nats_T, _expected(llama), rtol=1e-4)
+    short = (dataclasses.replace(one, facts=dataclasses.replace(one.facts, context=6)) for one in (theirs, own))
+    one, two = (judge.score(TEXTS, True) for judge in short)
+    assert one.windows_T.tolist() == two.windows_T.tolist() == [4, 3, 1]
+    np.testing.assert_allclose(one.nats_T, two.nats_T, rtol=1e-4)
+    np.testing.assert_allclose(one.features_TD, two.features_TD, atol=1e-3)
+    # A text may spell a special token without being one; the judge is another if its tokenizer is.
+    spelled = tokenizer.eos_token
+    assert spelled and 256 not in theirs.encode([f"a{spelled}b"]) and tokenizer.encode(spelled) == [256]
+    same = generative_transformers.open_judge(tmp_path / "theirs", "./theirs", 2, "a reason").facts
+    file = tmp_path / "theirs" / "tokenizer_config.json"
+    file.write_text(file.read_text() + "\n")
+    other = generative_transformers.open_judge(tmp_path / "theirs", "theirs", 2, "a reason").facts
+    assert same == theirs.facts and other.digest != theirs.facts.digest
+
+
+@pytest.mark.slow
+def test_what_transformers_cannot_judge_with(tmp_path, folders):
+    """One line each: weights that are missing, a model that looks ahead, a damaged file, no context anywhere."""
+    pytest.importorskip("torch", reason="PyTorch is not installed")
+    transformers = pytest.importorskip("transformers", reason="transformers are not installed")
+    from armd_jax.evaluation import generative_transformers
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folders["imported"])
+    tokenizer.model_max_length = int(1e30)
+    sizes = {"vocab_size": 257, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    ends = {"bos_token_id": 256, "eos_token_id": 256, "pad_token_id": 1}
+
+    def saved(kind: str, **fields: object) -> pathlib.Path:
+        config = getattr(transformers, f"{kind}Config")(**sizes, **ends, **fields)
+        getattr(transformers, f"{kind}ForCausalLM")(config).save_pretrained(tmp_path / kind)
+        tokenizer.save_pretrained(tmp_path / kind)
+        return tmp_path / kind
+
+    def refusal(folder: pathlib.Path) -> str:
+        with pytest.raises(UserError) as error:
+            generative_transformers.open_judge(folder, "theirs", 2, "a reason")
+        assert "\n" not in str(error.value)
+        return str(error.value)
+
+    assert "is not causal" in refusal(saved("Roberta", intermediate_size=16, max_position_embeddings=32))
+    neox = saved("GPTNeoX", intermediate_size=16, max_position_embeddings=32)
+    assert generative_transformers.open_judge(neox, "theirs", 2, "a reason").facts.context == 32
+    file = neox / "model.safetensors"
+    weights = safetensors.numpy.load_file(file)
+    head = next(key for key in weights if "embed_out" in key or "lm_head" in key)
+    safetensors.numpy.save_file({k: v for k, v in weights.items() if k != head}, file, {"format": "pt"})
+    assert "1 weights are missing, of which the first is" in refusal(neox)
+    file.write_bytes(file.read_bytes()[:-100])
+    assert "transformers cannot read it" in refusal(neox)
+    assert "says nowhere how many tokens it sees" in refusal(saved("Bloom"))
+    bloom = saved("Bloom", seq_length=64)
+    assert generative_transformers.open_judge(bloom, "theirs", 2, "a reason").facts.context == 64
