@@ -16,10 +16,10 @@ Both hold in expectation over the draws, not for each of them. If likelihoods un
 nats, rare orders dominate p(x). The bound from below is then loose, but remains one. The expectation of the bound from
 above is then made of rare draws: before one is seen, its estimate is too low, and so is its standard error. The
 variance of a likelihood in units of its squared mean is exp(v) - 1 if its logarithm is normal with variance v.
-`measure` gives no bound from above of fewer than `MIN_ROWS` rows, nor if the mean of exp(v) over rows exceeds the number
-of draws of all rows. A figure that is given is one that passed this test, and only without the test is its expectation
-a bound: few rows would pass it just because their rare orders were not drawn. The test rests on logarithms that are
-nearly normal. It is no protection against a rare order, far better than all others, that nobody drew.
+`measure` gives no bound from above of fewer than `MIN_ROWS` rows, nor if the mean of exp(v) over rows exceeds the
+number of draws of all rows. A figure that is given is one that passed this test, and only without the test is its
+expectation a bound: few rows would pass it just because their rare orders were not drawn. The test rests on logarithms
+that are nearly normal. It is no protection against a rare order, far better than all others, that nobody drew.
 """
 
 import numpy as np

@@ -1,13 +1,13 @@
 """LAMBADA's last words: how often a model tells the last word of a passage from everything before it.
 
-A passage is taken with straight quotes and without spaces around it, and cut at its last space. What stands before the
-cut is encoded, and so is the whole passage: the tokens of the last word are those of the passage behind what the two
-have in common, as in lm-evaluation-harness. (A word by itself may have other tokens: some tokenizers put a space before
-every text.) The model sees its start token and the context, without an end-of-text before it. A word is correct if every
-one of its tokens is the likeliest one given what stands before, which is to say that greedy decoding, left to right,
-writes exactly these tokens. (It may go on after them: whether the word ends there is not asked, as in
-lm-evaluation-harness.) A passage that is longer than the model's rows loses its beginning. Blank records are skipped, as
-the published code does, and so is a passage whose last word has no tokens.
+A passage is taken with straight quotes and without spaces around it, and cut at its last space. What stands before
+the cut is encoded, and so is the whole passage: the tokens of the last word are those of the passage behind what the
+two have in common, as in lm-evaluation-harness. (A word by itself may have other tokens: some tokenizers put a space
+before every text.) The model sees its start token and the context, without an end-of-text before it. A word is
+correct if every one of its tokens is the likeliest one given what stands before, which is to say that greedy
+decoding, left to right, writes exactly these tokens. (It may go on after them: whether the word ends there is not
+asked, as in lm-evaluation-harness.) A passage that is longer than the model's rows loses its beginning. Blank records
+are skipped, as the published code does, and so is a passage whose last word has no tokens.
 """
 
 import itertools

@@ -148,6 +148,7 @@ def test_bounds_are_those_of_the_chosen_rows(data, lm):
         bounds(shuffled=data.length + 1)
 
 
+@pytest.mark.slow
 def test_shuffled_tokens_are_valid_ones_of_one_document():
     """Padding takes no part in it, and neither do tokens of two documents, if these are kept apart."""
     tokens = jnp.asarray([[1, 2, 0, 3, 4, 0, 5, 6]] * 2)
