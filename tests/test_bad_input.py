@@ -238,6 +238,8 @@ COMMAND_LINES = [
     ("eval --run=run --rows=2", r"--rows belongs to --orders=K"),
     ("eval --run=run --shuffled=2", r"--shuffled belongs to --orders=K"),
     ("eval --run=run --orders=2 --shuffled=65", r"--shuffled=65: a row has model.max_length=64 tokens"),
+    ("eval --run=run --tasks=own --draws=0", r"--draws does not go together with --tasks"),
+    ("eval --run=run --limit=0", r"--limit belongs to --tasks"),
     ("eval --run=run --tasks=own --price", r"--price does not go together with --tasks"),
     ("eval --run=run --tasks=own --orders=2", r"--orders does not go together with --tasks"),
     ("eval --run=run --seed=-1", r"--seed=-1: must be in"),

@@ -130,8 +130,9 @@ def _asked(args: argparse.Namespace) -> str | None:
         raise UserError(f"{_flag(asked[0])} and {_flag(asked[1])} are two evaluations; ask for one at a time")
     chosen = asked[0] if asked else None
     own = _HELD_OUT if chosen is None else _OTHERS[chosen]
-    for name in {*_HELD_OUT, *itertools.chain(*_OTHERS.values())} - {*own}:
-        if getattr(args, name) not in (None, False):
+    for name in dict.fromkeys((*_HELD_OUT, *itertools.chain(*_OTHERS.values()))):
+        value = getattr(args, name)
+        if name not in own and value is not None and value is not False:  # 0 is a value: `in` would take it for False
             if chosen is not None:
                 raise UserError(f"{_flag(name)} does not go together with {_flag(chosen)}")
             others = " or ".join(_flag(other) for other, names in _OTHERS.items() if name in names)

@@ -1,9 +1,13 @@
 """`armd eval --suite`: zero-shot perplexities by published protocols, and LAMBADA's last words."""
 
 import argparse
+import contextlib
+import functools
+import pathlib
 import typing
 
 from armd_jax import config as configs
+from armd_jax import files, typed
 from armd_jax.cli.arguments import check_seed, folder, show_and_keep
 from armd_jax.errors import UserError, nearest
 from armd_jax.names import SuiteProtocol, SuiteSet
@@ -76,8 +80,17 @@ def run(args: argparse.Namespace) -> int:
         reset=config.data.reset,
         context=PLAIN if mesh is None else Context(sharding.constrain(mesh)),
     )
-    result = suites.evaluate(scorer, found, missing)
+    result = suites.evaluate(
+        scorer, found, missing, functools.partial(_keep, (args.out or args.run) / suites_results.FILE)
+    )
     return show_and_keep(args, result, suites_results.as_text(result), args.run, suites_results.FILE)
+
+
+def _keep(file: pathlib.Path, result: object) -> None:
+    """Writes what is known so far. If that is impossible, `show_and_keep` says so at the end."""
+    with contextlib.suppress(OSError):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        files.write(file, typed.to_json(result, indent=2) + "\n")
 
 
 def _names(text: str | None) -> list[SuiteSet]:

@@ -67,6 +67,7 @@ def progressive(
     permute: Permutation = "scatter",
     evidence: np.ndarray | None = None,
     first_BN: jax.Array | None = None,
+    among_BN: jax.Array | None = None,
 ) -> Order:
     """The natural order with `num_permuted` tokens shuffled (the paper's curriculum), one token per block.
 
@@ -76,13 +77,14 @@ def progressive(
     evidence: see `evidence_first`.
     first_BN: int32, the natural position at which the document of each token begins. The chosen tokens of a document
         are then permuted among themselves alone; not with "reinsert", whose places lie anywhere. None: one document.
+    among_BN: bool; with "scatter", the tokens that may be chosen, all of them if they are fewer. None: every token.
     """
     typed.check_choice(Permutation, permute, "permute")
     choose_key, shuffle_key, slot_key = jax.random.split(key, 3)
     natural = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (batch, length))
     match permute:
         case "scatter":
-            chosen = slots = _random_subset(choose_key, batch, length, num_permuted)
+            chosen = slots = _random_subset(choose_key, batch, length, num_permuted, among_BN)
         case "window":
             start = jax.random.uniform(choose_key, (batch, 1)) * (length - num_permuted + 1)
             start = jnp.minimum(start.astype(jnp.int32), length - num_permuted)
@@ -347,9 +349,14 @@ def _regroup(order: Order, group_BN: jax.Array, single_BN: jax.Array, within_BN:
     return Order(take(order.positions_BN), jnp.cumsum(starts_BN, axis=1).astype(jnp.int32), take(order.weight_BN))
 
 
-def _random_subset(key: jax.Array, batch: int, length: int, size: jax.Array | int) -> jax.Array:
-    """bool [B, N] with `size` True in every row, uniformly."""
-    return jnp.argsort(jnp.argsort(jax.random.uniform(key, (batch, length)), axis=1), axis=1) < size
+def _random_subset(
+    key: jax.Array, batch: int, length: int, size: jax.Array | int, among_BN: jax.Array | None = None
+) -> jax.Array:
+    """bool [B, N] with `size` True in every row, uniformly; only at places of `among_BN`, if it is given."""
+    drawn = jax.random.uniform(key, (batch, length))
+    if among_BN is None:
+        return jnp.argsort(jnp.argsort(drawn, axis=1), axis=1) < size
+    return (jnp.argsort(jnp.argsort(jnp.where(among_BN, drawn, 2.0), axis=1), axis=1) < size) & among_BN
 
 
 def _evidence_mask(evidence: np.ndarray | None, length: int) -> np.ndarray:

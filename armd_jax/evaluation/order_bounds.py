@@ -15,13 +15,18 @@ logarithm is what is bounded here, row by row, from log p(x | order_k) of K orde
 Both hold in expectation over the draws, not for each of them. If likelihoods under different orders differ by many
 nats, rare orders dominate p(x). The bound from below is then loose, but remains one. The expectation of the bound from
 above is then made of rare draws: before one is seen, its estimate is too low, and so is its standard error. The
-variance of a likelihood in units of its squared mean is exp(v) - 1 if its logarithm is normal with variance v: unless
-v, averaged over rows, is at most the logarithm of the number of draws of all rows, `measure` gives no bound from above.
+variance of a likelihood in units of its squared mean is exp(v) - 1 if its logarithm is normal with variance v.
+`measure` gives no bound from above of fewer than `MIN_ROWS` rows, nor if the mean of exp(v) over rows exceeds the
+number of draws of all rows. A figure that is given is one that passed this test, and only without the test is its
+expectation a bound: few rows would pass it just because their rare orders were not drawn. The test rests on logarithms
+that are nearly normal. It is no protection against a rare order, far better than all others, that nobody drew.
 """
 
 import numpy as np
 
 from armd_jax.evaluation.results import OrderBound
+
+MIN_ROWS = 32  # of fewer rows, no bound on log p from above is given
 
 
 def lower(log_p_RK: np.ndarray) -> np.ndarray:
@@ -30,7 +35,9 @@ def lower(log_p_RK: np.ndarray) -> np.ndarray:
 
 
 def upper(log_p_RK: np.ndarray) -> np.ndarray:
-    """[R] float64: the tangent bound of each row from K >= 2 orders. Several rows should be of similar size.
+    """[R] float64: the tangent bound of each row from K >= 2 orders.
+
+    The factor that is fitted on the other rows suits a row best if orders differ as much in it as in those.
 
     It is infinite if it is beyond what a float holds.
     """
@@ -50,12 +57,13 @@ def measure(log_p_RK: np.ndarray, tokens: int) -> dict[str, OrderBound]:
     Fewer than K orders are taken as often as the K draws allow, each draw once, and the results averaged. Standard
     errors are those over draws, for these rows: from the differences between these groups of draws in every row. If
     there is one group only, they are estimated by leaving out one draw after another (jackknife).
-    There is no bound from above if orders differ too much for the number of draws.
+    There is no bound on log p from above if rows are few, or if orders differ too much for the number of draws (see
+    above), and none that would be a negative log-likelihood below 0.
     """
     log_p_RK = np.asarray(log_p_RK, np.float64)
     num_draws = log_p_RK.shape[1]
     powers = [2**i for i in range(num_draws.bit_length()) if 2**i < num_draws]
-    can_bound_above = num_draws > 1 and spread(log_p_RK) ** 2 <= np.log(log_p_RK.size)
+    can_bound_above = _can_bound_above(log_p_RK)
     found = {}
     for number in [*powers, num_draws]:
         groups = [log_p_RK[:, first : first + number] for first in range(0, num_draws - number + 1, number)]
@@ -67,6 +75,8 @@ def measure(log_p_RK: np.ndarray, tokens: int) -> dict[str, OrderBound]:
             above, above_error = _mean_and_error([upper(group) for group in groups])
             if above_error is None and number > 2:
                 above_error = _jackknife([upper(np.delete(log_p_RK, draw, axis=1)) for draw in range(number)])
+        if above is not None and above > 0:  # no probability of a text exceeds 1
+            above = above_error = None
         found[str(number)] = OrderBound(
             nll_at_most=-below / tokens,
             nll_at_most_error=None if below_error is None else below_error / tokens,
@@ -74,6 +84,15 @@ def measure(log_p_RK: np.ndarray, tokens: int) -> dict[str, OrderBound]:
             nll_at_least_error=None if above_error is None else above_error / tokens,
         )
     return found
+
+
+def _can_bound_above(log_p_RK: np.ndarray) -> bool:
+    num_rows, num_draws = log_p_RK.shape
+    if num_draws < 2 or num_rows < MIN_ROWS:
+        return False
+    # Not the mean variance: a single row in which orders differ by far more than in the others dominates the bound.
+    relative = _log_mean(np.var(log_p_RK, axis=1, ddof=1)[None])[0]
+    return bool(relative <= np.log(log_p_RK.size))
 
 
 def spread(nats_RK: np.ndarray) -> float:

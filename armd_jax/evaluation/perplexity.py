@@ -44,7 +44,7 @@ MakeOrder = Callable[[jax.Array, int, int], Order]  # (key, batch, length) -> or
 
 
 @functools.partial(jax.jit, static_argnames=("config", "make_task", "context"))
-def _nats(
+def batch_nats(
     params: Params,
     config: ModelConfig,
     tokens_BN: jax.Array,
@@ -53,6 +53,7 @@ def _nats(
     make_task: MakeTask,
     context: Context,
 ) -> jax.Array:
+    """Nats [B, N] float32 of every token, at natural positions, 0 at padding; of a corruption, those of its bound."""
     tokens_BN, valid_BN = (context.constrain(a, ("batch", "length")) for a in (tokens_BN, valid_BN))
     return objective.token_nats(params, config, tokens_BN, make_task(key, tokens_BN, valid_BN), context)
 
@@ -99,7 +100,7 @@ def _one_by_one(make_task: MakeTask) -> MakeTask:
     return make_one_by_one
 
 
-def _denoising(key: jax.Array, tokens_BN: jax.Array, valid_BN: jax.Array) -> Task:
+def denoising(key: jax.Array, tokens_BN: jax.Array, valid_BN: jax.Array) -> Task:
     """The task of a denoiser."""
     del tokens_BN
     return corruption.by_count(key, valid_BN)
@@ -144,7 +145,7 @@ def _token_nats(
     batches = loader.eval_batches(data, split, batch_size, None, chosen)
     for number, (tokens, valid) in enumerate(tqdm(batches, progress, steps, disable=progress is None, leave=False)):
         arrays = jnp.asarray(tokens), jnp.asarray(valid), jax.random.fold_in(key, number)
-        nats_BN = _nats(lm.params, lm.config, *arrays, make_task=make_task, context=context)
+        nats_BN = batch_nats(lm.params, lm.config, *arrays, make_task=make_task, context=context)
         yield tokens, valid, np.asarray(nats_BN, np.float64)
 
 
@@ -164,8 +165,17 @@ def _strided(streams: int, key: jax.Array, batch: int, length: int) -> Order:
 
 
 @functools.cache
-def _with_shuffled(number: int) -> MakeOrder:
-    return lambda key, batch, length: orders.progressive(key, batch, length, number)
+def _with_shuffled(number: int, end_of_text: int | None) -> MakeTask:
+    """The task of the natural order with so many valid tokens shuffled, within documents if those are kept apart."""
+
+    def make_task(key: jax.Array, tokens_BN: jax.Array, valid_BN: jax.Array) -> Task:
+        first_BN = None if end_of_text is None else documents.begins(tokens_BN, end_of_text)
+        batch, length = valid_BN.shape
+        made = orders.progressive(key, batch, length, number, first_BN=first_BN, among_BN=valid_BN)
+        made = orders.padding_last(made, valid_BN)
+        return made if first_BN is None else documents.keep_apart(made, first_BN)
+
+    return make_task
 
 
 @dataclasses.dataclass(frozen=True)
@@ -235,8 +245,8 @@ class _Passes:
         all_rows = self.data.counts(self.split).rows
         num_rows = min(num_rows, all_rows)
         chosen = [place * all_rows // num_rows for place in range(num_rows)]
-        make_order = orders.uniform if shuffled is None else _with_shuffled(shuffled)
-        nats_RK = self.nats(under_order(make_order, self.end), "bounds over orders", num_orders, chosen)
+        make_task = under_order(orders.uniform, self.end) if shuffled is None else _with_shuffled(shuffled, self.end)
+        nats_RK = self.nats(make_task, "bounds over orders", num_orders, chosen)
         batches = loader.eval_batches(self.data, self.split, self.batch_size, None, chosen)
         tokens = int(sum(valid_BN.sum() for _, valid_BN in batches))
         return OrderBounds(
@@ -302,9 +312,12 @@ def evaluate(
     shuffled: the mixture is over the orders in which this many tokens are shuffled (see `order.progressive`), drawn
         uniformly; None: over all orders.
     with_price: whether the price of parallel sampling is taken apart, for S = 1 and the numbers of `streams`.
-    Raises UserError if the model's vocabulary is not the data's, or if the rows are longer than the model's.
+    Raises UserError if the model's vocabulary is not the data's, if the rows are longer than the model's, or if they
+    are shorter than `shuffled`.
     """
     check_data(lm, data)
+    if shuffled is not None and shuffled > data.length:
+        raise UserError(f"--shuffled={shuffled}: a row of this text has {data.length} tokens ({place_of(data)})")
     counts, lossless = data.counts(split), data.tokenizer.lossless
     context = PLAIN if mesh is None else Context(sharding.constrain(mesh))
     match reset:
@@ -330,7 +343,7 @@ def evaluate(
             if trained_on is not None and (make_order := _bounding_order(trained_on)):
                 elbo = passes.elbo(under_order(make_order, end), max(draws, 1), trained_on.diffusion_steps)
         case "denoiser":
-            elbo = passes.elbo(_denoising, max(draws, 1), None)
+            elbo = passes.elbo(denoising, max(draws, 1), None)
         case _:
             assert_never(lm.config.kind)
     unigram: Score | None = None

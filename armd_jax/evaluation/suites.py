@@ -6,7 +6,7 @@ WikiText-2 the training split), an end-of-text behind every record, all of it in
 tokens less, with a start-of-text and an end-of-text put around each. Tokenizers of this package have an end-of-text
 only, and it serves as both, as GPT-2's does there. Detokenising is the same in both (`detokenizers`).
 
-Four things are done otherwise, and change little but remove accidents:
+Some things are done otherwise, and change little but remove accidents:
 - That code cuts text into chunks within batches of 1,000 records, in several processes, and drops what is left over in
   each. Here all records of a set form one stream, and what is dropped, as the protocol asks, is one last, partly filled
   chunk. Beside the protocol's figure stands one that drops nothing.
@@ -16,12 +16,13 @@ Four things are done otherwise, and change little but remove accidents:
   masked diffusion, that is the published way of counting. Autoregressive models of the `mdlm` family are given the
   start-of-text: `given_first` counts so.
 - Chunks are as long as the rows of the model, which are 1,024 in the papers: shorter ones give worse perplexities.
+- RADD's code averages a bound over 1,024 masking times a batch. Here draws are fewer (4, unless more are asked for),
+  and independent for each chunk; their standard error stands beside the figure.
 
 An ARMD is scored left to right, exactly. A denoiser has a bound (ELBO), whose draws give its standard error.
 """
 
 import dataclasses
-import functools
 import itertools
 import pathlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -32,18 +33,14 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from armd_jax.config import ModelConfig
-from armd_jax.core import corruption, objective
 from armd_jax.core import order as orders
 from armd_jax.core.context import PLAIN, Context
-from armd_jax.core.objective import Task
 from armd_jax.core.order import Order
-from armd_jax.core.parameters import Params
 from armd_jax.data.tokenizers import Tokenizer
 from armd_jax.errors import UserError
-from armd_jax.evaluation import perplexity, suites_lambada, suites_text
+from armd_jax.evaluation import perplexity, results, suites_lambada, suites_text
 from armd_jax.evaluation.perplexity import MakeTask
-from armd_jax.evaluation.suites_results import Figure, Missing, Suites, counted, perplexity_of
+from armd_jax.evaluation.suites_results import Figure, Missing, Suites, counted
 from armd_jax.evaluation.suites_text import CORPORA, PUBLISHED, SPLITS, Text
 from armd_jax.inference.language_model import LanguageModel
 from armd_jax.names import Reset, Split, SuiteProtocol, SuiteSet
@@ -162,9 +159,11 @@ def find(
                     found.append(Found(protocol, name, split, text))
             if needed and len(found) == before:
                 splits = " or ".join(SPLITS[protocol][name])
+                over = suites_text.passed_over(name, folder)[:3] if folder is not None else []
+                there = f"; passed over: {', '.join(over)} (rename to say one split, and .txt)" if over else ""
                 raise UserError(
                     f"--suite-sets={name}: nothing there for {protocol}: put {splits}.txt, .jsonl or .parquet into a"
-                    f" folder {name} of --suite-data={folder or 'FOLDER'}"
+                    f" folder {name} of --suite-data={folder or 'FOLDER'}{there}"
                 )
     if not found:
         raise UserError(
@@ -174,52 +173,42 @@ def find(
     return found, missing
 
 
-def evaluate(scorer: "Scorer", found: Sequence[Found], missing: Sequence[Missing] = ()) -> Suites:
-    """The figures of all these texts. Raises UserError if one cannot be read."""
-    figures = tuple(scorer.figure(one.protocol, one.name, one.split, one.text) for one in found)
+def evaluate(
+    scorer: "Scorer",
+    found: Sequence[Found],
+    missing: Sequence[Missing] = (),
+    keep: Callable[[Suites], None] | None = None,
+) -> Suites:
+    """The figures of all these texts, last words first. Raises UserError if a text cannot be read.
+
+    keep: is called with everything that is known after each figure, so that a text that is bad late loses nothing else.
+    """
     word = None
     passages = next((one.text for one in found if one.name == "lambada"), None)
     if passages is not None and scorer.lm.config.has_orders:
         records = itertools.islice(passages.records(), scorer.limit)
         made = scorer.lm, scorer.tokenizer, records, passages.where, scorer.batch_size, scorer.progress
         word = suites_lambada.last_word(*made)
-    return Suites(
+    result = Suites(
         length=scorer.lm.config.max_length,
         documents_apart=scorer.end_of_document is not None,
         seed=scorer.seed,
         limit_rows=scorer.limit,
-        figures=figures,
+        figures=(),
         last_word=word,
         missing=tuple(missing),
     )
-
-
-@functools.partial(jax.jit, static_argnames=("config", "make_task", "context"))
-def _nats(
-    params: Params,
-    config: ModelConfig,
-    tokens_BN: jax.Array,
-    valid_BN: jax.Array,
-    key: jax.Array,
-    make_task: MakeTask,
-    context: Context,
-) -> jax.Array:
-    """Nats [B, N] float32 of every token, at natural positions, 0 at padding; of a corruption, those of its bound."""
-    tokens_BN, valid_BN = (context.constrain(a, ("batch", "length")) for a in (tokens_BN, valid_BN))
-    task = make_task(key, tokens_BN, valid_BN)
-    log_probs_BN, _ = objective.task_log_probs(params, config, tokens_BN, task, context)
-    nats_BN = jnp.where(task.weight_BN > 0, -task.weight_BN * log_probs_BN, 0.0)
-    return objective.to_natural(task, nats_BN)
+    for one in found:
+        figure = scorer.figure(one.protocol, one.name, one.split, one.text)
+        result = dataclasses.replace(result, figures=(*result.figures, figure))
+        if keep is not None:
+            keep(result)
+    return result
 
 
 def _left_to_right(key: jax.Array, batch: int, length: int) -> Order:
     del key
     return orders.left_to_right(batch, length)
-
-
-def _denoising(key: jax.Array, tokens_BN: jax.Array, valid_BN: jax.Array) -> Task:
-    del tokens_BN
-    return corruption.by_count(key, valid_BN)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -261,20 +250,21 @@ class Scorer:
         length, around, bound = self.lm.config.max_length, added(protocol), not self.lm.config.has_orders
         detokenize, tally = CORPORA[name].detokenize, Tally()
         made = chunks(text.records(), detokenize, self.tokenizer, length, protocol, tally)
+        read = itertools.islice(made, self.limit)
         sums = _Sums(self.draws)
         label = f"{protocol} {name} {split}" if self.progress else None
         for number, rows in enumerate(
-            tqdm(self._batches(made), label, disable=label is None, unit="batch", leave=False)
+            tqdm(self._batches(read), label, disable=label is None, unit="batch", leave=False)
         ):
             for draw in range(self.draws):
                 sums.add(draw, rows, self._score(rows, draw, number), length, around)
-        limited = self.limit is not None and sums.chunks >= self.limit
+        limited = next(made, None) is not None  # which only a limit leaves
         error = sums.error(length)
         # Nats of single tokens of a chunk are those of an order. A bound is one of whole chunks.
         text_nats = sums.total if not around else None if bound else sums.total - sums.first - sums.last
         every = None if text_nats is None else counted(float(np.mean(text_nats)), sums.tokens - sums.around)
         first = counted(float(np.mean(sums.whole - sums.whole_first)), sums.chunks * (length - 1))
-        per_word = None if every is None or limited else perplexity_of(every.nats, tally.words)
+        per_word = None if every is None or limited else results.perplexity(every.nats / max(tally.words, 1))
         return Figure(
             protocol=protocol,
             set=name,
@@ -302,7 +292,7 @@ class Scorer:
     def _batches(self, made: Iterator[np.ndarray]) -> Iterator[list[np.ndarray]]:
         """Batches of whole chunks, and then the one that is not whole, by itself."""
         batch: list[np.ndarray] = []
-        for row in itertools.islice(made, self.limit):
+        for row in made:
             if len(row) < self.lm.config.max_length:
                 if batch:
                     yield batch
@@ -323,11 +313,13 @@ class Scorer:
             tokens_BN[index, : len(row)] = row
             valid_BN[index, : len(row)] = True
         key = jax.random.fold_in(jax.random.key(self.seed + draw), number)
-        make_task: MakeTask = _denoising
+        make_task: MakeTask = perplexity.denoising
         if self.lm.config.has_orders:
             make_task = perplexity.under_order(_left_to_right, self.end_of_document)
         arrays = jnp.asarray(tokens_BN), jnp.asarray(valid_BN), key
-        nats_BN = _nats(self.lm.params, self.lm.config, *arrays, make_task=make_task, context=self.context)
+        nats_BN = perplexity.batch_nats(
+            self.lm.params, self.lm.config, *arrays, make_task=make_task, context=self.context
+        )
         return np.asarray(nats_BN, np.float64)[: len(rows)]
 
 

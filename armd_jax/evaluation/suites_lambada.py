@@ -1,13 +1,16 @@
 """LAMBADA's last words: how often a model tells the last word of a passage from everything before it.
 
-A passage is taken with straight quotes and without spaces around it, and cut at its last space. What stands before the
-cut is encoded by itself, and so is the last word with its space in front: `" word"`. The model sees its start token and
-the context, without an end-of-text before it. A word is correct if every one of its tokens is the likeliest one given
-what stands before, which is to say that greedy decoding, left to right, writes exactly these tokens. (It may go on
-after them: whether the word ends there is not asked, as in lm-evaluation-harness.) A passage that is longer than the
-model's rows loses its beginning.
+A passage is taken with straight quotes and without spaces around it, and cut at its last space. What stands before
+the cut is encoded, and so is the whole passage: the tokens of the last word are those of the passage behind what the
+two have in common, as in lm-evaluation-harness. (A word by itself may have other tokens: some tokenizers put a space
+before every text.) The model sees its start token and the context, without an end-of-text before it. A word is
+correct if every one of its tokens is the likeliest one given what stands before, which is to say that greedy
+decoding, left to right, writes exactly these tokens. (It may go on after them: whether the word ends there is not
+asked, as in lm-evaluation-harness.) A passage that is longer than the model's rows loses its beginning. Blank records
+are skipped, as the published code does, and so is a passage whose last word has no tokens.
 """
 
+import itertools
 import re
 from collections.abc import Iterable, Sequence
 
@@ -17,8 +20,8 @@ from tqdm import tqdm
 from armd_jax.core import order as orders
 from armd_jax.data.tokenizers import Tokenizer
 from armd_jax.errors import UserError
-from armd_jax.evaluation import detokenizers
-from armd_jax.evaluation.suites_results import LastWord, perplexity_of
+from armd_jax.evaluation import detokenizers, results
+from armd_jax.evaluation.suites_results import LastWord
 from armd_jax.inference import schedule
 from armd_jax.inference.language_model import LanguageModel
 
@@ -31,20 +34,31 @@ def cut_last_word(passage: str) -> tuple[str, str]:
     text = detokenizers.straight(passage)
     found = re.fullmatch(r"(.*\S)\s+(\S+)", text, re.DOTALL)
     if found is None:
-        raise UserError(f"LAMBADA: {passage!r:.80} has no last word behind a context")
+        raise UserError(f"{passage!r:.80} has no last word behind a context")
     return found[1], f" {found[2]}"
 
 
 def passages(records: Iterable[str], tokenizer: Tokenizer) -> tuple[list[Passage], int]:
-    """The tokens of passages, and how many of these look as if they were in the original, tokenised form."""
-    contexts, words, tokenized = [], [], 0
-    for record in records:
-        context, word = cut_last_word(record)
+    """The tokens of passages, and how many of these look as if they were in the original, tokenised form.
+
+    Raises UserError that says which passage has no context.
+    """
+    contexts, wholes, tokenized = [], [], 0
+    for number, record in enumerate(records, 1):
+        try:
+            context, word = cut_last_word(record)
+        except UserError as error:
+            raise UserError(f"passage {number}: {error}") from error
         tokenized += bool(_TOKENIZED.search(context))
         contexts.append(context)
-        words.append(word)
-    encoded = tokenizer.encode_batch(contexts), tokenizer.encode_batch(words)
-    return list(zip(*encoded, strict=True)), tokenized
+        wholes.append(context + word)
+    found = []
+    for context_ids, ids in zip(tokenizer.encode_batch(contexts), tokenizer.encode_batch(wholes), strict=True):
+        pairs = zip(context_ids, ids, strict=False)
+        common = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+        if common < len(ids):
+            found.append((ids[:common], ids[common:]))
+    return found, tokenized
 
 
 def last_word(
@@ -56,7 +70,10 @@ def last_word(
     progress: bool = True,
 ) -> LastWord:
     """The figures of these passages. Raises UserError if there are none, or if the model is a denoiser."""
-    found, tokenized = passages(records, tokenizer)
+    try:
+        found, tokenized = passages(records, tokenizer)
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from error
     if not found:
         raise UserError(f"{source}: holds no passages")
     longest = lm.config.max_length
@@ -81,8 +98,8 @@ def last_word(
         accuracy=accuracy,
         standard_error=(accuracy * (1 - accuracy) / count) ** 0.5,
         tokens=tokens,
-        perplexity_per_word=perplexity_of(float(nats.sum()), count),
-        perplexity_per_token=perplexity_of(float(nats.sum()), tokens),
+        perplexity_per_word=results.perplexity(float(nats.sum()) / count),
+        perplexity_per_token=results.perplexity(float(nats.sum()) / tokens),
     )
 
 

@@ -1,7 +1,6 @@
 """The results of `armd eval --suite`, and the file `suites.json` in a run's folder that holds them."""
 
 import dataclasses
-import math
 import pathlib
 from typing import assert_never
 
@@ -32,15 +31,9 @@ def counted(nats: float, tokens: int, standard_error: float | None = None) -> Co
         nats=nats,
         tokens=tokens,
         nats_per_token=nats / tokens,
-        perplexity=perplexity_of(nats, tokens),
+        perplexity=results.perplexity(nats / tokens),
         standard_error=standard_error,
     )
-
-
-def perplexity_of(nats: float, units: int) -> float:
-    """The perplexity per unit of a total of nats; infinity if no float holds it."""
-    mean = nats / max(units, 1)
-    return math.inf if mean >= 700 else math.exp(mean)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,8 +42,8 @@ class Figure:
 
     published: whether the published code of the protocol measures this split of this set.
     source: the files that were read. records, words, bytes: what they hold, before detokenising; words are stretches
-        between spaces, and line ends. unknown: how often `<unk>` stands for a word. The published figures of WikiText
-        are of its raw form, which has none.
+        between spaces, and one end for each record. unknown: how often `<unk>` stands for a word. The published figures
+        of WikiText are of its raw form, which has none.
     text_tokens: tokens of the text, an end-of-text behind every record included.
     chunk: tokens of a chunk, with those that the protocol adds. added: how many those are. chunks: whole chunks.
     dropped: tokens of the text behind the last whole chunk, which the protocol drops.

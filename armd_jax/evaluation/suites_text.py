@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import io
 import pathlib
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from armd_jax.data import found_files, text_files, tfds
@@ -19,6 +20,13 @@ from armd_jax.evaluation import detokenizers
 from armd_jax.names import Split, SuiteProtocol, SuiteSet
 
 _PLAIN_TEXT = (".txt", ".txt.gz", ".txt.zst")  # a record per line
+_CONTAINERS = ("wikitext", "scientificpapers")  # folders of several sets, as clones from the Hugging Face Hub are
+# Words that may stand behind the name of a set. Others name something else: `pubmedqa`, `arxiv_abstracts`.
+_FOLLOWING = re.compile(
+    "txt|jsonl|json|parquet|arrow|gz|zst|train|training|valid|validation|val|dev|test|heldout|v|raw|words?|level|tokens"
+    "|texts?|openai|original|subset|data|dataset|corpus|articles|papers"
+)
+_SHARD = re.compile(r"-\d+-of-\d+")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +37,7 @@ class Corpus:
       names: how the names of its folder or files begin, in lower case, without anything but letters and digits.
       detokenize: the rules that both protocols put its records through.
       fields: fields that may hold the text in `.jsonl`, `.parquet` and the like; the first that is there is read.
+      skips_blanks: whether blank records are no records, as the published code has it for LAMBADA.
       keeps_line_ends: whether a line of a text file keeps its line feed, as lines of WikiText do.
       tfds, tfds_fields: its name in TFDS, and the fields that make up its text; empty if TFDS has no such dataset.
     """
@@ -36,6 +45,7 @@ class Corpus:
     names: tuple[str, ...]
     detokenize: Callable[[str], str]
     fields: tuple[str, ...] = ("text",)
+    skips_blanks: bool = False
     keeps_line_ends: bool = False
     tfds: str = ""
     tfds_fields: tuple[str, ...] = ("text",)
@@ -43,7 +53,12 @@ class Corpus:
 
 CORPORA: dict[SuiteSet, Corpus] = {
     "lambada": Corpus(
-        ("lambada",), detokenizers.lambada, ("text", "passage"), tfds="lambada", tfds_fields=("passage",)
+        ("lambada",),
+        detokenizers.lambada,
+        ("text", "passage"),
+        skips_blanks=True,
+        tfds="lambada",
+        tfds_fields=("passage",),
     ),
     "wikitext2": Corpus(("wikitext2",), detokenizers.wikitext, keeps_line_ends=True),
     "wikitext103": Corpus(("wikitext103",), detokenizers.wikitext, keeps_line_ends=True),
@@ -94,33 +109,85 @@ def find(name: SuiteSet, split: Split, folder: pathlib.Path | None, tfds_folder:
 
     folder: holds a file, or a folder with files, whose name begins with that of the set (`wikitext-2-raw`);
         the names of files, or of folders around them, say of which split they are (`test.txt`, `wiki.valid.jsonl.gz`).
-    Raises UserError if files of two kinds or places could be meant.
+        Several files are one split if their names differ in a shard's number alone (`-00000-of-00002`).
+    Raises UserError if more than one file could be meant, if there are no records, or if the first cannot be read.
     """
     corpus = CORPORA[name]
     files = _files(corpus, split, folder) if folder is not None else []
     if files and folder is not None:
         read = functools.partial(_read_files, corpus, files)
-        return Text(", ".join(str(file.relative_to(folder)) for file in files), read)
+        return _begun(corpus, ", ".join(str(file.relative_to(folder)) for file in files), read)
     if tfds_folder is not None and corpus.tfds and (tfds_folder / corpus.tfds).is_dir():
-        return Text(f"tfds:{corpus.tfds}", functools.partial(_read_tfds, corpus, split, tfds_folder))
+        return _begun(corpus, f"tfds:{corpus.tfds}", functools.partial(_read_tfds, corpus, split, tfds_folder))
     return None
 
 
-def _files(corpus: Corpus, split: Split, folder: pathlib.Path) -> list[pathlib.Path]:
-    by_kind: dict[str, list[pathlib.Path]] = {}
+def _begun(corpus: Corpus, where: str, read: Callable[[], Iterator[str]]) -> Text:
+    """The text, after a look at its first record: what cannot be read at all is said before anything is measured."""
+
+    def records() -> Iterator[str]:
+        return (record for record in read() if record.strip()) if corpus.skips_blanks else read()
+
+    if next(records(), None) is None:
+        raise UserError(f"{where}: holds no records")
+    return Text(where, records)
+
+
+def passed_over(name: SuiteSet, folder: pathlib.Path) -> list[str]:
+    """Files in the place of a set whose names do not say how to read them, or of which one split they are."""
+    return [
+        str(file.relative_to(folder))
+        for named, file in _candidates(CORPORA[name], folder)
+        if _suffix(named) is None or len(_split_of(named)) != 1
+    ]
+
+
+def _is_of(corpus: Corpus, name: str) -> bool:
+    """Whether a name begins with that of the set, in whatever spelling, and does not go on as another name does."""
+    for own in corpus.names:
+        if found := re.match(r"[\W_]*".join(own) + r"(?!\d)", name.lower()):
+            following = re.match(r"[\W_]*([a-z]*)", name.lower()[found.end() :])
+            if following is not None and (not following[1] or _FOLLOWING.fullmatch(following[1])):
+                return True
+    return False
+
+
+def _candidates(corpus: Corpus, folder: pathlib.Path) -> Iterator[tuple[str, pathlib.Path]]:
+    """The files in the places of a set, each with its place from `folder` on, or from the folder of several sets."""
     for entry in sorted(folder.iterdir()):
         plain = "".join(letter for letter in entry.name.lower() if letter.isalnum())
-        if not plain.startswith(corpus.names):
+        if entry.name.startswith("."):
             continue
-        inside = found_files.find(str(entry)).files if entry.is_dir() else {entry.name: entry}
-        for name, file in inside.items():
-            suffix = next((end for end in text_files.SUFFIXES if name.lower().endswith(end)), None)
-            if suffix and list(splits_named(name)) == [split]:
-                by_kind.setdefault(f"{entry.name}, {suffix}", []).append(file)
-    if len(by_kind) > 1:
-        (first, *_), (second, *_) = list(by_kind.values())[:2]
-        raise UserError(f"{first} and {second}: both may be meant; leave one in the folder")
-    return next(iter(by_kind.values()), [])
+        places = sorted(entry.iterdir()) if plain in _CONTAINERS and entry.is_dir() else [entry]
+        for place in places:
+            if place.name.startswith(".") or not _is_of(corpus, place.name):
+                continue
+            if place.is_dir():
+                inside = found_files.find(str(place)).files
+                yield from ((f"{place.name}/{name}", file) for name, file in inside.items())
+            else:
+                yield place.name, place
+
+
+def _suffix(name: str) -> str | None:
+    return next((end for end in text_files.SUFFIXES if name.lower().endswith(end)), None)
+
+
+def _split_of(name: str) -> list[Split]:
+    """The splits that a file's place names: the part inside the set's folder, or else that folder."""
+    around, _, inside = name.partition("/")
+    return list(splits_named(inside) or splits_named(around))
+
+
+def _files(corpus: Corpus, split: Split, folder: pathlib.Path) -> list[pathlib.Path]:
+    by_name: dict[str, list[pathlib.Path]] = {}
+    for name, file in _candidates(corpus, folder):
+        if _suffix(name) is not None and _split_of(name) == [split]:
+            by_name.setdefault(_SHARD.sub("", str(file.relative_to(folder))), []).append(file)
+    if len(by_name) > 1:
+        first, second, *_ = (files[0].relative_to(folder) for files in by_name.values())
+        raise UserError(f"{first} and {second}: both may be meant; leave one of them in {folder}")
+    return next(iter(by_name.values()), [])
 
 
 def _read_files(corpus: Corpus, files: Sequence[pathlib.Path]) -> Iterator[str]:
@@ -139,15 +206,20 @@ def _documents(file: pathlib.Path, field: str) -> Iterable[TextOrError]:
 
 def _fielded(file: pathlib.Path, fields: Sequence[str]) -> Iterable[TextOrError]:
     """The documents in the first of `fields` that the file has."""
-    first: TextOrError = UserError(f"{file}: is empty")
+    failed: UserError | None = None
     for field in fields:
         try:
-            first = next(iter(_documents(file, field)), first)
+            first = next(iter(_documents(file, field)), None)
         except UserError as error:
             first = error
+        if first is None:
+            return []
         if isinstance(first, str):
             return _documents(file, field)
-    return [first]
+        failed = failed or first
+    tried = f" (tried as fields: {', '.join(fields)})" if len(fields) > 1 else ""
+    # What a user of a suite can set is the file: there is no flag for the field.
+    return [UserError(f"{failed}".replace(" (data.text_field)", "") + tried)]
 
 
 def _checked(documents: Iterable[TextOrError]) -> Iterator[str]:

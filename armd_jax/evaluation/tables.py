@@ -5,7 +5,7 @@ A table is a list of rows of texts, the header first.
 
 from collections.abc import Mapping, Sequence
 
-from armd_jax.evaluation import results
+from armd_jax.evaluation import order_bounds, results
 from armd_jax.evaluation.results import Evaluation, OrderBounds, StreamPrice
 
 PRICE_TITLE = "What streams cost, in nats per token (cold start and extra stream: in nats per stream):"
@@ -25,13 +25,18 @@ def bounds_note(found: OrderBounds) -> str:
         return "One order bounds the figure on one side only."
     note = f"A row's nats differ by {found.spread:.2f} between these orders (standard deviation)."
     if all(bound.nll_at_least is None for bound in found.bounds.values()):
-        note += " That is too much for so few draws to say what the figure is at least."
+        if found.rows < order_bounds.MIN_ROWS:
+            note += f" Fewer than {order_bounds.MIN_ROWS} rows do not say what the figure is at least."
+        else:
+            note += " That is too much, in some row or in all, for so few draws to say what the figure is at least."
     return note
 
 
 def bounds_table(found: OrderBounds) -> list[list[str]]:
     """The bounds on the likelihood of the mixture over orders, the header first."""
-    cells = [["orders K", "nats per token at least", "at most", "perplexity at least", "at most"]]
+    cells = [
+        ["orders K", "nats per token at least", "nats per token at most", "perplexity at least", "perplexity at most"]
+    ]
     for orders, bound in found.bounds.items():
         sides = (bound.nll_at_least, bound.nll_at_least_error), (bound.nll_at_most, bound.nll_at_most_error)
         perplexities = (results.formatted(None if side is None else results.perplexity(side), 2) for side, _ in sides)

@@ -101,7 +101,7 @@ def test_standard_errors_are_those_over_draws():
     """Of figures drawn again and again, they are the standard deviation: from groups of draws and by the jackknife."""
     rng, found = np.random.default_rng(3), []
     for _ in range(300):
-        found.append(order_bounds.measure(rng.normal(-50, 1, (20, 8)), 100).values())
+        found.append(order_bounds.measure(rng.normal(-50, 1, (40, 8)), 100).values())
     for number, bounds in enumerate(zip(*found, strict=True)):
         for value, error in (("nll_at_most", "nll_at_most_error"), ("nll_at_least", "nll_at_least_error")):
             if number or value == "nll_at_most":
@@ -113,13 +113,36 @@ def test_standard_errors_are_those_over_draws():
     assert order_bounds.spread(nats) == pytest.approx(2, rel=0.05)
 
 
-@pytest.mark.parametrize(("spread", "bounded"), [(2.0, True), (5.0, False), (500.0, False)])
+@pytest.mark.parametrize(("spread", "bounded"), [(1.0, True), (5.0, False), (500.0, False)])
 def test_orders_that_differ_too_much_are_not_bounded_from_above(spread, bounded):
     """If rare orders, which nobody drew, make up the likelihood, the estimate would be too low: there is none."""
-    found = order_bounds.measure(np.random.default_rng(4).normal(-500, spread, (16, 8)), 100).values()
+    found = order_bounds.measure(np.random.default_rng(4).normal(-500, spread, (64, 8)), 100).values()
     assert [bound.nll_at_least is not None for bound in found] == [False, bounded, bounded, bounded]
     assert all(np.isfinite(bound.nll_at_most) for bound in found)
     one = order_bounds.measure(np.full((2, 1), -5.0), 10)
     assert [(bound.nll_at_most, bound.nll_at_most_error, bound.nll_at_least) for bound in one.values()] == [
         (1.0, None, None)
     ]
+
+
+def test_few_rows_are_not_bounded_from_above():
+    """They would pass the test of their spread just because rare orders were not drawn."""
+    log_p = np.random.default_rng(5).normal(-500, 0.1, (order_bounds.MIN_ROWS, 8))
+    assert order_bounds.measure(log_p, 100)["8"].nll_at_least is not None
+    assert all(bound.nll_at_least is None for bound in order_bounds.measure(log_p[1:], 100).values())
+
+
+def test_a_row_unlike_the_others_is_seen():
+    """Its orders differ far more than those of the others: their mean variance would pass, and the bound be absurd."""
+    rng = np.random.default_rng(6)
+    log_p = rng.normal(-50, 1, (64, 8))
+    log_p[0] = rng.normal(-500, 12, 8)
+    assert order_bounds.spread(log_p) ** 2 < np.log(log_p.size)
+    assert all(bound.nll_at_least is None for bound in order_bounds.measure(log_p, 100).values())
+
+
+def test_no_negative_log_likelihood_is_said_to_be_at_least_below_zero():
+    """That would be a probability above 1: nothing is said in its place."""
+    found = order_bounds.measure(np.random.default_rng(7).normal(0, 0.5, (64, 8)), 100).values()
+    assert all(bound.nll_at_least is None or bound.nll_at_least >= 0 for bound in found)
+    assert order_bounds.measure(np.full((64, 8), 0.01), 100)["8"].nll_at_least is None

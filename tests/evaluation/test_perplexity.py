@@ -3,6 +3,7 @@
 import dataclasses
 import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -142,7 +143,28 @@ def test_bounds_are_those_of_the_chosen_rows(data, lm):
     assert (few.rows, few.tokens, few.shuffled) == (3, rows.size, 1) and few.spread < 1e-3
     for bound in few.bounds.values():
         assert bound.nll_at_most == pytest.approx(expected, rel=1e-5)
-    assert few.bounds["4"].nll_at_least == pytest.approx(expected, rel=1e-5)
+    assert few.bounds["4"].nll_at_least is None  # of three rows
+    with pytest.raises(UserError, match=r"--shuffled=\d+: a row of this text has"):
+        bounds(shuffled=data.length + 1)
+
+
+@pytest.mark.slow
+def test_shuffled_tokens_are_valid_ones_of_one_document():
+    """Padding takes no part in it, and neither do tokens of two documents, if these are kept apart."""
+    tokens = jnp.asarray([[1, 2, 0, 3, 4, 0, 5, 6]] * 2)
+    valid = jnp.asarray([[True] * 8, [True] * 3 + [False] * 5])
+    drawn = [
+        [np.asarray(make(jax.random.key(seed), tokens, valid).positions_BN) for seed in range(60)]
+        for make in (perplexity._with_shuffled(2, None), perplexity._with_shuffled(8, 0))
+    ]
+    two, apart = (np.stack(found) for found in drawn)
+    natural = np.arange(8)
+    assert set((two[:, 0] != natural).sum(axis=1)) == {0, 2}
+    moved = (two[:, 1] != natural).any(axis=1)
+    assert (two[:, 1, 3:] == natural[3:]).all()
+    assert 0.3 < moved.mean() < 0.7  # two of three tokens, in one of their two orders
+    assert all(sorted(row[:3]) == [0, 1, 2] and sorted(row[3:6]) == [3, 4, 5] for row in apart[:, 0])
+    assert (apart[:, 0] != natural).any()
 
 
 @pytest.mark.slow

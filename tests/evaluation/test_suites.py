@@ -14,6 +14,7 @@ from armd_jax.cli import main as cli
 from armd_jax.core import corruption, objective, parameters
 from armd_jax.data import tokenizers
 from armd_jax.data.tokenizers import BytesTokenizer
+from armd_jax.errors import UserError
 from armd_jax.evaluation import suites, suites_results, suites_text
 from armd_jax.evaluation.suites import Scorer, Tally
 from armd_jax.evaluation.suites_text import Text
@@ -96,6 +97,28 @@ def test_a_limit_is_said(lm):
     assert found.limited and found.chunks == 2 and found.score.tokens == 32 and found.perplexity_per_word is None
 
 
+def test_a_limit_that_is_the_size_of_the_set_limits_nothing(lm):
+    """Then every size is that of the whole set, and said so."""
+    chunks = len(_stream()) // LENGTH + 1
+    made = Scorer(lm, lm.tokenizer, limit=chunks, batch_size=3, progress=False)
+    found = made.figure("sedd", "wikitext2", "test", _text())
+    assert not found.limited and found.text_tokens == len(_stream()) and found.perplexity_per_word is not None
+
+
+def test_figures_are_kept_before_a_text_turns_out_bad(lm):
+    """What was measured until then is handed over, figure by figure."""
+
+    def broken():
+        yield "the old river"
+        raise UserError("line 2: not valid JSON")
+
+    texts = [suites.Found("sedd", "ptb", "test", _text()), suites.Found("sedd", "lm1b", "test", Text("bad", broken))]
+    kept = []
+    with pytest.raises(UserError, match="line 2"):
+        suites.evaluate(Scorer(lm, lm.tokenizer, progress=False), texts, keep=kept.append)
+    assert [[figure.set for figure in one.figures] for one in kept] == [["ptb"]]
+
+
 @pytest.mark.slow
 def test_documents_are_kept_apart_if_they_were_in_training(lm):
     """The figure then is that of every document of a chunk by itself."""
@@ -152,6 +175,11 @@ def test_wikitext2_has_the_published_counts():
         assert sum(map(len, found)) == tally.text_tokens
         if vocabulary.is_dir():  # of the word-level files, with <unk>
             assert tally.text_tokens == {"valid": 246_008, "test": 281_171}[split]
+        stream = np.concatenate(found)
+        tally = Tally()
+        around = list(suites.chunks(text.records(), detokenize, tokenizer, 1024, "mdlm", tally))
+        assert len(around) == -(-len(stream) // 1022) and {len(chunk) for chunk in around[:-1]} == {1024}
+        assert np.array_equal(np.concatenate([chunk[1:-1] for chunk in around]), stream)
     text = suites_text.find("wikitext2", "train", DATA, None)
     assert sum(len(record.split()) + 1 for record in text.records()) == words["train"]
 

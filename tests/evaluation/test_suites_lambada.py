@@ -68,6 +68,30 @@ def test_passages_are_cut_at_their_last_space():
         suites_lambada.cut_last_word("alone")
 
 
+def test_a_word_has_the_tokens_that_it_has_in_its_passage():
+    """A tokenizer that puts a space before every text, as those of Llama do, would put one more before the word."""
+    tokenizers = pytest.importorskip("tokenizers")
+    vocabulary = {symbol: number for number, symbol in enumerate("▁abcd")}
+    model = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, []))
+    changes = [tokenizers.normalizers.Prepend("▁"), tokenizers.normalizers.Replace(" ", "▁")]
+    model.normalizer = tokenizers.normalizers.Sequence(changes)
+
+    class Llama:
+        def encode_batch(self, texts):
+            return [encoding.ids for encoding in model.encode_batch(texts)]
+
+    assert Llama().encode_batch([" cd"]) == [[0, 0, 3, 4]]
+    assert suites_lambada.passages(["ab a cd"], Llama())[0] == [([0, 1, 2, 0, 1], [0, 3, 4])]
+    model.normalizer = None  # now a space has no token either
+    assert suites_lambada.passages(["ab xy", "ab cd"], Llama())[0] == [([1, 2], [3, 4])]  # nothing to tell: left out
+
+
+def test_a_passage_of_one_word_is_named(lm):
+    """By its file and number, before anything is measured."""
+    with pytest.raises(UserError, match="here: passage 2: 'alone' has no last word"):
+        suites_lambada.last_word(lm, lm.tokenizer, ["an old dog", "alone"], "here", progress=False)
+
+
 @pytest.mark.slow
 def test_long_passages_lose_their_beginning(lm):
     """And the form that a passage is in is told."""

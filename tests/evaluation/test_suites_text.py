@@ -57,11 +57,68 @@ def test_what_is_ambiguous_or_broken_is_one_line(tmp_path):
     with pytest.raises(UserError, match="both may be meant"):
         suites_text.find("wikitext2", "test", tmp_path, None)
     (tmp_path / "lm1b_test.jsonl").write_text('{"sentence": "a"}\n')
-    with pytest.raises(UserError, match=r"lm1b_test\.jsonl.*no text in field 'text'"):
+    with pytest.raises(UserError, match=r"lm1b_test\.jsonl.*no text in field 'text'$"):
         _records("lm1b", "test", tmp_path)
     (tmp_path / "ag_news_test.jsonl").write_text('{"text": "a"}\n{"text"\n')
     with pytest.raises(UserError, match=r"ag_news_test\.jsonl, line 2: not valid JSON"):
         _records("ag_news", "test", tmp_path)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("ptb/test.txt", "ptb/ptb.test.txt"),
+        ("lambada_openai/lambada_test.jsonl", "lambada_openai/lambada_test_de.jsonl"),
+    ],
+)
+def test_only_shards_are_joined(tmp_path, names):
+    """Two files of one split are not one text because they lie side by side."""
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text('{"text": "a b"}\n')
+    with pytest.raises(UserError, match=r"both may be meant; leave one of them"):
+        suites_text.find("ptb" if "ptb" in names[0] else "lambada", "test", tmp_path, None)
+
+
+def test_names_that_go_on_are_of_other_sets(tmp_path):
+    """And hidden files, and those of a clone that holds several sets."""
+    for name in ("pubmedqa_test.jsonl", "arxiv_abstracts_valid.jsonl", "._lambada_test.jsonl", "wikitext-20.test.txt"):
+        (tmp_path / name).write_text('{"text": "a b"}\n')
+    for name, split in (("pubmed", "test"), ("arxiv", "valid"), ("lambada", "test"), ("wikitext2", "test")):
+        assert _records(name, split, tmp_path) is None
+    for name in ("scientific_papers/pubmed/test.jsonl", "wikitext/wikitext-2-raw-v1/test.jsonl"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_text('{"text": "a b"}\n')
+    assert _records("pubmed", "test", tmp_path) == _records("wikitext2", "test", tmp_path) == ["a b"]
+
+
+def test_the_folder_says_the_split_if_the_file_does_not(tmp_path):
+    """And files that nobody can place are named."""
+    (tmp_path / "lambada_test").mkdir()
+    (tmp_path / "lambada_test" / "data.jsonl").write_text('{"text": "a b"}\n')
+    (tmp_path / "ptb").mkdir()
+    for name in ("wiki.test.raw", "dev_test.txt", "test.csv"):
+        (tmp_path / "ptb" / name).write_text("a b\n")
+    assert _records("lambada", "test", tmp_path) == ["a b"]
+    assert sorted(suites_text.passed_over("ptb", tmp_path)) == ["ptb/dev_test.txt", "ptb/test.csv", "ptb/wiki.test.raw"]
+
+
+@pytest.mark.parametrize("name", ["lambada/test.txt", "lambada/test.jsonl"])
+def test_a_text_without_records_is_an_error(tmp_path, name):
+    """Whatever kind of file is empty. Blank records of LAMBADA are none."""
+    (tmp_path / "lambada").mkdir()
+    (tmp_path / name).write_text("")
+    with pytest.raises(UserError, match=r"lambada/test\.\w+: holds no records|lambada/test\.\w+: .*empty"):
+        suites_text.find("lambada", "test", tmp_path, None)
+    (tmp_path / name).write_text('{"text": ""}\n{"text": "a b"}\n' if name.endswith("jsonl") else "\n a b \n\n")
+    assert _records("lambada", "test", tmp_path) == ["a b"]
+
+
+def test_every_field_that_was_tried_is_said(tmp_path):
+    """With the first error, and without a setting that the command does not have."""
+    (tmp_path / "ptb_test.jsonl").write_text('{"line": "a"}\n')
+    with pytest.raises(UserError, match=r"field 'sentence' \(tried as fields: sentence, text\)$"):
+        suites_text.find("ptb", "test", tmp_path, None)
 
 
 def test_every_set_has_its_splits_and_the_published_ones_are_among_them():
