@@ -132,12 +132,12 @@ def named(measured: Mapping[str, Any], sweep: Sweep) -> dict[str, str]:
 def _members(finished: int, planned: int) -> str:
     if finished == planned:
         return f"all {planned} trainings"
-    return f"{finished} of {planned} trainings, which are finished so far (the others are in no table),"
+    return f"{finished} of {planned} trainings, those that are finished so far (the others are in no table),"
 
 
 def _text(text: Mapping[str, Any]) -> str:
     return (
-        f"`{text['name']}`: {text['documents']:,} documents to train on, {text['bytes'] / 1e6:,.0f} MB, or"
+        f"`{text['name']}`, {text['documents']:,} documents to train on, {text['bytes'] / 1e6:,.0f} MB, or"
         f" {text['tokens'] / 1e6:.1f} million tokens of a sentencepiece vocabulary of {text['vocabulary']:,}"
     )
 
