@@ -138,7 +138,7 @@ def test_a_sweep_that_is_killed_ends_like_an_undisturbed_one(tmp_path, sweep_fil
         printed, told = sweep.communicate(timeout=10 * PATIENCE)
         if not kills:
             _wait(lambda children=children: not any(map(_lives, children)))
-            assert "SIGTERM: saving after this step" in (folder / "log.txt").read_text() and len(children) == 1
+            assert "SIGUSR2: saving after this step" in (folder / "log.txt").read_text() and len(children) == 1
             assert _plan(spec, out).folder.events(jobs[number].name)[-1]["event"] == "stop"
     if not kills:
         assert sweep.returncode == 75 and "stopped by a signal; the same command continues" in printed
@@ -193,6 +193,20 @@ def test_a_failed_member_stops_nobody(tmp_path, sweep_file):
     assert (folder.member("m=good") / "events.jsonl").read_bytes() == before
 
 
+def test_a_failed_command_that_is_taken_out_leaves_no_failure(tmp_path, sweep_file):
+    """Then everything of the member is done, and nothing runs again."""
+    out = tmp_path / "out"
+    plan = _plan(sweep_file("seeds(1)"), out)
+    (job,) = plan.jobs
+    out.mkdir()
+    plan.write()
+    plan.folder.member(job.name).mkdir()
+    plan.folder.note(job.name, Done("failed", ("train",), "eval: no such thing"))
+    result = running.run(plan, plan.jobs, 1)
+    assert result.finished == (job.name,) and not (plan.folder.member(job.name) / "log.txt").exists()
+    assert plan.folder.done(job.name) == Done("finished", ("train",))
+
+
 _BEGINS = """
 import os, subprocess
 from armd_jax.studies.running import _Child
@@ -234,6 +248,8 @@ def test_cores_are_shared_evenly(monkeypatch, at_once, cores, shares):
     ("after", "reason"),
     [
         ("train --workdir=x", "only eval, .* can follow a training"),
+        ("export --out=x", "only eval, .* can follow a training"),
+        ("eval --data=--", "'--' is no value"),
         ("eval --stream=2", "unknown argument '--stream=2'"),
         ("eval --batch=x", "invalid int value"),
         ("eval --help", "can follow a training"),
@@ -246,3 +262,21 @@ def test_a_mistake_in_a_command_is_found_before_anything_runs(tmp_path, capsys, 
     assert cli.main(command) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert re.search(reason, line) and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["sweep", "--config=x.py", "--out=--"],
+        ["sweep", "--config=--", "--out=x"],
+        ["sweep", "--config=x.py", "--out=x", "--launcher-flag=--"],
+        ["report", "--sweep=x", "--metric=--"],
+        ["eval", "--run=--"],
+        ["train", "--config=x.py", "--workdir=x", "--config.data.path=--"],
+    ],
+)
+def test_two_dashes_are_no_value(capsys, words):
+    """Argparse makes an empty list of them."""
+    assert cli.main(words) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "=--: '--' is no value" in line
