@@ -8,6 +8,7 @@ import os
 import pathlib
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -104,6 +105,9 @@ def _kill_a_child(sweep: "subprocess.Popen[str]") -> None:
 
 
 def _stop(sweep: "subprocess.Popen[str]") -> None:
+    """As a manager of jobs does it, which signals every process. A training saves although the sweep tells it too."""
+    for pid in _children(sweep.pid):
+        os.kill(pid, signal.SIGTERM)
     sweep.terminate()
 
 
@@ -112,7 +116,8 @@ WAYS = (_kill_it_alone, _stop, _kill_all, _kill_a_child)
 
 @pytest.mark.slow
 def test_a_sweep_that_is_killed_ends_like_an_undisturbed_one(tmp_path, sweep_file):
-    """Each member is trained once, and ends with the bits of a training and an evaluation that nobody disturbed.
+    """Each member is trained once, and ends with the bits of a training and an evaluation that nobody disturbed; so do
+    the tables of a report.
 
     After a SIGKILL of the sweep alone, or at a SIGTERM, the training saves and ends.
     """
@@ -138,7 +143,8 @@ def test_a_sweep_that_is_killed_ends_like_an_undisturbed_one(tmp_path, sweep_fil
         printed, told = sweep.communicate(timeout=10 * PATIENCE)
         if not kills:
             _wait(lambda children=children: not any(map(_lives, children)))
-            assert "SIGUSR2: saving after this step" in (folder / "log.txt").read_text() and len(children) == 1
+            assert re.search("SIG(USR2|TERM): saving after this step", (folder / "log.txt").read_text())
+            assert len(children) == 1
             assert _plan(spec, out).folder.events(jobs[number].name)[-1]["event"] == "stop"
     if not kills:
         assert sweep.returncode == 75 and "stopped by a signal; the same command continues" in printed
@@ -157,10 +163,16 @@ def test_a_sweep_that_is_killed_ends_like_an_undisturbed_one(tmp_path, sweep_fil
         log = (run / "log.txt").read_text()
         assert "a training is running in it" not in log
         starts += log.count("$ armd train ")
-        alone = tmp_path / "alone" / job.name
+        alone = tmp_path / "alone" / "members" / job.name
         command = ["train", f"--config={plan.folder.config_file(job.name)}", f"--workdir={alone}"]
         assert cli.main(command) == 0 and cli.main([*EVAL.split(), f"--run={alone}"]) == 0
         assert _outcome(run) == _outcome(alone)
+        shutil.copy(run / "member.json", alone)
+    shutil.copy(out / "sweep.json", tmp_path / "alone")
+    for folder in (out, tmp_path / "alone"):
+        assert cli.main(["report", f"--sweep={folder}"]) == 0
+    for name in ("sweep.md", "sweep.csv", "rows.csv", "steps.csv"):
+        assert (out / name).read_bytes() == (tmp_path / "alone" / name).read_bytes()
     # None began again but those that were broken; after a child, the one that the sweep had begun then was stopped too.
     assert starts <= len(jobs) + len(broken) + broken.count("kill_a_child")
     print(f"{len(jobs)} members, {len(broken)} breaks ({', '.join(broken)}), {starts} processes trained them")
