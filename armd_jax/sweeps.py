@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import ml_collections
+from ml_collections import config_dict
 
 from armd_jax import config as configs
 from armd_jax.config import Config
@@ -29,6 +30,7 @@ SEED = "seed"  # the axis of seeds, and the field that it sets
 _SEED_FIELD = "training.seed"
 _AXIS = re.compile(r"[A-Za-z_][A-Za-z0-9_.]*")
 _LABEL = re.compile(r"[A-Za-z0-9_.+-]+")
+_TAKEN = ("row", SEED, "member", "status", "reason", "figure")  # columns of a report that are no axis
 _LONGEST = 200  # characters of a name: file systems take 255, and names of temporary files are a little longer
 
 
@@ -88,6 +90,7 @@ def axis(field: str, values: Iterable[Any]) -> Members:
 
     Values are numbers, truth values, words, or tuples of these. Others, such as paths, need a label: see `choices`.
     """
+    _check_free(field)
     members = tuple(
         Member(((field, _label(field, value)),), {field: value}, {field: value}) for value in _several(values, field)
     )
@@ -99,6 +102,7 @@ def choices(name: str, options: Mapping[str, Mapping[str, Any]]) -> Members:
 
     Example: `choices("model", {"AR": {"model.aggregator": "shift", "order.kind": "left_to_right"}, "ARMD": {}})`.
     """
+    _check_free(name)
     members = tuple(
         Member(((name, label),), {name: label}, dict(overrides)) for label, overrides in _named(options, name).items()
     )
@@ -158,7 +162,7 @@ def configs_of(sweep: Sweep, filled: Callable[[Member, str], str]) -> dict[str, 
             raise UserError(f"member {shown(name)}: a name must have 1 to {_LONGEST} characters; use labels (choices)")
         if (other := names.setdefault(name.casefold(), name)) != name or name in found:
             raise UserError(f"members {name!r} and {other!r}: two members have the same name")
-        values = sweep.base.to_dict()
+        values = _plain(sweep.base)
         for field, value in member.overrides.items():
             _set(values, field, value, name)
         try:
@@ -177,6 +181,21 @@ def configs_of(sweep: Sweep, filled: Callable[[Member, str], str]) -> dict[str, 
 def _check_commands(commands: Any, where: str) -> None:
     if not isinstance(commands, tuple | list) or not all(isinstance(command, str) for command in commands):
         raise UserError(f"{where}={shown(commands)}: expected commands such as ('eval --streams=2,4',)")
+
+
+def _plain(base: ml_collections.ConfigDict) -> dict[str, Any]:
+    """The values of the base, which stays as it is. The same rows of tokens serve all members."""
+    try:
+        values: dict[str, Any] = base.to_dict()
+    except config_dict.RequiredValueError as error:
+        raise UserError("Sweep: base: a value that it requires is not set (a required placeholder)") from error
+    for section, default in configs.default_config_dict().to_dict().items():
+        if isinstance(default, dict):
+            values.setdefault(section, {})
+    data = values["data"]
+    if isinstance(data, dict) and not data.get("cache_dir"):
+        data["cache_dir"] = f"{SWEEP}/data"
+    return values
 
 
 def _set(values: dict[str, Any], field: str, value: Any, name: str) -> None:
@@ -218,6 +237,11 @@ def _joined(parts: Sequence[Member]) -> Member:
         {field: value for part in parts for field, value in part.overrides.items()},
         tuple(command for part in parts for command in part.after),
     )
+
+
+def _check_free(name: str) -> None:
+    if name in _TAKEN:
+        raise UserError(f"the axis {name!r}: a report has a column of this name; choose another (seeds: `seeds`)")
 
 
 def _checked(members: Members, name: str) -> Members:

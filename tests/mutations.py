@@ -48,7 +48,7 @@ MUTATIONS = (
     Mutation(
         "no process outlives a sweep",
         "studies/running.py",
-        "self._prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)",
+        "self._prctl(_PR_SET_PDEATHSIG, _SAVE)",
         "self._prctl(_PR_SET_PDEATHSIG, 0)",
         "studies/test_running.py::test_a_process_does_not_outlive_the_sweep",
     ),

@@ -4,12 +4,13 @@ import pathlib
 import textwrap
 
 import pytest
+from ml_collections import ConfigDict, config_dict
 
 from armd_jax import config as configs
 from armd_jax import experiment_file, sweeps
 from armd_jax.errors import UserError
 from armd_jax.studies import plan as plans
-from armd_jax.sweeps import Sweep, axis, chain, choices, product, seeds, then, zip_
+from armd_jax.sweeps import Sweep, axis, chain, choices, configs_of, product, seeds, then, zip_
 
 WIDTHS = axis("model.width", [24, 48])
 
@@ -57,7 +58,8 @@ def test_choices_are_sets_with_labels():
     assert members[0].values["model"] == "AR" and members[0].row == "model=AR"
     built = _configs(members)
     assert built["model=AR,seed=0"].model.aggregator == "shift"
-    assert built["model=ARMD,seed=0"] == configs.Config()
+    shared = configs.Config(data=configs.DataConfig(cache_dir="{sweep}/data"))
+    assert built["model=ARMD,seed=0"] == shared
 
 
 @pytest.mark.parametrize(
@@ -82,6 +84,8 @@ def test_commands_of_some_members():
         (lambda: axis("data.path", ["a/b"]), r"'a/b' cannot be part of a folder's name .* choices\('data.path'"),
         (lambda: axis("data.path", [""]), "'' cannot be part of a folder's name"),
         (lambda: axis("a b", [1]), "'a b': a name must be"),
+        (lambda: choices("seed", {"a": {}}), "the axis 'seed': a report has a column"),
+        (lambda: axis("row", [1]), "the axis 'row': a report has a column"),
         (lambda: choices("model", {}), "expected labels with their overrides"),
         (lambda: choices("model", {"AR": 3}), "'AR': expected a label and its overrides"),
         (lambda: choices("model", {"A/R": {}}), "'A/R' cannot be part"),
@@ -102,6 +106,11 @@ def test_commands_of_some_members():
         (lambda: _configs(axis("model.width", [0.5])), "member model.width=0.5: .* expected int"),
         (lambda: _configs(()), "the sweep has no members"),
         (lambda: Sweep({}, WIDTHS), r"Sweep: base=\{\}: must be an ml_collections.ConfigDict"),
+        (lambda: _of_base(ConfigDict({"data": 3})), "data.*3"),
+        (
+            lambda: _of_base(ConfigDict({"data": config_dict.required_placeholder(str)})),
+            "Sweep: base: a value that it requires is not set",
+        ),
         (lambda: Sweep(configs.default_config_dict(), [1]), r"Sweep: \[1\] is not made by axis"),
         (lambda: Sweep(configs.default_config_dict(), WIDTHS, "eval"), "Sweep: after='eval': expected commands"),
         (lambda: then(WIDTHS, 3), r"then=\(3,\): expected commands"),
@@ -177,3 +186,15 @@ def test_sweeps_of_the_repository():
             assert len(sweeps.configs_of(plans.load(f"{file}{arg}", []), lambda member, filled: filled)) > 1
         with pytest.raises(UserError, match="smokee"):
             plans.load(f"{file}:smokee", [])
+
+
+@pytest.mark.parametrize("base", [ConfigDict(), config_dict.FrozenConfigDict(configs.default_config_dict().to_dict())])
+def test_the_base_is_only_read(base):
+    """It may lack sections and be frozen; the rows of tokens are in the sweep's folder all the same."""
+    before = base.to_dict()
+    (config,) = _of_base(base).values()
+    assert config.data.cache_dir == "{sweep}/data" and base.to_dict() == before
+
+
+def _of_base(base):
+    return configs_of(Sweep(base, seeds(1)), lambda member, text: text)

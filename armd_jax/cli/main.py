@@ -51,6 +51,13 @@ VERBS = {
 
 
 class _Parser(argparse.ArgumentParser):
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Refuses `--flag=--`, of which argparse makes an empty list."""
+        words = sys.argv[1:] if args is None else list(args)
+        if wrong := [word for word in words if word.startswith("-") and word.endswith("=--")]:
+            raise UserError(f"{wrong[0]}: '--' is no value (see {self.prog} --help)")
+        return super().parse_known_args(words, namespace)
+
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (see {self.prog} --help)")
 

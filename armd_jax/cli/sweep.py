@@ -13,7 +13,8 @@ from armd_jax.names import SweepLauncher
 
 HELP = "Train every member of a sweep, each in a process of its own, or go on where an earlier call stopped."
 IF_MEMORY_RUNS_OUT = "lower --jobs"
-_AFTER = ("eval", "sample", "export", "report", "checkpoints", "profile")  # verbs that take a run
+# Verbs that take a run and may be run again. `export` may not: it refuses a folder that exists.
+_AFTER = ("eval", "sample", "report", "checkpoints", "profile")
 
 
 def add(parser: argparse.ArgumentParser) -> None:

@@ -15,10 +15,11 @@ from armd_jax.training.run_log import SPEED
 Better = Literal["lower", "higher", "neither"]
 Table = Literal["training and likelihood", "suites", "generation"]
 
-# The last part of a path is cut into words. Properties of the text, and errors of figures, are neither.
-_NEITHER = {"error", "least", "learning", "norm", "spread"}
+# The last part of a path is cut into words. Properties of the text, and errors of figures, are neither. So are figures
+# of drawn texts of which a good one alone is no merit: a text that repeats itself is likely.
+_NEITHER = {"error", "least", "learning", "norm", "spread", "generative", "repetition"}
 _TEXT_ALONE = ("eval.unigram", "eval.xz_bits_per_byte")
-_LOWER = {"nll", "loss", "nats", "perplexity", "ppl", "bits", "gap", "cost", "seconds", "repetition", "calls", "cold"}
+_LOWER = {"nll", "loss", "nats", "perplexity", "ppl", "bits", "gap", "cost", "seconds", "calls", "cold"}
 _HIGHER = {"accuracy", "acc", "mauve", "distinct", "mfu", "second"}
 _DOTS = re.compile(r"\.(?![^[]*\])")  # those that are not inside brackets
 _WORDS = {

@@ -46,7 +46,8 @@ def write(
     out = folder if out is None else out
     sweep = sweep_reading.load(folder)
     if rows:
-        sweep = sweep_reading.only(sweep, rows, [row for row in (baseline, reach) if row is not None])
+        base = sweep.rows[:1] if baseline is None else (baseline,)  # ratios stay those to the first row of the sweep
+        sweep = sweep_reading.only(sweep, rows, [*base, *(() if reach is None else (reach,))])
     tables = sweep_tables.make(sweep, wanted, baseline, reach)
     markdown = sweep_text.markdown(tables)
     pictures = _pictures(sweep, tables)

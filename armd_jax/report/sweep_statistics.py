@@ -34,8 +34,12 @@ def by_seed(sweep: Sweep, row: str, figure: str) -> dict[Seed, float]:
 
 
 def paired_ratio(values: Mapping[Seed, float], base: Mapping[Seed, float]) -> Estimate | None:
-    """The ratio to the values of the same seeds of another row, seed by seed; None if no seed has both."""
-    return estimate([values[seed] / base[seed] for seed in values if base.get(seed)])
+    """The ratio to the values of the same seeds of another row, seed by seed; None if no seed has both.
+
+    A ratio that is not finite, as to a value next to 0, is left out.
+    """
+    ratios = [values[seed] / base[seed] for seed in values if base.get(seed)]
+    return estimate([ratio for ratio in ratios if math.isfinite(ratio)])
 
 
 @dataclasses.dataclass(frozen=True)

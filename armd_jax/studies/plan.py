@@ -74,7 +74,11 @@ class Plan:
         return ["train", f"--config={self.folder.config_file(job.name)}", f"--workdir={self.folder.member(job.name)}"]
 
     def write(self) -> None:
-        """Writes sweep.json, and the configs of members that have not begun. The lock must be held."""
+        """Writes sweep.json and the configs of all members. The lock must be held.
+
+        Raises UserError if the folder no longer fits: another sweep may have run in it since the plan was made.
+        """
+        _check_folder(self)
         members = [
             {
                 "name": job.name,
@@ -114,9 +118,6 @@ def make(sweep: Sweep, spec: str, out: pathlib.Path, check_command: CheckCommand
     Raises UserError if a member, a config or a command cannot work, or if the folder holds something else.
     """
     folder = Folder(pathlib.Path(os.path.abspath(out)))
-    if not sweep.base.data.cache_dir:  # the same rows serve all members
-        with sweep.base.unlocked():
-            sweep.base.data.cache_dir = f"{sweeps.SWEEP}/data"
     names = [member.name for member in sweep.members]
     needs: dict[str, list[str]] = {name: [] for name in names}
 

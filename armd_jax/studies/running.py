@@ -1,6 +1,6 @@
 """Runs what is left of a sweep: every training and every command after it is a process of its own.
 
-The next task is that of the first member that has one and waits for nobody. A process gets SIGTERM if this one dies,
+The next task is that of the first member that has one and waits for nobody. A process gets SIGUSR2 if this one dies,
 whereupon a training saves and ends, and it holds the lock of the folder as long as it lives.
 """
 
@@ -27,6 +27,9 @@ from armd_jax.studies.record import TRAIN, Done
 _POLL = 0.1  # seconds between two looks at the processes
 _LOOK = 2.0  # seconds between two looks at the metrics of those that train
 _HEARD = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2, signal.SIGXCPU)  # as a training hears them
+# Tells a process to end. A training saves at it, however often it comes and whatever else comes: whoever stops a sweep
+# may signal its trainings as well, and a second SIGTERM would end them at once. Other commands end at it.
+_SAVE = signal.SIGUSR2
 _PR_SET_PDEATHSIG = 1  # of prctl(2)
 _TAIL = 1 << 16  # bytes at the end of what a process printed in which its error is looked for
 
@@ -129,7 +132,11 @@ class _Runner:
             done = Done("finished", (TRAIN, *done.done))  # by a launcher's job, or by a sweep that was killed just then
             self._folder.note(job.name, done)
         tasks = [TRAIN, *(command.text for command in job.after)]
-        return _State(job, done, [task for task in tasks if task not in done.done])
+        left = [task for task in tasks if task not in done.done]
+        if done.error and not left:  # the command that failed is no longer in the sweep
+            done = Done("finished", done.done)
+            self._folder.note(job.name, done)
+        return _State(job, done, left)
 
     # --- which task is next -------------------------------------------------------------------------------------------
 
@@ -164,6 +171,7 @@ class _Runner:
         with open(log, "ab") as file:
             file.write(f"$ armd {' '.join(words)}\n".encode())
             file.flush()
+            printed = file.tell()
             process = subprocess.Popen(
                 [sys.executable, "-m", "armd_jax", *words],
                 stdin=subprocess.DEVNULL,
@@ -173,7 +181,6 @@ class _Runner:
                 pass_fds=(self._lock,),
                 preexec_fn=_Child(self._cores[slot]),
             )
-            printed = file.tell()
         self._running.append(_Process(state, task, process, slot, log, printed, time.monotonic()))
 
     def _collect(self) -> None:
@@ -209,13 +216,14 @@ class _Runner:
         self._asked = self._asked + 1 if again else max(self._asked, 1)
 
     def _pass_on(self) -> None:
-        """Tells the processes of a request to stop. A training leaves at once at the second one."""
+        """Tells the processes of a request to stop: at first to save, then as it came."""
         if self._asked > self._passed_on:
             if not self._passed_on:
                 tell("stopping: trainings save and end")
+            number = signal.SIGTERM if self._passed_on or self._asked > 1 else _SAVE
             self._passed_on = self._asked
             for running in self._running:
-                running.process.terminate()
+                running.process.send_signal(number)
 
     def _look(self) -> None:
         if time.monotonic() - self._looked < _LOOK:
@@ -234,10 +242,10 @@ class _Child:
 
     def __call__(self) -> None:
         for number in _HEARD:  # what comes before the command begins would be heard by nobody
-            if signal.getsignal(number) is not signal.SIG_IGN:
+            if number == _SAVE or signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, signal.SIG_DFL)
         if self._prctl is not None:
-            self._prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+            self._prctl(_PR_SET_PDEATHSIG, _SAVE)
         if os.getppid() != self._parent:  # it died before this process asked to be told
             os._exit(STOPPED)
         if self._cores:

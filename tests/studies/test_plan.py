@@ -30,6 +30,7 @@ def test_the_record_is_what_a_report_reads(make_plan):
         "values": {"model": "WIDE"},
         "seed": 1,
         "overrides": {"model.width": 32, "training.seed": 1},
+        "after": ["eval --draws=0"],
     }
     config = plan.folder.config("model=WIDE,seed=1")
     assert config == plan.jobs[3].config and (config.model.width, config.training.seed) == (32, 1)
@@ -100,6 +101,18 @@ def test_a_member_that_has_changed_is_refused(make_plan):
         make_plan(AR, overrides=("--config.training.num_steps=10",))
     more = make_plan(f'chain({AR}, axis("model.dropout", [0.1]))')  # new members may come
     assert [job.name for job in more.jobs] == ["model=AR", "model=WIDE", "model.dropout=0.1"]
+
+
+def test_a_folder_that_changes_after_the_plan_is_refused(make_plan):
+    """Whether it fits is looked at once more with the lock held: another sweep may have run in between."""
+    plan = make_plan(AR)
+    other = make_plan(AR, overrides=("--config.training.batch_size=8",))
+    plan.folder.path.mkdir()
+    plan.write()
+    _begin(plan, "model=AR")
+    with pytest.raises(UserError, match="training.batch_size was 4, now 8"):
+        other.write()
+    assert plan.folder.config("model=AR") == plan.jobs[0].config
 
 
 def test_a_folder_of_something_else_is_refused(make_plan):

@@ -8,6 +8,7 @@ import os
 import pathlib
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -104,6 +105,9 @@ def _kill_a_child(sweep: "subprocess.Popen[str]") -> None:
 
 
 def _stop(sweep: "subprocess.Popen[str]") -> None:
+    """As a manager of jobs does it, which signals every process. A training saves although the sweep tells it too."""
+    for pid in _children(sweep.pid):
+        os.kill(pid, signal.SIGTERM)
     sweep.terminate()
 
 
@@ -112,7 +116,8 @@ WAYS = (_kill_it_alone, _stop, _kill_all, _kill_a_child)
 
 @pytest.mark.slow
 def test_a_sweep_that_is_killed_ends_like_an_undisturbed_one(tmp_path, sweep_file):
-    """Each member is trained once, and ends with the bits of a training and an evaluation that nobody disturbed.
+    """Each member is trained once, and ends with the bits of a training and an evaluation that nobody disturbed; so do
+    the tables of a report.
 
     After a SIGKILL of the sweep alone, or at a SIGTERM, the training saves and ends.
     """
@@ -138,7 +143,8 @@ def test_a_sweep_that_is_killed_ends_like_an_undisturbed_one(tmp_path, sweep_fil
         printed, told = sweep.communicate(timeout=10 * PATIENCE)
         if not kills:
             _wait(lambda children=children: not any(map(_lives, children)))
-            assert "SIGTERM: saving after this step" in (folder / "log.txt").read_text() and len(children) == 1
+            assert re.search("SIG(USR2|TERM): saving after this step", (folder / "log.txt").read_text())
+            assert len(children) == 1
             assert _plan(spec, out).folder.events(jobs[number].name)[-1]["event"] == "stop"
     if not kills:
         assert sweep.returncode == 75 and "stopped by a signal; the same command continues" in printed
@@ -157,10 +163,16 @@ def test_a_sweep_that_is_killed_ends_like_an_undisturbed_one(tmp_path, sweep_fil
         log = (run / "log.txt").read_text()
         assert "a training is running in it" not in log
         starts += log.count("$ armd train ")
-        alone = tmp_path / "alone" / job.name
+        alone = tmp_path / "alone" / "members" / job.name
         command = ["train", f"--config={plan.folder.config_file(job.name)}", f"--workdir={alone}"]
         assert cli.main(command) == 0 and cli.main([*EVAL.split(), f"--run={alone}"]) == 0
         assert _outcome(run) == _outcome(alone)
+        shutil.copy(run / "member.json", alone)
+    shutil.copy(out / "sweep.json", tmp_path / "alone")
+    for folder in (out, tmp_path / "alone"):
+        assert cli.main(["report", f"--sweep={folder}"]) == 0
+    for name in ("sweep.md", "sweep.csv", "rows.csv", "steps.csv"):
+        assert (out / name).read_bytes() == (tmp_path / "alone" / name).read_bytes()
     # None began again but those that were broken; after a child, the one that the sweep had begun then was stopped too.
     assert starts <= len(jobs) + len(broken) + broken.count("kill_a_child")
     print(f"{len(jobs)} members, {len(broken)} breaks ({', '.join(broken)}), {starts} processes trained them")
@@ -191,6 +203,20 @@ def test_a_failed_member_stops_nobody(tmp_path, sweep_file):
     assert json.loads(sweep.communicate(timeout=PATIENCE)[0])["finished"] == ["m=late"] and sweep.returncode == 0
     assert folder.done("m=late") == Done("finished", ("train",))
     assert (folder.member("m=good") / "events.jsonl").read_bytes() == before
+
+
+def test_a_failed_command_that_is_taken_out_leaves_no_failure(tmp_path, sweep_file):
+    """Then everything of the member is done, and nothing runs again."""
+    out = tmp_path / "out"
+    plan = _plan(sweep_file("seeds(1)"), out)
+    (job,) = plan.jobs
+    out.mkdir()
+    plan.write()
+    plan.folder.member(job.name).mkdir()
+    plan.folder.note(job.name, Done("failed", ("train",), "eval: no such thing"))
+    result = running.run(plan, plan.jobs, 1)
+    assert result.finished == (job.name,) and not (plan.folder.member(job.name) / "log.txt").exists()
+    assert plan.folder.done(job.name) == Done("finished", ("train",))
 
 
 _BEGINS = """
@@ -234,6 +260,8 @@ def test_cores_are_shared_evenly(monkeypatch, at_once, cores, shares):
     ("after", "reason"),
     [
         ("train --workdir=x", "only eval, .* can follow a training"),
+        ("export --out=x", "only eval, .* can follow a training"),
+        ("eval --data=--", "'--' is no value"),
         ("eval --stream=2", "unknown argument '--stream=2'"),
         ("eval --batch=x", "invalid int value"),
         ("eval --help", "can follow a training"),
@@ -246,3 +274,21 @@ def test_a_mistake_in_a_command_is_found_before_anything_runs(tmp_path, capsys, 
     assert cli.main(command) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert re.search(reason, line) and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["sweep", "--config=x.py", "--out=--"],
+        ["sweep", "--config=--", "--out=x"],
+        ["sweep", "--config=x.py", "--out=x", "--launcher-flag=--"],
+        ["report", "--sweep=x", "--metric=--"],
+        ["eval", "--run=--"],
+        ["train", "--config=x.py", "--workdir=x", "--config.data.path=--"],
+    ],
+)
+def test_two_dashes_are_no_value(capsys, words):
+    """Argparse makes an empty list of them."""
+    assert cli.main(words) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "=--: '--' is no value" in line
