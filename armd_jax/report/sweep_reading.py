@@ -4,8 +4,8 @@ Read are `sweep.json`, and of every member `member.json`, `config.json`, `metric
 `generation.json`. Every number in them is a *figure*, named by its dotted path, the name of the file first:
 
     metrics.eval/nll                              the last value in metrics.jsonl
-    eval.strided.4.bits_per_byte                  a number of eval.json
-    eval.price[streams=4].independence_gap        of an item of a list, known by its settings, or else by its place
+    eval.price.4.independence_gap                 a number of eval.json
+    generation.entries[text=test split].entropy_nats     of an item of a list, known by its settings, or by its place
     likelihood.perplexity_per_token               from left to right, or the ELBO if there is no exact likelihood
     speed.seconds, speed.tokens_per_second        of training, see `Member.seconds`
     cost.steps, cost.tokens, cost.flops, cost.ar_flops, cost.weights              from config.json
