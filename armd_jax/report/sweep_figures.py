@@ -12,6 +12,7 @@ from armd_jax.errors import UserError, shown
 from armd_jax.report.sweep_reading import Member, Sweep
 from armd_jax.training.run_log import SPEED
 
+Bound = Literal["", "≤", "≥"]
 Better = Literal["lower", "higher", "neither"]
 Table = Literal["training and likelihood", "suites", "generation"]
 
@@ -58,8 +59,20 @@ def of_speed(figure: str) -> bool:
     return figure.removeprefix("metrics.") in SPEED or bool({"second", "seconds"} & set(name.split("_")))
 
 
-def is_bound(member: Member, figure: str) -> bool:
-    """Whether a member's figure only bounds its likelihood: the true loss is at most that high."""
+def bound(member: Member, figure: str) -> Bound:
+    """Whether a member's figure only bounds the true one: "≤" if that is at most as high, "≥" if it is at least so."""
+    if figure.endswith(".nll_at_least"):
+        return "≥"
+    return "≤" if figure.endswith(".nll_at_most") or _bounds_the_loss(member, figure) else ""
+
+
+def bound_of_row(sweep: Sweep, row: str, figure: str) -> Bound:
+    """The same of a row: that of the first of its finished members whose figure is a bound."""
+    found = (bound(one, figure) for one in sweep.finished(row) if figure in one.figures)
+    return next(filter(None, found), "")
+
+
+def _bounds_the_loss(member: Member, figure: str) -> bool:
     if figure.startswith(("metrics.eval/nll", "metrics.eval/perplexity")):
         return member.bounds
     if figure.startswith("suites.") and better(figure) == "lower":

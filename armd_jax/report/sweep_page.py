@@ -84,8 +84,8 @@ def _pictures(sweep: Sweep, tables: Tables) -> dict[str, tuple[bytes, str]]:
     first = tables.figures[0]
     caption = (
         f"{figures.words(first)} against each axis of the sweep. A point is a row with its standard error over seeds,"
-        " and points that differ in this axis alone are joined. A triangle is an upper bound: the true figure lies left"
-        " of it."
+        " and points that differ in this axis alone are joined. A triangle is a bound: the true figure lies on the side"
+        " that it points to."
     )
     found = {"axes.png": (sweep_pictures.against_axes(sweep, first), caption), **found}
     return {name: (png, caption) for name, (png, caption) in found.items() if png is not None}

@@ -25,6 +25,7 @@ _LABELS: dict[Against, str] = {
     "seconds": "seconds of training",
 }
 _GREY = "#cccccc"
+_MARKS: dict[figures.Bound, str] = {"≤": "<", "≥": ">", "": "o"}  # a triangle points to where the true figure is
 _POINTS = 100  # to which a training loss is thinned out
 
 _METRICS = {statistics.HELD_OUT: "held-out loss (nats per token)", "train/nll": "training loss (nats per token)"}
@@ -165,8 +166,8 @@ def _dots(figure: str, known: Mapping[str, Estimate], sweep: Sweep, axes: Sequen
         joined: dict[str, list[tuple[float, int]]] = {}
         for row, label in labels[axis].items():
             mean, error, place = known[row].mean, known[row].error, places[label]
-            bound = any(figures.is_bound(member, figure) for member in sweep.finished(row))
-            panel.errorbar(mean, place, xerr=error, fmt="<" if bound else "o", color=BLUE, markersize=6, capsize=3)
+            mark = _MARKS[figures.bound_of_row(sweep, row, figure)]
+            panel.errorbar(mean, place, xerr=error, fmt=mark, color=BLUE, markersize=6, capsize=3)
             others = [sweep.values(row)[other] for other in sweep.axes if other != axis]
             joined.setdefault(str(others), []).append((mean, place))
         in_order = all(isinstance(sweep.values(row)[axis], int | float) for row in labels[axis])

@@ -2,16 +2,17 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, Literal, assert_never
+from typing import Any, assert_never
 
 from armd_jax.errors import UserError, nearest, shown
 from armd_jax.report import sweep_figures as figures
 from armd_jax.report import sweep_reading
 from armd_jax.report import sweep_statistics as statistics
+from armd_jax.report.sweep_figures import Bound
 from armd_jax.report.sweep_reading import Member, Sweep
 from armd_jax.report.sweep_statistics import Estimate, Reach
 
-Bound = Literal["", "≤", "≥"]
+_OPPOSITE: dict[Bound, Bound] = {"≤": "≥", "≥": "≤", "": ""}  # of a figure that another one is divided by
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,13 +118,9 @@ def _counts(sweep: Sweep) -> str:
 def _cell(sweep: Sweep, row: str, figure: str, baseline: str, best: bool) -> Cell:
     values = statistics.by_seed(sweep, row, figure)
     ratio = statistics.paired_ratio(values, statistics.by_seed(sweep, baseline, figure))
-    bound, base_bound = _is_bound(sweep, row, figure), _is_bound(sweep, baseline, figure)
-    ratio_bound: Bound = "" if bound == base_bound else "≤" if bound else "≥"
-    return Cell(statistics.estimate(values.values()), ratio, best, "≤" if bound else "", ratio_bound)
-
-
-def _is_bound(sweep: Sweep, row: str, figure: str) -> bool:
-    return any(figures.is_bound(one, figure) for one in sweep.finished(row) if figure in one.figures)
+    bound, base_bound = figures.bound_of_row(sweep, row, figure), figures.bound_of_row(sweep, baseline, figure)
+    ratio_bound = "" if bound == base_bound else bound or _OPPOSITE[base_bound]
+    return Cell(statistics.estimate(values.values()), ratio, best, bound, ratio_bound)
 
 
 def _best(sweep: Sweep, figure: str) -> set[str]:

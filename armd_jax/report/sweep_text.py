@@ -14,9 +14,10 @@ from typing import Any
 from armd_jax import typed
 from armd_jax.report import sweep_figures as figures
 from armd_jax.report import sweep_statistics as statistics
+from armd_jax.report.sweep_figures import Bound
 from armd_jax.report.sweep_reading import Sweep
 from armd_jax.report.sweep_statistics import Estimate, Reach
-from armd_jax.report.sweep_tables import Bound, Row, Tables, printed
+from armd_jax.report.sweep_tables import Row, Tables, printed
 
 
 def shown_estimate(found: Estimate | None, digits: int | None, bound: Bound = "") -> str:
@@ -75,7 +76,7 @@ def _values(
         "Mean over the finished seeds ± standard error, which one seed does not have. The best of a column is marked."
     )
     if any(row.cells[figure].bound for row in rows for figure in columns):
-        note += " ≤: an upper bound; the true figure is at most that high."
+        note += " ≤, ≥: a bound; the true figure is at most, or at least, that high."
     return Shown(f"Figures: {part}", note, ["row", "seeds", *heads], cells, strong)
 
 

@@ -174,6 +174,14 @@ def test_bounds_are_marked(make_sweep):
     assert [(cell.bound, cell.ratio_bound) for cell in cells.values()] == [("≤", "≤"), ("≤", "≤"), ("", "")]
     exact = _row(_tables(make_sweep("other"), baseline="model=MDLM"), "model=AR").cells[BITS]
     assert (exact.bound, exact.ratio_bound) == ("", "≥")
+    folder = make_sweep("orders")
+    for row, bounds in (("AR", {"nll_at_most": 4.0, "nll_at_least": 2.0}), ("MDLM", {})):
+        file = folder / f"members/model={row},seed=0/eval.json"
+        found = json.loads(file.read_text()) | {"order_bounds": {"bounds": {"4": bounds}}}
+        file.write_text(json.dumps(found))
+    wanted = [f"eval.order_bounds.bounds.4.nll_{end}" for end in ("at_most", "at_least")]
+    cells = _row(sweep_tables.make(sweep_reading.load(folder), wanted), "model=AR").cells
+    assert [cells[name].bound for name in wanted] == ["≤", "≥"]
 
 
 def test_any_number_has_a_name(make_sweep):
