@@ -59,14 +59,19 @@ class Folder:
         return self.path / "configs" / f"{name}.json"
 
     def config(self, name: str) -> Config | None:
-        """The config that an earlier call gave a member; None if there was none."""
-        file = self.config_file(name)
-        if not file.is_file():
-            return None
-        try:
-            return from_config_dict(files.read_json(file))
-        except UserError as error:
-            raise UserError(f"{file}: {error}") from error
+        """The config that a member was begun with, or that an earlier call gave it; None if there was none.
+
+        A run says itself what it was begun with: a job of a launcher may have read the config before another call wrote
+        a new one. What training fills in by itself is as the call has it.
+        """
+        given, begun = _config(self.config_file(name)), _config(self.member(name) / "config.json")
+        if given is None or begun is None:
+            return given
+        return dataclasses.replace(
+            begun,
+            model=dataclasses.replace(begun.model, vocab_size=given.model.vocab_size),
+            data=dataclasses.replace(begun.data, end_of_text=given.data.end_of_text),
+        )
 
     def done(self, name: str) -> Done:
         """What has been done of a member."""
@@ -113,6 +118,16 @@ class Folder:
         """The last step that metrics.jsonl of a member's run shows; 0 if there is none."""
         step = (files.last_json_line(self.member(name) / "metrics.jsonl") or {}).get("step")
         return step if isinstance(step, int) else 0
+
+
+def _config(file: pathlib.Path) -> Config | None:
+    """The config in a file; None if there is no such file."""
+    if not file.is_file():
+        return None
+    try:
+        return from_config_dict(files.read_json(file))
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from error
 
 
 @contextlib.contextmanager

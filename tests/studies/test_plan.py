@@ -1,5 +1,6 @@
 """What is to be done: names that are waited for, members that are chosen, and folders that do not fit."""
 
+import dataclasses
 import json
 import re
 
@@ -113,6 +114,25 @@ def test_a_folder_that_changes_after_the_plan_is_refused(make_plan):
     with pytest.raises(UserError, match="training.batch_size was 4, now 8"):
         other.write()
     assert plan.folder.config("model=AR") == plan.jobs[0].config
+
+
+def test_a_run_says_itself_what_it_was_begun_with(make_plan):
+    """A job of a launcher that read an older config has not trained the newer one, whatever configs/ says by then."""
+    plan = make_plan(AR)
+    plan.folder.path.mkdir()
+    plan.write()
+    run = plan.folder.member("model=AR")
+    run.mkdir()
+    begun = plan.jobs[0].config
+    filled = dataclasses.replace(begun, model=dataclasses.replace(begun.model, vocab_size=257))  # by the training
+    (run / "config.json").write_text(configs.to_json(filled))
+    assert plan.folder.config("model=AR") == begun
+    newer = make_plan(AR, overrides=("--config.training.batch_size=8",))  # nothing is saved yet
+    newer.write()
+    _begin(plan, "model=AR")
+    with pytest.raises(UserError, match="training.batch_size was 4, now 8"):
+        make_plan(AR, overrides=("--config.training.batch_size=8",))
+    assert make_plan(AR)
 
 
 def test_a_folder_of_something_else_is_refused(make_plan):
