@@ -190,6 +190,8 @@ COMMAND_LINES = [
     ("sweep --config=sweep.py --out=file", r"--out=.*file: is a file, not a folder"),
     ("sweep --config=sweep.py --out=run", r"--out=.*run: holds other files and no sweep"),
     ("sweep --config=sweep.py --out=new --jobs=0", r"--jobs=0: must be at least 1"),
+    ("sweep --config=sweep.py --out=new --rate=1e9", r"--rate belongs to --list"),
+    ("sweep --config=sweep.py --out=new --launcher=slurm --jobs=2", r"--jobs: a launcher submits every training"),
     ("sweep --config=sweep.py --out=new --list --rate=0", r"--rate=0.0: must be a number of FLOPs per second"),
     ("sweep --config=sweep.py --out=new --only=x", r"--only=x: no member; known: seed=0, seed=1"),
     ("sweep --config=sweep.py --out=new --submit", r"belong to --launcher"),

@@ -49,6 +49,10 @@ def run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
         raise UserError("--submit and --launcher-flag belong to --launcher")
     if args.list and args.launcher is not None:
         raise UserError("--list runs nothing; leave --launcher out")
+    if args.rate is not None and not args.list:
+        raise UserError("--rate belongs to --list, which estimates times from it")
+    if args.launcher is not None and args.jobs != 1:
+        raise UserError("--jobs: a launcher submits every training that can begin; leave one of the two out")
     if args.rate is not None and not (math.isfinite(args.rate) and args.rate > 0):
         raise UserError(f"--rate={args.rate}: must be a number of FLOPs per second, above 0")
 
@@ -76,7 +80,11 @@ def run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
             if reason := launching.submit(commands):
                 return failed(reason, 1)
             return show(args, {"submitted": commands}, f"{args.out}: {len(commands)} jobs are submitted")
-        print(f"{len(commands)} trainings are left; run this from the root of the repository", file=sys.stderr)
+        waiting = "; those that wait for others come later" if any(job.needs for job in jobs) else ""
+        print(
+            f"trainings that can begin: {len(commands)}{waiting}. Run this from the root of the repository",
+            file=sys.stderr,
+        )
         return show(args, {"commands": commands}, "\n".join(map(shlex.join, commands)))
 
     from armd_jax.studies import running

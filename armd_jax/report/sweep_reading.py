@@ -262,7 +262,11 @@ def _status(
     """How far a member is, and why it is not finished."""
     file = run / "member.json"
     if not file.is_file():
-        return ("under way", "its training is not finished") if run.is_dir() else ("not begun", "")
+        return (
+            ("under way", "nothing of it is done, as far as armd sweep has noted")
+            if run.is_dir()
+            else ("not begun", "")
+        )
     record = files.read_json(file)
     try:
         status, done = record["status"], [_typed(task, str) for task in record["done"]]

@@ -13,7 +13,7 @@ from armd_jax.sweeps import Sweep, axis, product, seeds
 
 
 def get_sweep(arg: str = "") -> Sweep:
-    """`smoke`: every member under a minute on two cores."""
+    """`smoke`: 40 steps of a tiny model for every member."""
     base = quickstart(arg)
     members = product(
         axis("order.max_permuted", [8, 32]),  # rho

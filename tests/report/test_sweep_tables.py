@@ -59,7 +59,7 @@ def test_what_is_not_finished_is_listed_and_in_no_mean(make_sweep):
     assert left_out == {
         "model=AR,seed=2": ("under way", "metrics.jsonl ends at step 400 of 1,600"),
         "model=ARMD,seed=2": ("failed", "eval: out of memory"),
-        "model=wide,seed=0": ("under way", "its training is not finished"),
+        "model=wide,seed=0": ("under way", "nothing of it is done, as far as armd sweep has noted"),
     }
     assert [(row.finished, row.members) for row in tables.rows] == [(2, 3), (3, 3), (2, 3), (0, 1)]
     assert _row(tables, "model=ARMD").cells[BITS].value.mean == pytest.approx(2.15)  # 0.1 of the failed one would pull

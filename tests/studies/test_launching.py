@@ -33,7 +33,7 @@ def test_printed_commands_run(tmp_path, capsys, sweep_file, launcher):
     assert cli.main(command) == 0
     printed = capsys.readouterr()
     lines = printed.out.splitlines()
-    assert "4 trainings are left" in printed.err and len(lines) == 4
+    assert "trainings that can begin: 4" in printed.err and len(lines) == 4
     done = subprocess.run(["bash", "-c", lines[2]], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     for path in (out / "configs" / "model=WIDE,seed=0.json", out / "members" / "model=WIDE,seed=0"):
