@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# The study of experiments/study: trains and measures every row on your text, two to three hours on two idle cores, and
-# writes the page and its pictures from what came out. If it is run again, it continues where it was.
+# The study of experiments/study: trains and measures every row on your text, which takes hours on two cores, and writes
+# the page and its pictures from what came out. If it is run again, it continues where it was.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 if [ "${1:-}" = "--help" ]; then
     sed -n '2,3s/^# //p' launch/study.sh
     echo "usage: bash launch/study.sh TEXT [minutes|gpu] [--config.section.field=value ...]"
-    echo "TEXT is a file, a folder or a quoted glob. minutes: the main rows with one seed, in ten minutes. gpu: models of"
+    echo "TEXT is a file, a folder or a quoted glob. minutes: the main rows with one seed and fewer steps. gpu: models of"
     echo "124M parameters on one GPU. OUT=runs/study names the folder of everything, JOBS=2 how many rows are trained at once."
     exit 0
 fi

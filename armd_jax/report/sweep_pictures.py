@@ -28,7 +28,7 @@ _GREY = "#cccccc"
 _MARKS: dict[figures.Bound, str] = {"≤": "<", "≥": ">", "": "o"}  # a triangle points to where the true figure is
 _POINTS = 100  # to which a training loss is thinned out
 
-_METRICS = {statistics.HELD_OUT: "held-out loss (nats per token)", "train/nll": "training loss (nats per token)"}
+_METRICS = {name: figures.words(f"metrics.{name}") for name in (statistics.HELD_OUT, "train/nll")}
 
 
 def curves(sweep: Sweep, against: Against) -> bytes | None:

@@ -19,6 +19,8 @@ from armd_jax.report.sweep_reading import Sweep
 from armd_jax.report.sweep_statistics import Estimate, Reach
 from armd_jax.report.sweep_tables import Row, Tables, printed
 
+_OF_WORDS = ("", "status", "reason")  # headers of columns that hold no numbers
+
 
 def shown_estimate(found: Estimate | None, digits: int | None, bound: Bound = "") -> str:
     """`≤ 1.2345 ± 0.0012` for people; – if there is none."""
@@ -156,14 +158,20 @@ def markdown(tables: Tables) -> str:
 
 
 def _markdown(table: Shown) -> str:
-    if not table.cells:
-        return ""
-    numbers = [head not in ("status", "reason") for head in table.header[1:]]
-    lines = [_line(table.header), _line(["---", *("---:" if one else "---" for one in numbers)])]
-    for place, row in enumerate(table.cells):
-        bold = [f"**{text}**" if (place, column) in table.strong else text for column, text in enumerate(row)]
-        lines.append(_line(bold))
-    return "\n".join(lines)
+    cells = [
+        [f"**{text}**" if (place, column) in table.strong else text for column, text in enumerate(row)]
+        for place, row in enumerate(table.cells)
+    ]
+    return markdown_table(table.header, cells) if cells else ""
+
+
+def markdown_table(header: Sequence[str], cells: Iterable[Sequence[str]]) -> str:
+    """A Markdown table, for other programs too; numbers stand at the right.
+
+    Columns of numbers are all but the first one and those without a name or with one in `_OF_WORDS`.
+    """
+    numbers = [head not in _OF_WORDS for head in header[1:]]
+    return "\n".join(map(_line, [header, ["---", *("---:" if one else "---" for one in numbers)], *cells]))
 
 
 def _line(cells: Sequence[str]) -> str:

@@ -3,7 +3,7 @@
 Command:   bash launch/study.sh TEXT            all of it; TEXT is a file, a folder or a quoted glob
            bash launch/study.sh TEXT minutes    its main rows with one seed and fewer steps
        or  armd sweep --config=experiments/study/study.py --out=runs/study --jobs=2 --config.data.path=TEXT
-Hardware:  2 CPU cores. `gpu` as the argument is the larger form: models of 124M parameters on one GPU of 80 GB.
+Hardware:  2 CPU cores. `gpu` as the argument is the larger form: models of 124M parameters on one GPU; not run yet.
 Data:      any text of 20 MB or more; 0.4% of its documents are held out for validation and as many for the test.
 Result:    README.md in this folder.
 
@@ -78,7 +78,7 @@ def base(form: Form) -> ConfigDict:
     config.model.update(max_length=form.length, num_layers=form.layers, two_stream_layers=form.layers // 2)
     config.model.update(width=form.width, num_heads=form.heads, positional_width=form.positions, residual_init="zero")
 
-    # Optimizer: as in the quickstart, but with Muon, which helps every kind of model.
+    # Optimizer: as in the quickstart, but with Muon, which helps AR more than ARMD and so holds no baseline back.
     config.optimizer.update(kind="muon", base_width=192, embedding_rate=2.0)
     config.optimizer.update(schedule="cosine", final_fraction=0.05, beta2=0.98, weight_decay=0.1, ema_decay=0.98)
 

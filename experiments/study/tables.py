@@ -9,7 +9,7 @@ import numpy as np
 from scipy import stats
 
 from armd_jax.errors import UserError
-from armd_jax.report import sweep_paths
+from armd_jax.report import sweep_paths, sweep_text
 from armd_jax.report.sweep_reading import Member, Sweep
 from armd_jax.report.sweep_statistics import Estimate, by_seed, estimate, paired_ratio, steps_to_equal
 
@@ -266,10 +266,7 @@ def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A table; a sentence if it has no rows."""
     rows = list(rows)
     assert all(len(cells) == len(header) for cells in rows), header
-    lines = [f"| {' | '.join(cells)} |" for cells in rows]
-    if not lines:
-        return "(Not trained in this form of the study.)"
-    return "\n".join([f"| {' | '.join(header)} |", f"|{'---|' * len(header)}", *lines])
+    return sweep_text.markdown_table(header, rows) if rows else "(No finished training has these figures.)"
 
 
 def shown(value: Estimate | None, digits: int = 3) -> str:
@@ -289,7 +286,7 @@ def claims_table(found: Sequence[Claim]) -> str:
             [
                 claim.words,
                 f"{signs[claim.better]} {claim.limit:.2f}",
-                f"{claim.bound} {shown(claim.measured)}".strip(),
+                f"{claim.bound} {shown(claim.measured)}".strip() if claim.measured else "",
                 str(claim.measured.seeds if claim.measured else 0),
                 claim.verdict(),
             ]
