@@ -5,7 +5,8 @@ A sweep file defines `get_sweep(arg)`, which returns a `Sweep`:
     members = product(axis("order.max_permuted", [1, 8, 32]), axis("order.permute", ["scatter", "window"]), seeds(3))
     return Sweep(base, members, after=("eval --streams=2,4 --no-baselines",))
 
-The functions give tuples of members, and `product`, `zip_`, `chain` and `then` also take them. A member's name follows
+The functions give tuples of members. `product`, `zip_`, `chain`, `then` and `Sweep` take these, or lists such as
+`[member for member in members if member.seed != 1]`. A member's name follows
 from what was set: `order.max_permuted=8,order.permute=window,seed=0`. It is the name of a folder.
 """
 
@@ -75,13 +76,14 @@ class Sweep:
     """
 
     base: ml_collections.ConfigDict
-    members: Members
+    members: Sequence[Member]
     after: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not isinstance(self.base, ml_collections.ConfigDict):
             raise UserError(f"Sweep: base={shown(self.base)}: must be an ml_collections.ConfigDict")
         _given((self.members,), "Sweep")
+        object.__setattr__(self, "members", tuple(self.members))  # a list is what remains of members that were filtered
         _check_commands(self.after, "Sweep: after")
 
 
@@ -117,12 +119,12 @@ def seeds(which: int | Iterable[int]) -> Members:
     return _checked(tuple(Member(((SEED, str(seed)),), {SEED: seed}, {_SEED_FIELD: seed}) for seed in numbers), SEED)
 
 
-def product(*axes: Members) -> Members:
+def product(*axes: Sequence[Member]) -> Members:
     """Every combination of the members of several axes; the last axis varies fastest."""
     return tuple(_joined(parts) for parts in itertools.product(*_given(axes, "product")))
 
 
-def zip_(*axes: Members) -> Members:
+def zip_(*axes: Sequence[Member]) -> Members:
     """The first members of all axes together, then the second, and so on."""
     lengths = [len(members) for members in _given(axes, "zip_")]
     if len(set(lengths)) > 1:
@@ -130,19 +132,19 @@ def zip_(*axes: Members) -> Members:
     return tuple(_joined(parts) for parts in zip(*axes, strict=True))
 
 
-def chain(*several: Members) -> Members:
+def chain(*several: Sequence[Member]) -> Members:
     """The members of one after those of the other."""
     return tuple(itertools.chain(*_given(several, "chain")))
 
 
-def then(members: Members, *commands: str) -> Members:
+def then(members: Sequence[Member], *commands: str) -> Members:
     """The same members, with commands of their own that follow those of the sweep's `after`."""
     _given((members,), "then")
     _check_commands(commands, "then")
     return tuple(dataclasses.replace(member, after=(*member.after, *commands)) for member in members)
 
 
-def axes_of(members: Members) -> tuple[str, ...]:
+def axes_of(members: Sequence[Member]) -> tuple[str, ...]:
     """The names of all axes but that of the seeds, in the sequence in which they appear."""
     return tuple(dict.fromkeys(axis for member in members for axis, _ in member.labels if axis != SEED))
 
@@ -276,11 +278,11 @@ def _named(options: Any, name: str) -> dict[str, Mapping[str, Any]]:
     return dict(options)
 
 
-def _given(axes: Any, function: str) -> Sequence[Members]:
+def _given(axes: Any, function: str) -> Sequence[Sequence[Member]]:
     if not axes:
         raise UserError(f"{function}: no members were given")
     for members in axes:
-        if not isinstance(members, tuple) or not all(isinstance(member, Member) for member in members):
+        if not isinstance(members, tuple | list) or not all(isinstance(member, Member) for member in members):
             raise UserError(f"{function}: {shown(members)} is not made by axis, choices, seeds, product, zip_ or chain")
-    found: Sequence[Members] = axes
+    found: Sequence[Sequence[Member]] = axes
     return found

@@ -75,6 +75,16 @@ def test_commands_of_some_members():
     assert [member.after for member in members] == [("report", "checkpoints", "eval")] * 2
 
 
+def test_members_that_are_chosen():
+    """Lists of members serve where tuples do, so that combinations can be left out."""
+    chosen = [
+        member for member in product(WIDTHS, seeds(2)) if member.overrides["model.width"] == 24 or not member.seed
+    ]
+    both = chain(then(chosen, "report"), [])
+    sweep = Sweep(configs.default_config_dict(), list(both))
+    assert _set(sweep.members) == [(24, 0), (24, 1), (48, 0)] and sweep.members == both
+
+
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
@@ -114,7 +124,7 @@ def test_commands_of_some_members():
         (lambda: Sweep(configs.default_config_dict(), [1]), r"Sweep: \[1\] is not made by axis"),
         (lambda: Sweep(configs.default_config_dict(), WIDTHS, "eval"), "Sweep: after='eval': expected commands"),
         (lambda: then(WIDTHS, 3), r"then=\(3,\): expected commands"),
-        (lambda: then([], "eval"), r"then: \[\] is not made by axis"),
+        (lambda: then([1], "eval"), r"then: \[1\] is not made by axis"),
         (lambda: _configs(choices("m", {"x" * 300: {}})), "must have 1 to 200 characters"),
     ],
 )

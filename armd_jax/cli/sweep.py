@@ -25,6 +25,11 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--only", default=None, metavar="GLOB", help="only members whose name or row fits")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="members at a time, which share the cores")
     parser.add_argument(
+        "--no-train",
+        action="store_true",
+        help="run only the commands after trainings that are finished, as after those of a launcher",
+    )
+    parser.add_argument(
         "--rate", type=float, default=None, metavar="FLOPS", help="list: FLOPs per second; default: as measured"
     )
     parser.add_argument(
@@ -47,6 +52,8 @@ def run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
         raise UserError(f"--jobs={args.jobs}: must be at least 1")
     if args.launcher is None and (args.submit or args.launcher_flag):
         raise UserError("--submit and --launcher-flag belong to --launcher")
+    if args.no_train and (args.list or args.launcher is not None):
+        raise UserError("--no-train runs what follows the trainings; leave --list and --launcher out")
     if args.list and args.launcher is not None:
         raise UserError("--list runs nothing; leave --launcher out")
     if args.rate is not None and not args.list:
@@ -71,7 +78,7 @@ def run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
         from armd_jax.studies import costs
 
         listed, rate = costs.of(plan, jobs, args.rate)
-        return show(args, {"members": listed, "rate": rate}, costs.as_text(listed, rate))
+        return show(args, {"members": listed, "rate": rate}, costs.as_text(listed, rate, args.jobs))
     if args.launcher is not None:
         from armd_jax.studies import launching
 
@@ -89,6 +96,6 @@ def run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
 
     from armd_jax.studies import running
 
-    result = running.run(plan, jobs, args.jobs)
+    result = running.run(plan, jobs, args.jobs, train=not args.no_train)
     show(args, {"out": str(args.out), **typed.as_plain(result)}, running.as_text(plan, result))
     return STOPPED if result.stopped else int(bool(result.failed))

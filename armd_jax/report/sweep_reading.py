@@ -279,6 +279,8 @@ def _status(
             return "failed", error or "no reason is known"
         case "finished" if left:
             return "under way", f"{left[0]} is not done"
+        case "finished" if not (run / "metrics.jsonl").is_file():
+            return "under way", "metrics.jsonl is missing"
         case "finished" if cost and metrics and metrics[-1]["step"] < cost.steps:
             return "under way", f"metrics.jsonl ends at step {metrics[-1]['step']:,} of {cost.steps:,}"
         case "finished":

@@ -101,8 +101,8 @@ def _measured(plan: Plan) -> Rate:
     return Rate(total / seconds, f"measured on {count} finished member{'s' * (count > 1)}")
 
 
-def as_text(costs: Sequence[Cost], rate: Rate) -> str:
-    """The list for people."""
+def as_text(costs: Sequence[Cost], rate: Rate, at_once: int = 1) -> str:
+    """The list for people. at_once: members at a time, each of them at the rate."""
     width = max(len(cost.name) for cost in costs) + 2
     lines = [f"{'member':<{width}}{'parameters':>13}{'tokens':>14}{'FLOPs':>10}{'time left':>11}  state"]
     for cost in costs:
@@ -111,11 +111,12 @@ def as_text(costs: Sequence[Cost], rate: Rate) -> str:
             f"{duration(cost.seconds):>11}  {cost.state}"
         )
     known = [cost.seconds for cost in costs if cost.seconds is not None]
+    left = max(sum(known) / at_once, *known) if known else None
+    how = "one member runs at a time" if at_once == 1 else f"{at_once} members run at a time, each at the rate"
     speed = "" if rate.flops_per_second is None else f"{rate.flops_per_second:.3g} FLOPs per second, "
     lines.append(
         f"{len(costs)} members, {sum(cost.tokens for cost in costs):,} tokens,"
-        f" {sum(cost.flops for cost in costs):.2e} FLOPs, {duration(sum(known) if known else None)} left if one member"
-        f" runs at a time ({speed}{rate.source})"
+        f" {sum(cost.flops for cost in costs):.2e} FLOPs, {duration(left)} left if {how} ({speed}{rate.source})"
     )
     return "\n".join(lines)
 

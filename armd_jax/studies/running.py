@@ -39,12 +39,14 @@ class Result:
     """How a call ended. finished: members of which everything is done. failed: (member, reason in one line).
 
     left: members with something to do that were not tried, because a signal stopped the sweep. stopped: that was so.
+    untrained: members that wait for a training which this call was not to run.
     """
 
     finished: tuple[str, ...]
     failed: tuple[tuple[str, str], ...]
     left: tuple[str, ...]
     stopped: bool
+    untrained: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass
@@ -70,19 +72,25 @@ class _Process:
     began: float
 
 
-def run(plan: Plan, jobs: Sequence[Job], at_once: int) -> Result:
-    """Runs what is left of some members, `at_once` processes at a time. Raises UserError if a sweep runs already."""
+def run(plan: Plan, jobs: Sequence[Job], at_once: int, train: bool = True) -> Result:
+    """Runs what is left of some members, `at_once` processes at a time.
+
+    train: whether trainings are run too; otherwise only the commands after those that are finished.
+    Raises UserError if a sweep runs already.
+    """
     with record.held(plan.folder, tell) as lock:
         plan.write()
         with Progress(plan.folder, jobs) as progress:
-            return _Runner(plan, jobs, at_once, lock, progress).run()
+            return _Runner(plan, jobs, at_once, train, lock, progress).run()
 
 
 def as_text(plan: Plan, result: Result) -> str:
     """The result for people."""
-    whole = len(result.finished) + len(result.failed) + len(result.left)
+    whole = len(result.finished) + len(result.failed) + len(result.left) + len(result.untrained)
     lines = [f"{plan.folder.path}: {len(result.finished)} of {whole} members are finished"]
     lines += [f"failed: {name}: {reason}" for name, reason in result.failed]
+    if result.untrained:
+        lines.append(f"not trained yet, or waiting for one that is not: {', '.join(result.untrained)}")
     if result.stopped:
         lines.append("stopped by a signal; the same command continues")
     elif result.failed:
@@ -93,9 +101,12 @@ def as_text(plan: Plan, result: Result) -> str:
 class _Runner:
     """Runs the members of a plan that were chosen."""
 
-    def __init__(self, plan: Plan, jobs: Sequence[Job], at_once: int, lock: int, progress: Progress) -> None:
-        """at_once: processes at a time. lock: the descriptor that they hold."""
+    def __init__(
+        self, plan: Plan, jobs: Sequence[Job], at_once: int, train: bool, lock: int, progress: Progress
+    ) -> None:
+        """at_once: processes at a time. train: see `run`. lock: the descriptor that they hold."""
         self._plan, self._folder, self._lock, self._progress = plan, plan.folder, lock, progress
+        self._train = train
         self._states = [self._state(job) for job in jobs]
         self._slots = list(range(at_once))
         self._cores = _cores(at_once)
@@ -116,14 +127,18 @@ class _Runner:
                 self._look()
                 time.sleep(_POLL)
         stopped = bool(self._asked)
-        for state in self._states:
-            if state.tasks and not state.error and not stopped:
+        waiting = [state for state in self._states if state.tasks and not state.error]
+        if not stopped and self._train:
+            for state in waiting:
                 state.error = self._waits_for(state)
+            waiting = []
+        names = tuple(state.job.name for state in waiting)
         return Result(
             finished=tuple(state.job.name for state in self._states if not state.tasks),
             failed=tuple((state.job.name, state.error) for state in self._states if state.error),
-            left=tuple(state.job.name for state in self._states if state.tasks and not state.error),
+            left=names if stopped else (),
             stopped=stopped and any(state.tasks for state in self._states),
+            untrained=() if stopped else names,
         )
 
     def _state(self, job: Job) -> _State:
@@ -143,7 +158,8 @@ class _Runner:
     def _next(self) -> _State | None:
         busy = [running.state for running in self._running]
         ready = (state for state in self._states if state.tasks and not state.error and state not in busy)
-        return next((state for state in ready if not self._missing(state)), None)
+        allowed = (state for state in ready if self._train or state.tasks[0] != TRAIN)
+        return next((state for state in allowed if not self._missing(state)), None)
 
     def _missing(self, state: _State) -> list[str]:
         """The members whose training has to be finished before the next task of this one."""
@@ -204,7 +220,8 @@ class _Runner:
             tell(f"{name}: {running.task} was stopped")  # the next call goes on with it
         else:
             what = "" if running.task == TRAIN else f"{running.task}: "
-            state.error = what + _reason(running, code)
+            # Where the sweep lies is no part of it: the reason stands in tables, which are the same wherever that is.
+            state.error = (what + _reason(running, code)).replace(f"{self._folder.path}/", "")
             state.done = Done("failed", state.done.done, state.error)
             self._folder.note(name, state.done)
             tell(f"{name}: failed after {took}: {state.error}")

@@ -79,11 +79,20 @@ def check_continuation(old: Config, new: Config, workdir: pathlib.Path) -> None:
     if not new.model.vocab_size:  # not resolved yet: it follows from the data
         new = dataclasses.replace(new, model=dataclasses.replace(new.model, vocab_size=old.model.vocab_size))
     before, now = old.training.init_from, new.training.init_from
-    if before and now and os.path.realpath(before) == os.path.realpath(now):  # the same folder, spelled in another way
+    if before and now and _same_folder(before, now):
         new = dataclasses.replace(new, training=dataclasses.replace(new.training, init_from=before))
     wrong = [text for name, text in _changes(old, new) if not name.startswith("data.") or name in _NOT_CONTENT]
     if wrong:
         raise UserError(f"{workdir} holds a run of another config ({'; '.join(wrong)}): use another --workdir")
+
+
+def _same_folder(before: str, now: str) -> bool:
+    """Whether both are one folder, in another spelling, or moved: of a run that goes on, nothing is read from there."""
+    if os.path.realpath(before) == os.path.realpath(now):
+        return True
+    if remote.is_address(before) or remote.is_address(now):
+        return False
+    return not os.path.exists(before) and pathlib.PurePath(before).name == pathlib.PurePath(now).name
 
 
 def _changes(old: Config, new: Config) -> list[tuple[str, str]]:

@@ -4,7 +4,7 @@ Command:   bash launch/study.sh TEXT            all of it; TEXT is a file, a fol
            bash launch/study.sh TEXT minutes    its main rows with one seed and fewer steps
        or  armd sweep --config=experiments/study/study.py --out=runs/study --jobs=2 --config.data.path=TEXT
 Hardware:  2 CPU cores. `gpu` as the argument is the larger form: models of 124M parameters on one GPU; not run yet.
-Data:      any text of 20 MB or more; 0.4% of its documents are held out for validation and as many for the test.
+Data:      any text of 20 MB or more; 0.3% of its documents are held out for validation and as many for the test.
 Result:    README.md in this folder.
 
 Every row trains on the same batches of a seed, with the same number of updates unless its name says otherwise, and with
@@ -31,7 +31,8 @@ RATES = {
 BEST = {"AR": 2.4e-2, "ARMD-identity": 2.4e-2, "MDLM": 1.2e-2}  # what the rows `rate` find; a test compares them
 TEMPERATURES = (0.7, 0.8, 0.9, 1.0, 1.1)
 BASELINES = ("AR", "MDLM")
-WIDTHS = (192, 256, 384)
+PRICED = ("SBP=0", "SBP=2.5", "order=scatter-8")  # what their streams cost is taken apart
+WIDTHS = (192, 256, 320)
 
 Overrides = dict[str, Any]
 
@@ -54,13 +55,13 @@ class Form:
     positions: int = 64
     length: int = 512
     vocabulary: int = 4096
-    samples: int = 192
+    samples: int = 128
     judge: str = "model=AR,seed=0"
 
 
 FORMS = {
-    "": Form(steps=300, short=150, seeds=3, judge="judge=AR"),
-    "minutes": Form(steps=80, samples=64),
+    "": Form(steps=180, short=72, seeds=3, judge="judge=AR"),
+    "minutes": Form(steps=72, samples=64),
     "smoke": Form(steps=10, short=8, samples=2, vocabulary=400, length=64, judge="judge=AR"),
     "gpu": Form(  # 500 steps are one pass over 80 MB of text
         steps=500, batch_size=32, width=768, layers=12, heads=12, positions=128, length=1024, vocabulary=50_000
@@ -71,7 +72,7 @@ FORMS = {
 def base(form: Form) -> ConfigDict:
     """ARMD under the curriculum with strided steps at the end; 2.6M parameters with a vocabulary of 4096."""
     config = configs.default_config_dict()
-    config.data.update(vocab_size=form.vocabulary, valid_fraction=0.004, test_fraction=0.004)
+    config.data.update(vocab_size=form.vocabulary, valid_fraction=0.003, test_fraction=0.003)
 
     # Model. A stream that starts cold costs so much whatever its length is, so that short rows would show streams worse
     # than they are.
@@ -83,11 +84,11 @@ def base(form: Form) -> ConfigDict:
     config.optimizer.update(schedule="cosine", final_fraction=0.05, beta2=0.98, weight_decay=0.1, ema_decay=0.98)
 
     config.order.update(max_permuted=8, streams=(1, 2, 4, 8))
-    config.training.update(batch_size=form.batch_size, log_every=10, eval_batches=8)
+    config.training.update(batch_size=form.batch_size, log_every=10, eval_batches=6)
     return config
 
 
-def schedule(steps: int, sbp: float = 0.2, evaluations: int = 6) -> Overrides:
+def schedule(steps: int, sbp: float = 0.2, evaluations: int = 4) -> Overrides:
     """Fields that follow from the number of steps: warm-up, the phases of orders, evaluations and checkpoints.
 
     sbp: the share of the steps at the end whose orders are strided.
@@ -142,7 +143,7 @@ def equal_flops(form: Form, kind: str) -> int:
     return round(form.steps * need[0] / need[1])
 
 
-def trained(form: Form, kind: str, steps: int, evaluations: int = 6) -> Overrides:
+def trained(form: Form, kind: str, steps: int, evaluations: int = 4) -> Overrides:
     """Overrides of a kind of model that is trained for so many steps at the rate that is best for it."""
     rate = BEST[kind if kind in BEST else "ARMD-identity"]
     return schedule(steps, evaluations=evaluations) | {"optimizer.learning_rate": rate} | kinds(form)[kind]
@@ -156,8 +157,8 @@ def judge(form: Form) -> Members:
 
 
 def long(form: Form) -> Members:
-    """MDLM with five times the steps: in as many as the others have, it hardly learns more than token frequencies."""
-    return product(choices("long", {"MDLM": trained(form, "MDLM", 5 * form.steps, 20)}), seeds(1))
+    """MDLM with three times the steps: in as many as the others have, it hardly learns more than token frequencies."""
+    return product(choices("long", {"MDLM": trained(form, "MDLM", 3 * form.steps, 18)}), seeds(1))
 
 
 def main_rows(form: Form) -> Members:
@@ -280,12 +281,12 @@ def _evaluated(member: Member) -> Member:
     match member.overrides:
         case {"model.kind": "denoiser"}:
             how = "--draws=4"  # and token frequencies, to see whether it has learned more
-        case {"model.aggregator": "shift", "model.two_stream_layers": 0}:
-            how = (
-                "--no-baselines --streams=2 --draws=0"  # of an autoregressive model, only left to right means anything
-            )
+        case {"order.kind": "left_to_right"}:
+            how = "--no-baselines --streams=2 --draws=0"  # of what knows one order, only left to right means anything
         case _:
-            how = "--no-baselines --streams=2,4,8 --price"
+            how = "--no-baselines --streams=2,4,8"
+            if member.row in PRICED:
+                how += " --price"
     return dataclasses.replace(member, after=(f"eval --split=test {how}", *member.after))
 
 

@@ -24,7 +24,7 @@ MAIN = {
     "model=ARMD-identity": "ARMD, identity order",
     "model=ARMD-curriculum": "ARMD, curriculum and SBP",
     "model=MDLM": "MDLM (upper bound)",
-    LONG: "MDLM, 5 x the steps (upper bound)",
+    LONG: "MDLM, 3 x the steps (upper bound)",
 }
 EQUAL_FLOPS = {
     "model=AR-equal-FLOPs": "AR",
@@ -79,7 +79,7 @@ class Claim:
         if self.undecided:
             return f"not decided: {self.undecided}"
         if self.never:
-            return f"**missed**: {self.never} seeds never reach it"
+            return f"**missed**: {self.never} of the seeds never reach it"
         if self.measured is None:
             return "not measured"
         mean, half = self.measured.mean, _half_interval(self.measured)
@@ -113,6 +113,9 @@ def named(measured: Mapping[str, Any], sweep: Sweep) -> dict[str, str]:
         "versions": ", ".join(f"{name} {version}" for name, version in measured["versions"].items()),
         "hours": "an unknown time" if seconds is None else f"{seconds // 3600} h {seconds % 3600 // 60} min",
         "members": _members(len(sweep.members), measured["planned"]),
+        "short": _steps(sweep, REFERENCE),
+        "steps": _steps(sweep, CURRICULUM),
+        "held_out": _held_out(),
         "text": "an unknown text" if text is None else _text(text),
         "judge": _described(sweep, judge[0]) if judge else "an AR model of the main rows",
         "claims": claims_table(claims(sweep)),
@@ -127,6 +130,23 @@ def named(measured: Mapping[str, Any], sweep: Sweep) -> dict[str, str]:
         "price": price_table(sweep),
     }
     return found | {name: variants_table(sweep, rows) for name, rows in VARIANTS.items()}
+
+
+def _steps(sweep: Sweep, row: str) -> str:
+    """The steps that a row is trained for."""
+    for member in sweep.finished(row):
+        assert member.cost is not None
+        return f"{member.cost.steps:,}"
+    return "(not trained yet)"
+
+
+def _held_out() -> str:
+    """Percent of the documents that each held-out split has."""
+    import study
+
+    data = study.base(study.FORMS[""]).data
+    assert data.valid_fraction == data.test_fraction
+    return f"{100 * data.valid_fraction:g}"
 
 
 def _members(finished: int, planned: int) -> str:
@@ -219,13 +239,12 @@ def claims(sweep: Sweep) -> list[Claim]:
     return [
         Claim("perplexity of ARMD in the identity order / AR", 0.98, "lower", _ratio(sweep, identity, ar)),
         Claim("perplexity of ARMD under the curriculum with SBP / AR", 1.0, "lower", _ratio(sweep, curriculum, ar)),
-        Claim(
-            "perplexity of MDLM / AR",
-            1.2,
-            "higher",
-            _ratio(sweep, mdlm, ar),
-            bound="≤",
-            undecided=_still_unigram(sweep, mdlm),
+        *(
+            Claim(words, 1.2, "higher", _ratio(sweep, row, ar), bound="≤", undecided=_still_unigram(sweep, row))
+            for row, words in (
+                (mdlm, "perplexity of MDLM / AR"),
+                (LONG, "perplexity of MDLM with three times the steps / AR"),
+            )
         ),
         Claim("generative perplexity, S = 2 / S = 1", 1.04, "lower", _generated_ratio(sweep, 2)),
         Claim("generative perplexity, S = 4 / S = 1", 1.08, "lower", _generated_ratio(sweep, 4)),
@@ -233,7 +252,7 @@ def claims(sweep: Sweep) -> list[Claim]:
         Claim("entropy, S = 4 against S = 1, nats of difference", 0.05, "lower", _size(entropy_change(sweep, 4))),
         Claim("generative perplexity, lossless / S = 1", 1.0, "equal", _generated_ratio(sweep, 2, "lossless")),
         _reached(sweep, curriculum, mdlm, "MDLM"),
-        _reached(sweep, curriculum, LONG, "MDLM with five times the steps"),
+        _reached(sweep, curriculum, LONG, "MDLM with three times the steps"),
     ]
 
 
@@ -340,7 +359,7 @@ def reach_table(sweep: Sweep) -> str:
             text = first + shown(estimate(steps), 0) if steps else ""
             shares.append("never" if never and not steps else f"{text} ({never} never)" if never else text)
         cells.append([name, *shares])
-    return markdown(["steps until the final held-out loss of", "MDLM", "MDLM, 5 x the steps", "AR"], cells)
+    return markdown(["steps until the final held-out loss of", "MDLM", "MDLM, 3 x the steps", "AR"], cells)
 
 
 def variants_table(sweep: Sweep, rows: Mapping[str, str]) -> str:

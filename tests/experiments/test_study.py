@@ -82,7 +82,7 @@ def test_chosen_rates_are_the_best_that_were_tried(study):
         (1.0, "equal", Estimate(1.05, 0.01, 3), {}, "**missed**"),
         (1.0, "equal", Estimate(1.0, None, 1), {}, "one seed: no verdict"),
         (1.0, "lower", None, {}, "not measured"),
-        (1.0, "lower", Estimate(0.5, 0.0, 2), {"never": 1}, "**missed**: 1 seeds never reach it"),
+        (1.0, "lower", Estimate(0.5, 0.0, 2), {"never": 1}, "**missed**: 1 of the seeds never reach it"),
         (1.0, "lower", Estimate(0.5, 0.0, 3), {"undecided": "of the text"}, "not decided: of the text"),
     ],
 )

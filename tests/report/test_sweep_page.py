@@ -141,12 +141,17 @@ def test_nothing_finished_and_other_mistakes(make_sweep, capsys, tmp_path):
     for file in folder.glob("members/*/member.json"):
         file.unlink()
     shutil.rmtree(folder / MEMBER)
+    lost = make_sweep("lost")
+    for file in lost.glob("members/*/metrics.jsonl"):
+        file.unlink()
     empty = make_sweep("empty")
     for run in empty.glob("members/*"):
-        for file in ("config.json", "metrics.jsonl", "eval.json"):
+        for file in ("config.json", "eval.json"):
             (run / file).unlink()
+        (run / "metrics.jsonl").write_text("")
     for line, reason in [
         (f"--sweep={folder}", "no member of the sweep is finished yet (1 not begun, 9 under way)"),
+        (f"--sweep={lost}", "no member of the sweep is finished yet (9 under way, 1 failed)"),
         (f"--sweep={empty}", "the finished members of the sweep have no figures"),
         (f"--sweep={tmp_path / 'none'}", "there is no such folder"),
         (f"--run={folder} --metric=x", "--metric is for the report of a sweep, and needs --sweep=DIR"),

@@ -3,6 +3,7 @@
 `ARMD_KILLS=N` tries twelve members, broken N times at random moments in random ways (`ARMD_SEED` draws others).
 """
 
+import contextlib
 import json
 import os
 import pathlib
@@ -192,6 +193,7 @@ def test_a_failed_member_stops_nobody(tmp_path, sweep_file):
     assert sweep.returncode == 1
     assert result["finished"] == [] and set(failed) == {"m=late", "m=good"}
     assert "late.txt" in failed["m=late"] and "\n" not in failed["m=late"]
+    assert str(out) not in "".join(failed.values())
     assert failed["m=good"].endswith("waits for m=late, whose training is not finished")
     folder = record.Folder(out)
     assert folder.done("m=late") == Done("failed", (), failed["m=late"])
@@ -203,6 +205,48 @@ def test_a_failed_member_stops_nobody(tmp_path, sweep_file):
     assert json.loads(sweep.communicate(timeout=PATIENCE)[0])["finished"] == ["m=late"] and sweep.returncode == 0
     assert folder.done("m=late") == Done("finished", ("train",))
     assert (folder.member("m=good") / "events.jsonl").read_bytes() == before
+
+
+@pytest.mark.slow
+def test_members_at_the_same_time(tmp_path, sweep_file):
+    """Two processes run at once, each with cores of its own if there are enough; all members are finished."""
+    spec, out = sweep_file("seeds(3)", '("report",)'), tmp_path / "out"
+    sweep = _start(spec, out, "--jobs=2", "--config.training.num_steps=2", "--config.training.eval_every=0")
+    seen: set[tuple[frozenset[int], ...]] = set()
+    while sweep.poll() is None:
+        with contextlib.suppress(OSError):
+            seen.add(tuple(sorted((frozenset(os.sched_getaffinity(pid)) for pid in _children(sweep.pid)), key=min)))
+        time.sleep(0.02)
+    printed, told = sweep.communicate()
+    assert sweep.returncode == 0, told
+    assert "3 of 3 members are finished" in printed
+    assert {len(cores) for cores in seen} <= {0, 1, 2} and any(len(cores) == 2 for cores in seen)
+    if len(os.sched_getaffinity(0)) > 1:
+        assert any(len(cores) == 2 and not cores[0] & cores[1] for cores in seen)
+    for number in range(3):
+        assert record.Folder(out).done(f"seed={number}") == Done("finished", ("train", "report"))
+
+
+def test_trainings_are_left_to_their_jobs(tmp_path, capsys, sweep_file):
+    """With --no-train, what is not trained yet has not failed, and neither has what waits for it."""
+    waits = 'then(choices("m", {"trained": {}}), "report --out={sweep}/members/m=other/page")'
+    spec, out = sweep_file(f'chain({waits}, choices("m", {{"other": {{"model.width": 32}}}}))'), tmp_path / "out"
+    plan = _plan(spec, out)
+    out.mkdir()
+    plan.write()
+    plan.folder.member("m=trained").mkdir()
+    plan.folder.note("m=trained", Done("finished", ("train",)))
+    command = ["sweep", f"--config={spec}", f"--out={out}", "--no-train"]
+    assert cli.main([*command, "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["failed"] == result["left"] == result["finished"] == []
+    assert result["untrained"] == ["m=trained", "m=other"]
+    assert plan.folder.done("m=other") == record.NOTHING and not (plan.folder.member("m=other") / "log.txt").exists()
+    assert cli.main(command) == 0
+    assert "not trained yet, or waiting for one that is not: m=trained, m=other" in capsys.readouterr().out
+    for flag in ("--list", "--launcher=slurm"):
+        assert cli.main([*command, flag]) == 2
+        assert "leave --list and --launcher out" in capsys.readouterr().err
 
 
 def test_a_failed_command_that_is_taken_out_leaves_no_failure(tmp_path, sweep_file):

@@ -98,6 +98,12 @@ def test_weights_to_start_from_may_be_spelled_in_another_way(tmp_path, monkeypat
 
     for spelled in ("a", "./a", "a/", str(tmp_path / "a"), "b/../a"):
         workdirs.check_continuation(config("a"), config(spelled), "run")
+    workdirs.check_continuation(config("x/a"), config("y/a"), "run")  # x/a is no longer there: it was moved
+    (tmp_path / "x/a").mkdir(parents=True)
+    with pytest.raises(UserError, match="training.init_from was 'x/a', now 'y/a'"):
+        workdirs.check_continuation(config("x/a"), config("y/a"), "run")
+    with pytest.raises(UserError, match="training.init_from was 'gs://one/a', now 'gs://two/a'"):
+        workdirs.check_continuation(config("gs://one/a"), config("gs://two/a"), "run")
     for other in ("b", ""):
         with pytest.raises(UserError, match=f"training.init_from was 'a', now '{other}'"):
             workdirs.check_continuation(config("a"), config(other), "run")
