@@ -1,18 +1,17 @@
 """The pictures on the study's page."""
 
-import itertools
 from typing import Any
 
+import figures
 import numpy as np
-import tables
 
 from armd_jax.report import style
 from armd_jax.report.sweep_reading import Sweep
 
 COLOURS = dict(
-    zip(tables.MAIN, (style.INK, style.SKY, style.BLUE, style.VERMILLION, style.ORANGE, style.ORANGE), strict=True)
+    zip(figures.MAIN, (style.INK, style.SKY, style.BLUE, style.VERMILLION, style.ORANGE, style.ORANGE), strict=True)
 )
-STYLES = {tables.LONG: "--"}
+STYLES = {figures.LONG: "--"}
 
 
 def all_of(sweep: Sweep) -> dict[str, bytes]:
@@ -25,7 +24,7 @@ def curves(sweep: Sweep) -> bytes:
     """Held-out loss of the main rows against steps and against FLOPs, one thin line per seed."""
     figure = style.new_figure(11, 4.2)
     left, right = figure.subplots(1, 2, sharey=True)
-    for row, name in tables.MAIN.items():
+    for row, name in figures.MAIN.items():
         for place, member in enumerate(sweep.finished(row)):
             assert member.cost is not None
             steps, losses = np.array(member.curve("eval/nll")).T
@@ -52,7 +51,9 @@ def frontier(sweep: Sweep) -> bytes:
         points = []
         for temperature in study.TEMPERATURES:
             found = [
-                tables.figure(sweep, tables.CURRICULUM, tables.generated(what, streams, temperature=temperature)).get(0)
+                figures.figure(
+                    sweep, figures.CURRICULUM, figures.generated(what, streams, temperature=temperature)
+                ).get(0)
                 for what in ("entropy_nats", "generative_perplexity", "tokens_per_second")
             ]
             if None not in found:
@@ -64,8 +65,10 @@ def frontier(sweep: Sweep) -> bytes:
             if streams == 1:
                 for temperature, x, y in zip(at, entropy, perplexity, strict=True):
                     left.annotate(f"{temperature:g}", (x, y), textcoords="offset points", xytext=(-4, 7), fontsize=9)
-    real = tables.figure(sweep, tables.CURRICULUM, "generation.entries[text=test split].generative_perplexity").get(0)
-    entropy_of_real = tables.figure(sweep, tables.CURRICULUM, "generation.entries[text=test split].entropy_nats").get(0)
+    real, entropy_of_real = (
+        figures.figure(sweep, figures.CURRICULUM, f"generation.entries[text=test split].{what}").get(0)
+        for what in ("generative_perplexity", "entropy_nats")
+    )
     if real is not None and entropy_of_real is not None:
         left.plot(entropy_of_real, real, "*", color=style.SKY, markersize=12, label="real text")
     left.set(xlabel="entropy of a text's tokens, nats", ylabel="generative perplexity", yscale="log")
@@ -81,14 +84,14 @@ def sizes(sweep: Sweep) -> bytes:
     axes = figure.subplots()
     kinds = {"AR": ("AR", style.INK), "ARMD-identity": ("ARMD, identity order", style.BLUE)}
     for kind, (name, colour) in kinds.items():
-        found = np.array(tables.widths(sweep, kind))
+        found = np.array(figures.widths(sweep, kind))
         if len(found):
             axes.plot(found[:, 0], found[:, 2], "o", color=colour, label=name)
         if len(found) > 2:
-            factor, exponent = tables.power_law(found[:, 0], found[:, 2])
+            factor, exponent = figures.power_law(found[:, 0], found[:, 2])
             several = np.geomspace(found[0, 0], found[-1, 0], 50)
             axes.plot(several, factor * several**-exponent, color=colour, linewidth=1)
-    ticks = sorted(set(itertools.chain.from_iterable((one[0] for one in tables.widths(sweep, kind)) for kind in kinds)))
+    ticks = sorted({one[0] for kind in kinds for one in figures.widths(sweep, kind)})
     axes.set(xscale="log", xlabel="parameters", ylabel="test nats per token")
     axes.set_xticks(ticks, [f"{tick / 1e6:.1f}M" for tick in ticks])
     axes.minorticks_off()

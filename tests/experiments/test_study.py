@@ -13,7 +13,7 @@ from armd_jax.report.sweep_statistics import Estimate
 from armd_jax.studies import plan as plans
 
 FOLDER = pathlib.Path(__file__).parents[2] / "experiments/study"
-NAMES = ("study", "tables", "pictures", "write_up")
+NAMES = ("study", "figures", "tables", "pictures", "write_up")
 
 
 @pytest.fixture
@@ -39,14 +39,14 @@ def test_rows_are_of_one_size_and_see_as_much(study, tmp_path, corpus, arg):
     for width in {model.width for _, model in models}:
         counts = [parameters.count(model) for _, model in models if model.width == width]
         assert max(counts) / min(counts) < 1.001
-    main = set(study["tables"].MAIN) - {study["tables"].LONG}
+    main = set(study["figures"].MAIN) - {study["figures"].LONG}
     equal = [job for job, _ in models if job.member.row in main]
     assert len(equal) == 5 * form.seeds and {job.config.training.num_steps for job in equal} == {form.steps}
     work = {
         job.member.row: flops.training_flops_per_token(model).total * job.config.training.num_steps
         for job, model in models
     }
-    for row in study["tables"].EQUAL_FLOPS:
+    for row in study["figures"].EQUAL_FLOPS:
         assert work[row] == pytest.approx(work["model=ARMD-curriculum"], rel=0.6 / form.steps)
     assert any(job.name == form.judge for job in plan.jobs)
 
@@ -88,13 +88,13 @@ def test_chosen_rates_are_the_best_that_were_tried(study):
 )
 def test_verdicts(study, limit, better, measured, more, verdict):
     """A claim is met or missed, and it is said if the limit is within the 95% interval, or if nothing is decided."""
-    assert study["tables"].Claim("", limit, better, measured, **more).verdict() == verdict
+    assert study["figures"].Claim("", limit, better, measured, **more).verdict() == verdict
 
 
 def test_a_power_law_is_found_again(study):
     """The fit gives the factor and the exponent that losses were made with."""
     sizes = [1e6, 2e6, 8e6]
-    factor, exponent = study["tables"].power_law(sizes, [7 * size**-0.1 for size in sizes])
+    factor, exponent = study["figures"].power_law(sizes, [7 * size**-0.1 for size in sizes])
     assert math.isclose(factor, 7, rel_tol=1e-9) and math.isclose(exponent, 0.1, rel_tol=1e-9)
 
 
