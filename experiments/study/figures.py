@@ -163,27 +163,35 @@ def _still_unigram(sweep: Sweep, row: str) -> str:
     return ""
 
 
-def claims(sweep: Sweep) -> list[Claim]:
-    """What the study was asked to find out, and what it found."""
+def claims(sweep: Sweep) -> dict[str, Claim]:
+    """What the study was asked to find out, and what it found. The names serve texts with figures in them."""
     identity, curriculum, ar, mdlm = "model=ARMD-identity", CURRICULUM, "model=AR", "model=MDLM"
-    return [
-        Claim("perplexity of ARMD in the identity order / AR", 0.98, "lower", ratio(sweep, identity, ar)),
-        Claim("perplexity of ARMD under the curriculum with SBP / AR", 1.0, "lower", ratio(sweep, curriculum, ar)),
-        *(
-            Claim(words, 1.2, "higher", ratio(sweep, row, ar), bound="≤", undecided=_still_unigram(sweep, row))
-            for row, words in (
-                (mdlm, "perplexity of MDLM / AR"),
-                (LONG, "perplexity of MDLM with three times the steps / AR"),
-            )
+    return {
+        "identity": Claim("perplexity of ARMD in the identity order / AR", 0.98, "lower", ratio(sweep, identity, ar)),
+        "curriculum": Claim(
+            "perplexity of ARMD under the curriculum with SBP / AR", 1.0, "lower", ratio(sweep, curriculum, ar)
         ),
-        Claim("generative perplexity, S = 2 / S = 1", 1.04, "lower", generated_ratio(sweep, 2)),
-        Claim("generative perplexity, S = 4 / S = 1", 1.08, "lower", generated_ratio(sweep, 4)),
-        Claim("entropy, S = 2 against S = 1, nats of difference", 0.05, "lower", _size(entropy_change(sweep, 2))),
-        Claim("entropy, S = 4 against S = 1, nats of difference", 0.05, "lower", _size(entropy_change(sweep, 4))),
-        Claim("generative perplexity, lossless / S = 1", 1.0, "equal", generated_ratio(sweep, 2, "lossless")),
-        _reached(sweep, curriculum, mdlm, "MDLM"),
-        _reached(sweep, curriculum, LONG, "MDLM with three times the steps"),
-    ]
+        **{
+            key: Claim(words, 1.2, "higher", ratio(sweep, row, ar), bound="≤", undecided=_still_unigram(sweep, row))
+            for key, row, words in (
+                ("mdlm", mdlm, "perplexity of MDLM / AR"),
+                ("mdlm_long", LONG, "perplexity of MDLM with three times the steps / AR"),
+            )
+        },
+        "two": Claim("generative perplexity, S = 2 / S = 1", 1.04, "lower", generated_ratio(sweep, 2)),
+        "four": Claim("generative perplexity, S = 4 / S = 1", 1.08, "lower", generated_ratio(sweep, 4)),
+        "entropy_two": Claim(
+            "entropy, S = 2 against S = 1, nats of difference", 0.05, "lower", _size(entropy_change(sweep, 2))
+        ),
+        "entropy_four": Claim(
+            "entropy, S = 4 against S = 1, nats of difference", 0.05, "lower", _size(entropy_change(sweep, 4))
+        ),
+        "lossless": Claim(
+            "generative perplexity, lossless / S = 1", 1.0, "equal", generated_ratio(sweep, 2, "lossless")
+        ),
+        "reach": _reached(sweep, curriculum, mdlm, "MDLM"),
+        "reach_long": _reached(sweep, curriculum, LONG, "MDLM with three times the steps"),
+    }
 
 
 def _size(change: Estimate | None) -> Estimate | None:

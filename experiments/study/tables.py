@@ -1,6 +1,8 @@
 """Every table and figure of speech on the study's page, from the figures of its members."""
 
+import itertools
 import math
+import pathlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -44,7 +46,9 @@ def named(measured: Mapping[str, Any], sweep: Sweep) -> dict[str, str]:
         "held_out": _held_out(),
         "text": "an unknown text" if text is None else _text(text),
         "judge": _described(sweep, judge[0]) if judge else "an AR model of the main rows",
-        "claims": claims_table(claims(sweep)),
+        "claims": claims_table(claims(sweep).values()),
+        **{f"claim_{key}": _claimed(claim) for key, claim in claims(sweep).items()},
+        "full_size": full_size_table(),
         "equal_steps": main_table(sweep, MAIN),
         "equal_flops": main_table(sweep, EQUAL_FLOPS),
         "reach": reach_table(sweep),
@@ -113,7 +117,11 @@ def shown(value: Estimate | None, digits: int = 3) -> str:
     return f"{value.mean:,.{digits}f}{error}"
 
 
-def claims_table(found: Sequence[Claim]) -> str:
+def _claimed(claim: Claim) -> str:
+    return f"{claim.bound} {shown(claim.measured)}".strip() if claim.measured else ""
+
+
+def claims_table(found: Iterable[Claim]) -> str:
     """Asked, measured, and whether it is met."""
     signs = {"lower": "≤", "higher": "≥", "equal": "="}
     return markdown(
@@ -122,7 +130,7 @@ def claims_table(found: Sequence[Claim]) -> str:
             [
                 claim.words,
                 f"{signs[claim.better]} {claim.limit:.2f}",
-                f"{claim.bound} {shown(claim.measured)}".strip() if claim.measured else "",
+                _claimed(claim),
                 str(claim.measured.seeds if claim.measured else 0),
                 claim.verdict(),
             ]
@@ -313,3 +321,13 @@ def starts_table(sweep: Sweep) -> str:
         [name, shown(estimate(by_seed(sweep, row, "metrics.eval/nll").values()))] for row, name in _present(sweep, rows)
     ]
     return markdown(["", "held-out nats per token"], cells)
+
+
+def full_size_table() -> str:
+    """What the presets are said to cost on TPUs by launch/PROOF.md, which `armd compile` measured."""
+    lines = (pathlib.Path(__file__).resolve().parents[2] / "launch/PROOF.md").read_text().splitlines()
+    start = next(place for place, line in enumerate(lines) if line.startswith("| preset | slice |"))
+    table = [[cell.strip() for cell in line.strip("|").split("|")] for line in itertools.takewhile(bool, lines[start:])]
+    header, _, *rows = table
+    wanted = [header.index(name) for name in ("preset", "slice", "chip-hours, bound to published efficiency")]
+    return markdown(["preset", "", "chip-hours"], [[row[at] for at in wanted] for row in rows])

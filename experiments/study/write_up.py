@@ -3,7 +3,8 @@
     python experiments/study/write_up.py                                  the page again, from metrics.json beside it
     python experiments/study/write_up.py --sweep=runs/study --out=DIR     metrics.json of a finished study, and its page
 
-The page is template.md with its names filled in, so that no figure is typed by hand.
+The page is template.md with its names filled in, so that no figure is typed by hand. If a conclusions.md lies beside
+metrics.json, with such names too, it stands in front: what somebody concluded from these figures.
 """
 
 import argparse
@@ -135,8 +136,11 @@ def read(file: pathlib.Path) -> tuple[dict[str, Any], Sweep]:
 def page(file: pathlib.Path) -> str:
     """The whole page, from metrics.json."""
     measured, sweep = read(file)
+    names = tables.named(measured, sweep)
+    said = file.with_name("conclusions.md")
+    conclusions = string.Template(said.read_text()).substitute(names).strip() if said.is_file() else ""
     template = string.Template((FOLDER / "template.md").read_text())
-    return template.substitute(tables.named(measured, sweep))
+    return template.substitute(names | {"conclusions": conclusions and f"{conclusions}\n\n"})
 
 
 def main() -> int:

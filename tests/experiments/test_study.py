@@ -109,6 +109,10 @@ def test_figures_are_collected_of_finished_members(study, make_sweep, tmp_path, 
     assert figures["likelihood.nats_per_token"] == 8.0 and figures["metrics.eval/nll"] == 3.0
     text = (tmp_path / "page/README.md").read_text()
     assert "8 of 10 trainings" in text and "$" not in text
+    assert "| owt_small | v5e:4x4 | 552 to 1,574 |" in text
+    (tmp_path / "page/conclusions.md").write_text("## What follows\n\nIt is true of $members.\n")
+    first = study["write_up"].page(tmp_path / "page/metrics.json").split("## What was asked")[0]
+    assert "\n\n## What follows\n\nIt is true of 8 of 10 trainings" in first
     (row,) = [
         line for line in text.splitlines() if line.startswith("| AR |") and "±" in line and "million" not in line
     ][:1]
