@@ -2,13 +2,17 @@
 
 import dataclasses
 import importlib
+import json
 import math
 import pathlib
 import sys
 
 import pytest
 
+from armd_jax.cli import main as cli
 from armd_jax.core import flops, parameters
+from armd_jax.errors import UserError
+from armd_jax.report import sweep_reading
 from armd_jax.report.sweep_statistics import Estimate
 from armd_jax.studies import plan as plans
 
@@ -84,6 +88,9 @@ def test_chosen_rates_are_the_best_that_were_tried(study):
         (1.0, "lower", None, {}, "not measured"),
         (1.0, "lower", Estimate(0.5, 0.0, 2), {"never": 1}, "**missed**: 1 of the seeds never reach it"),
         (1.0, "lower", Estimate(0.5, 0.0, 3), {"undecided": "of the text"}, "not decided: of the text"),
+        (0.3, "lower", Estimate(0.5, 0.0, 3), {"bound": "≤"}, "not decided: the figure is only a bound"),
+        (0.3, "lower", Estimate(0.2, 0.0, 3), {"bound": "≤"}, "met by the bound"),
+        (1.2, "higher", Estimate(1.5, 0.05, 3), {"bound": "≤"}, "met by the bound"),
     ],
 )
 def test_verdicts(study, limit, better, measured, more, verdict):
@@ -113,10 +120,50 @@ def test_figures_are_collected_of_finished_members(study, make_sweep, tmp_path, 
     (tmp_path / "page/conclusions.md").write_text("## What follows\n\nIt is true of $members.\n")
     first = study["write_up"].page(tmp_path / "page/metrics.json").split("## What was asked")[0]
     assert "\n\n## What follows\n\nIt is true of 8 of 10 trainings" in first
+    assert "<!--" not in text and "## Aggregators" in text
+    for wrong, reason in (("$5", "a dollar sign is written"), ("$stepz", "did you mean 'steps'")):
+        (tmp_path / "page/conclusions.md").write_text(f"It is {wrong}.\n")
+        with pytest.raises(UserError, match=reason):
+            study["write_up"].page(tmp_path / "page/metrics.json")
+    (tmp_path / "page/conclusions.md").unlink()
+    figures = json.loads((tmp_path / "page/metrics.json").read_text())
+    figures["measured"]["form"] = "minutes"  # a form without the short rows
+    (tmp_path / "page/metrics.json").write_text(json.dumps(figures))
+    short = study["write_up"].page(tmp_path / "page/metrics.json")
+    assert "## Aggregators" not in short and "## At full size" in short and "<!--" not in short
     (row,) = [
         line for line in text.splitlines() if line.startswith("| AR |") and "±" in line and "million" not in line
     ][:1]
     assert "| 1,600 |" in row and row.count("|") == 11
+
+
+def test_real_text_that_was_judged_twice(study, make_sweep):
+    """The figures of more texts count."""
+    folder = make_sweep()
+    judged = [{"text": "test split", "samples": count, "entropy_nats": count / 10} for count in (42, 128, 64)]
+    (folder / "members/model=ARMD,seed=0/generation.json").write_text(json.dumps({"entries": judged}))
+    sweep = sweep_reading.load(folder)
+    renamed = [dataclasses.replace(one, row=one.row.replace("=ARMD", "=ARMD-curriculum")) for one in sweep.members]
+    sweep = dataclasses.replace(sweep, members=tuple(renamed))
+    assert study["figures"].of_real_text(sweep, "entropy_nats") == 12.8
+    assert study["figures"].of_real_text(sweep, "mauve") is None
+
+
+@pytest.mark.slow
+def test_a_sweep_becomes_a_page(study, tmp_path, corpus, monkeypatch):
+    """The rows with everything that is measured of them, in their smallest form: trained, judged and written up."""
+    out = tmp_path / "out"
+    sweep = ["sweep", f"--config={FOLDER / 'study.py'}:smoke", f"--out={out}", f"--config.data.path={corpus}"]
+    sweep += ["--config.data.tokenizer=bytes", "--config.data.vocab_size=0", "--config.data.valid_fraction=0.2"]
+    sweep += ["--config.data.test_fraction=0.2"]
+    for only in ("judge=*", "model=ARMD-curriculum"):
+        assert cli.main([*sweep, f"--only={only}"]) == 0
+    monkeypatch.setattr(sys, "argv", ["write_up.py", f"--sweep={out}", "--jobs=1", f"--out={tmp_path / 'page'}"])
+    assert study["write_up"].main() == 0
+    text = (tmp_path / "page/README.md").read_text()
+    assert "2 of 61 trainings" in text and "Trainings at a time: 1." in text
+    generated = next(line for line in text.splitlines() if line.startswith("| strided, S = 8 |"))
+    assert all(cell.strip() for cell in generated.strip("|").split("|"))
 
 
 def test_a_sweep_without_a_finished_member_is_one_line(study, make_sweep, tmp_path, capsys, monkeypatch):

@@ -30,6 +30,15 @@ def test_help(script):
     assert len(result.stdout.splitlines()) >= 2
 
 
+@pytest.mark.parametrize(("words", "reason"), [([], "name the TEXT"), (["no text.txt"], "no text.txt: there is no")])
+def test_a_study_of_no_text_is_one_line(tmp_path, words, reason):
+    """Nothing is installed and nothing trained: the script says so where it was called."""
+    script = ROOT / "launch" / "study.sh"
+    result = subprocess.run(["bash", str(script), *words], capture_output=True, text=True, cwd=tmp_path)
+    (line,) = result.stderr.splitlines()
+    assert result.returncode == 2 and result.stdout == "" and line.startswith("error: ") and reason in line
+
+
 def test_a_python_that_is_too_old_is_one_line(tmp_path):
     """If there is no Python that is new enough, the script says so, ends with code 2 and makes nothing."""
     script = f'cd {tmp_path}; . {ROOT}/launch/environment.sh; PYTHON=false use_environment .venv ""'
