@@ -31,7 +31,9 @@ SEED = "seed"  # the axis of seeds, and the field that it sets
 _SEED_FIELD = "training.seed"
 _AXIS = re.compile(r"[A-Za-z_][A-Za-z0-9_.]*")
 _LABEL = re.compile(r"[A-Za-z0-9_.+-]+")
-_TAKEN = ("row", SEED, "member", "status", "reason", "figure")  # columns of a report that are no axis
+# Columns of a report's CSV files that are no axis.
+_TAKEN = ("row", SEED, "member", "status", "reason", "members", "finished", "figure", "mean", "standard_error", "seeds")
+_TAKEN += ("bound", "best", "baseline", "ratio", "ratio_standard_error", "ratio_seeds", "ratio_bound")
 _LONGEST = 200  # characters of a name: file systems take 255, and names of temporary files are a little longer
 
 

@@ -157,7 +157,7 @@ def _small_member(run: pathlib.Path, row: str, seed: int) -> None:
     (run / "metrics.jsonl").write_text("".join(json.dumps(one) + "\n" for one in rows))
     score = {"nats_per_token": _BITS[row][seed] * 2, "bits_per_byte": _BITS[row][seed]}
     strided = {"4": {"bits_per_byte": _BITS[row][seed] + 1}} if row == "model=AR" and seed < 2 else {}
-    price = [{"streams": 2, "gap": 0.25}, {"streams": 4, "gap": 0.5}]
+    price = {"2": {"independence_gap": 0.25}, "4": {"independence_gap": 0.5}}
     evaluation = {"split": "test", "strided": strided, "price": price, "elbo" if bounds else "left_to_right": score}
     (run / "eval.json").write_text(json.dumps(evaluation))
     done = {"status": "finished", "done": ["train", "eval --no-baselines"], "error": ""}

@@ -96,6 +96,7 @@ def test_members_that_are_chosen():
         (lambda: axis("a b", [1]), "'a b': a name must be"),
         (lambda: choices("seed", {"a": {}}), "the axis 'seed': a report has a column"),
         (lambda: axis("row", [1]), "the axis 'row': a report has a column"),
+        (lambda: choices("baseline", {"a": {}}), "the axis 'baseline': a report has a column"),
         (lambda: choices("model", {}), "expected labels with their overrides"),
         (lambda: choices("model", {"AR": 3}), "'AR': expected a label and its overrides"),
         (lambda: choices("model", {"A/R": {}}), "'A/R' cannot be part"),

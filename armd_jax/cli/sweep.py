@@ -82,16 +82,14 @@ def run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
     if args.launcher is not None:
         from armd_jax.studies import launching
 
-        commands = launching.commands(plan, jobs, args.launcher, args.launcher_flag)
+        commands, waiting = launching.commands(plan, jobs, args.launcher, args.launcher_flag)
+        later = f"; {waiting} more wait for others that are not trained yet" if waiting else ""
         if args.submit:
             if reason := launching.submit(commands):
                 return failed(reason, 1)
-            return show(args, {"submitted": commands}, f"{args.out}: {len(commands)} jobs are submitted")
-        waiting = "; those that wait for others come later" if any(job.needs for job in jobs) else ""
-        print(
-            f"trainings that can begin: {len(commands)}{waiting}. Run this from the root of the repository",
-            file=sys.stderr,
-        )
+            return show(args, {"submitted": commands}, f"{args.out}: {len(commands)} jobs are submitted{later}")
+        where = ". Run these lines from the root of the repository" if commands else ""
+        print(f"trainings that can begin: {len(commands)}{later}{where}", file=sys.stderr)
         return show(args, {"commands": commands}, "\n".join(map(shlex.join, commands)))
 
     from armd_jax.studies import running

@@ -6,7 +6,7 @@ The names are the dotted paths of `sweep_reading`.
 import difflib
 import re
 from collections.abc import Collection, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 from armd_jax.errors import UserError, shown
 from armd_jax.report.sweep_reading import Member, Sweep
@@ -75,11 +75,19 @@ def bound_of_row(sweep: Sweep, row: str, figure: str) -> Bound:
 def _bounds_the_loss(member: Member, figure: str) -> bool:
     if figure.startswith(("metrics.eval/nll", "metrics.eval/perplexity")):
         return member.bounds
-    if figure.startswith("suites.") and better(figure) == "lower":
-        return member.bounds
+    if better(figure) != "lower":
+        return False
+    if figure.startswith("suites."):
+        return _is_bound(member.documents.get("suites"))
     evaluation = member.documents.get("eval")
     exact = isinstance(evaluation, dict) and evaluation.get("left_to_right") is not None
     return figure.startswith("eval.elbo.") or (figure.startswith("likelihood.") and not exact)
+
+
+def _is_bound(suites: Any) -> bool:
+    """Whether suites.json says that its figures are bounds: it is one model's, so all of them are or none."""
+    figures = suites.get("figures") if isinstance(suites, dict) else None
+    return isinstance(figures, list) and any(isinstance(one, dict) and one.get("bound") is True for one in figures)
 
 
 def words(figure: str) -> str:

@@ -1,7 +1,7 @@
 """The numbers of a JSON file by dotted paths, and paths that name an item of a list by some of its settings.
 
-`{"price": [{"streams": 2, "gap": 0.1}, {"streams": 4, "gap": 0.3}]}` has `price[streams=2].gap` and
-`price[streams=4].gap`. An item that has no settings of its own has its place in the list, from 0.
+`{"entries": [{"streams": 2, "entropy": 5.1}, {"streams": 4, "entropy": 5.3}]}` has `entries[streams=2].entropy` and
+`entries[streams=4].entropy`. An item that has no settings of its own has its place in the list, from 0.
 """
 
 import re

@@ -324,17 +324,18 @@ def only(sweep: Sweep, patterns: Sequence[str], rows: Sequence[str]) -> Sweep:
 def select(sweep: Sweep, wanted: Sequence[str]) -> Sweep:
     """The sweep with figures under the names that somebody wants, if these name items of lists by some settings.
 
-    Raises UserError if such a name fits several figures of a member.
+    Raises UserError if such a name fits several figures, of one member or of several: they would be averaged.
     """
-    members = []
-    for member in sweep.members:
-        found = dict(member.figures)
-        for name in wanted:
-            if name not in found:
-                fitting = paths.fitting(name, member.figures)
-                if len(fitting) > 1:
-                    several = f"{fitting[0]!r} and {fitting[1]!r}"
-                    raise UserError(f"--metric={shown(name)}: fits {several} of {member.name}; give more settings")
-                found.update((name, member.figures[figure]) for figure in fitting)
-        members.append(dataclasses.replace(member, figures=found))
+    found: list[dict[str, float]] = [dict(member.figures) for member in sweep.members]
+    for name in wanted:
+        fits: dict[str, str] = {}  # the figures that it fits, and a member of each
+        for member, figures in zip(sweep.members, found, strict=True):
+            for figure in [] if name in figures else paths.fitting(name, member.figures):
+                fits.setdefault(figure, member.name)
+                figures[name] = member.figures[figure]
+        if len(fits) > 1:
+            (one, first), (other, second) = list(fits.items())[:2]
+            several = f"{one!r} of {first} and {other!r} of {second}"
+            raise UserError(f"--metric={shown(name)}: fits {several}; give more settings")
+    members = (dataclasses.replace(one, figures=figures) for one, figures in zip(sweep.members, found, strict=True))
     return dataclasses.replace(sweep, members=tuple(members))

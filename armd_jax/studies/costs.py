@@ -16,7 +16,7 @@ class Cost:
 
     state: what has been done, in words. step: how far its training is. parameters, tokens, flops: of the whole
     training; FLOPs are those of the model's mathematics, see `core/flops.py`. seconds: how long what is left of the
-    training takes at the rate; None: no rate is known.
+    training takes at the rate, without the commands that follow; None: no rate is known.
     """
 
     name: str
@@ -116,7 +116,8 @@ def as_text(costs: Sequence[Cost], rate: Rate, at_once: int = 1) -> str:
     speed = "" if rate.flops_per_second is None else f"{rate.flops_per_second:.3g} FLOPs per second, "
     lines.append(
         f"{len(costs)} members, {sum(cost.tokens for cost in costs):,} tokens,"
-        f" {sum(cost.flops for cost in costs):.2e} FLOPs, {duration(left)} left if {how} ({speed}{rate.source})"
+        f" {sum(cost.flops for cost in costs):.2e} FLOPs, {duration(left)} of training left if {how}"
+        f" ({speed}{rate.source})"
     )
     return "\n".join(lines)
 

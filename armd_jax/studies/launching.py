@@ -16,21 +16,25 @@ from armd_jax.studies.plan import Job, Plan
 _NAME = 40  # characters of a job's name that all launchers take
 
 
-def commands(plan: Plan, jobs: Sequence[Job], launcher: SweepLauncher, flags: Sequence[str]) -> list[list[str]]:
+def commands(
+    plan: Plan, jobs: Sequence[Job], launcher: SweepLauncher, flags: Sequence[str]
+) -> tuple[list[list[str]], int]:
     """The words that submit each training that is left, from the root of the repository; writes the configs for them.
 
-    Trainings that wait for others are left out. flags: of the launcher.
+    flags: of the launcher. Also returns how many trainings are left out because they wait for others.
     """
     if named := [flag for flag in flags if flag.partition("=")[0] == "--name"]:
         raise UserError(f"--launcher-flag={named[0]}: every job has a name of its own")
     with record.held(plan.folder, progress.tell):
         plan.write()
     trained = {job.name for job in plan.jobs if plan.folder.trained(job.name, job.config)}
-    ready = [job for job in jobs if job.name not in trained and trained.issuperset(job.needs)]
-    return [
+    left = [job for job in jobs if job.name not in trained]
+    ready = [job for job in left if trained.issuperset(job.needs)]
+    words = [
         [*_program(launcher), f"--name={job_name(plan, job)}", *flags, "--", "armd", *plan.command(job)]
         for job in ready
     ]
+    return words, len(left) - len(ready)
 
 
 def _program(launcher: SweepLauncher) -> list[str]:

@@ -124,8 +124,10 @@ class _Runner:
                     self._start(state)
                 if not self._running:
                     break
-                self._look()
+                if time.monotonic() - self._looked >= _LOOK:
+                    self._look()
                 time.sleep(_POLL)
+        self._look()
         stopped = bool(self._asked)
         waiting = [state for state in self._states if state.tasks and not state.error]
         if not stopped and self._train:
@@ -169,8 +171,10 @@ class _Runner:
         return [name for name in needs if not self._folder.trained(name, jobs[name].config)]
 
     def _waits_for(self, state: _State) -> str:
-        what = "its training" if state.tasks[0] == TRAIN else state.tasks[0]
-        return f"{what} waits for {', '.join(self._missing(state))}, whose training is not finished"
+        what, missing = "its training" if state.tasks[0] == TRAIN else state.tasks[0], self._missing(state)
+        here = {one.job.name for one in self._states}
+        others = "" if here.issuperset(missing) else ", and which --only leaves out"
+        return f"{what} waits for {', '.join(missing)}, whose training is not finished{others}"
 
     # --- processes ----------------------------------------------------------------------------------------------------
 
@@ -243,8 +247,6 @@ class _Runner:
                 running.process.send_signal(number)
 
     def _look(self) -> None:
-        if time.monotonic() - self._looked < _LOOK:
-            return
         self._looked = time.monotonic()
         running = {one.state.job.name: one.task for one in self._running}
         self._progress.look({state.job.name: bool(state.tasks) for state in self._states}, running)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 from collections.abc import Sequence
 from typing import Literal
 
@@ -93,7 +94,9 @@ class Claim:
                 if half is None:
                     return "one seed: no verdict"
                 return "met: within the 95% interval" if near else "**missed**"
-        words = "met" if met else "**missed**"
+        if self.bound and self.better == "lower" and not met:
+            return "not decided: the figure is only a bound"
+        words = ("met by the bound" if self.bound else "met") if met else "**missed**"
         if half is None:
             return f"{words} (one seed)"
         return f"{words}, but the limit is within the 95% interval" if near else words
@@ -119,6 +122,16 @@ def figure(sweep: Sweep, row: str, name: str) -> dict[int | None, float]:
 def generated(what: str, streams: int, mode: str = "strided", temperature: float = 1.0) -> str:
     """The name of a figure of generated texts."""
     return f"generation.entries[mode={mode},streams={streams},temperature={temperature}].{what}"
+
+
+def of_real_text(sweep: Sweep, what: str) -> float | None:
+    """A figure of the texts of the test split, of the largest number of them that was judged."""
+    name = f"generation.entries[text=test split].{what}"
+    for member in sweep.finished(CURRICULUM)[:1]:
+        if fitting := sweep_paths.fitting(name, member.figures):
+            most = max(fitting, key=lambda one: int((re.findall(r"samples=(\d+)", one) or ["0"])[0]))
+            return member.figures[most]
+    return None
 
 
 def ratio(sweep: Sweep, row: str, base: str, name: str = PERPLEXITY) -> Estimate | None:

@@ -65,10 +65,7 @@ def frontier(sweep: Sweep) -> bytes:
             if streams == 1:
                 for temperature, x, y in zip(at, entropy, perplexity, strict=True):
                     left.annotate(f"{temperature:g}", (x, y), textcoords="offset points", xytext=(-4, 7), fontsize=9)
-    real, entropy_of_real = (
-        figures.figure(sweep, figures.CURRICULUM, f"generation.entries[text=test split].{what}").get(0)
-        for what in ("generative_perplexity", "entropy_nats")
-    )
+    real, entropy_of_real = (figures.of_real_text(sweep, what) for what in ("generative_perplexity", "entropy_nats"))
     if real is not None and entropy_of_real is not None:
         left.plot(entropy_of_real, real, "*", color=style.SKY, markersize=12, label="real text")
     left.set(xlabel="entropy of a text's tokens, nats", ylabel="generative perplexity", yscale="log")

@@ -313,7 +313,9 @@ def _measured(member: Member, form: Form) -> Member:
     commands = [f"{_judged(form)} {texts} --streams=1,2,4,8", f"{_judged(form)} {texts} --streams=2 --modes=lossless"]
     if form.short and not member.seed:  # one seed is enough for a picture
         others = ",".join(str(one) for one in TEMPERATURES if one != 1)
-        commands.append(f"{_judged(form)} --samples={form.samples // 3} --temperatures={others} --streams=1,2,4,8")
+        commands.append(
+            f"{_judged(form)} --samples={max(form.samples // 3, 1)} --temperatures={others} --streams=1,2,4,8"
+        )
     return then((member,), *commands)[0]
 
 

@@ -37,7 +37,9 @@ def named(measured: Mapping[str, Any], sweep: Sweep) -> dict[str, str]:
     seconds, text = measured["seconds"], measured["text"]
     judge = sweep.finished(JUDGE)
     found = {
-        "hardware": f"{measured['cores']} {measured['machine']} cores",
+        "hardware": measured["hardware"],
+        "jobs": str(measured["jobs"] or "not known"),
+        "parameters": _parameters(sweep),
         "versions": ", ".join(f"{name} {version}" for name, version in measured["versions"].items()),
         "hours": "an unknown time" if seconds is None else f"{seconds // 3600} h {seconds % 3600 // 60} min",
         "members": _members(len(sweep.members), measured["planned"]),
@@ -69,6 +71,12 @@ def _steps(sweep: Sweep, row: str) -> str:
         assert member.cost is not None
         return f"{member.cost.steps:,}"
     return "(not trained yet)"
+
+
+def _parameters(sweep: Sweep) -> str:
+    """Millions of parameters of the main rows."""
+    sizes = {f"{member.figures['parameters'] / 1e6:.1f}" for row in MAIN for member in sweep.finished(row)}
+    return " to ".join(sorted(sizes, key=float)[:: max(len(sizes) - 1, 1)])
 
 
 def _held_out() -> str:

@@ -12,19 +12,21 @@ import json
 import os
 import pathlib
 import platform
+import re
 import string
 import sys
 from importlib import metadata
 from typing import Any
 
 import pictures
+import study
 import tables
 
 from armd_jax import config as configs
 from armd_jax import files
 from armd_jax.core import parameters
 from armd_jax.data.manifest import Manifest, prepared_below
-from armd_jax.errors import UserError
+from armd_jax.errors import UserError, nearest
 from armd_jax.report import sweep_reading
 from armd_jax.report.sweep_reading import Member, Sweep
 
@@ -36,20 +38,21 @@ KEPT = (
     "likelihood.",
     "eval.strided.",
     "eval.random_orders.nats",
-    "eval.elbo.standard_error",
+    "metrics.eval/nll",
     "eval.price",
     "generation.",
 )
 ENDS = {
-    "eval.price": ("independence_gap", "order_cost_per_stream", "cold_start"),
+    "eval.price": ("independence_gap", "order_cost_per_stream"),
     "generation.": ("generative_perplexity", "entropy_nats", "calls_per_token", "tokens_per_second", "distinct_2"),
 }
 DIGITS = 7  # significant ones of every figure in metrics.json
 
 
-def collect(folder: pathlib.Path) -> dict[str, Any]:
+def collect(folder: pathlib.Path, jobs: int | None) -> dict[str, Any]:
     """What metrics.json holds of the finished members of a sweep, and where it was measured.
 
+    jobs: how many trainings ran at a time, if that is known.
     Raises UserError if no member is finished.
     """
     sweep = sweep_reading.load(folder)
@@ -59,8 +62,9 @@ def collect(folder: pathlib.Path) -> dict[str, Any]:
     spent = folder.with_name(f"{folder.name}.seconds")  # one line per call of launch/study.sh
     return {
         "measured": {
-            "cores": os.cpu_count(),
-            "machine": platform.machine(),
+            "form": str(files.read_json(folder / "sweep.json")["config"]).partition(":")[2],
+            "hardware": _hardware(finished),
+            "jobs": jobs,
             "versions": {"python": platform.python_version(), "jax": metadata.version("jax")},
             "seconds": sum(map(int, spent.read_text().split())) if spent.is_file() else None,
             "text": _text(folder, folder / "members" / finished[0].name),
@@ -69,6 +73,18 @@ def collect(folder: pathlib.Path) -> dict[str, Any]:
         "axes": list(sweep.axes),
         "members": [_kept(folder, member) for member in finished],
     }
+
+
+def _hardware(finished: list[Member]) -> str:
+    """The accelerators that a member wrote texts on, or the cores of this machine."""
+    for member in finished:
+        for entry in (member.documents.get("generation") or {"entries": []})["entries"]:
+            if entry["hardware"] and " x cpu " not in entry["hardware"]:
+                return str(entry["hardware"])
+    info = pathlib.Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{os.cpu_count()} cores ({models[0] if models else platform.machine()})"
 
 
 def _text(folder: pathlib.Path, run: pathlib.Path) -> dict[str, Any] | None:
@@ -87,6 +103,7 @@ def _text(folder: pathlib.Path, run: pathlib.Path) -> dict[str, Any] | None:
 
 
 def _kept(folder: pathlib.Path, member: Member) -> dict[str, Any]:
+    assert member.cost is not None
     return {
         "name": member.name,
         "row": member.row,
@@ -96,7 +113,7 @@ def _kept(folder: pathlib.Path, member: Member) -> dict[str, Any]:
         "curve": [[step, _rounded(value)] for step, value in member.curve("eval/nll")],
         "bound": member.bounds,
         "parameters": parameters.count(configs.read(folder / "members" / member.name).model),
-        "cost": vars(member.cost) if member.cost else None,
+        "cost": vars(member.cost),
     }
 
 
@@ -120,7 +137,7 @@ def read(file: pathlib.Path) -> tuple[dict[str, Any], Sweep]:
             values=one["values"],
             status="finished",
             reason="",
-            figures=one["figures"] | {"metrics.eval/nll": one["curve"][-1][1], "parameters": one["parameters"]},
+            figures=one["figures"] | {"parameters": one["parameters"]},
             metrics=[
                 {"step": step, "eval/nll": value} | ({"eval/nll_upper_bound": value} if one["bound"] else {})
                 for step, value in one["curve"]
@@ -136,23 +153,39 @@ def read(file: pathlib.Path) -> tuple[dict[str, Any], Sweep]:
 def page(file: pathlib.Path) -> str:
     """The whole page, from metrics.json."""
     measured, sweep = read(file)
-    names = tables.named(measured, sweep)
+    names = tables.named(measured, sweep) | {"conclusions": ""}
     said = file.with_name("conclusions.md")
-    conclusions = string.Template(said.read_text()).substitute(names).strip() if said.is_file() else ""
-    template = string.Template((FOLDER / "template.md").read_text())
-    return template.substitute(names | {"conclusions": conclusions and f"{conclusions}\n\n"})
+    if said.is_file():
+        names["conclusions"] = f"{_filled(said, said.read_text(), names).strip()}\n\n"
+    template = FOLDER / "template.md"
+    text = template.read_text()
+    if not study.FORMS[measured["form"]].short:  # it has none of the rows that these parts are about
+        text = re.sub(r"<!-- whole study -->.*?<!-- end -->\n", "", text, flags=re.DOTALL)
+    return _filled(template, re.sub(r"<!-- (whole study|end) -->\n\n?", "", text), names)
+
+
+def _filled(file: pathlib.Path, text: str, names: dict[str, str]) -> str:
+    """The text with its names filled in. Raises UserError if one of them is none."""
+    try:
+        return string.Template(text).substitute(names)
+    except KeyError as error:
+        wrong = str(error.args[0])
+        raise UserError(f"{file}: ${wrong} is the name of no figure{nearest(wrong, list(names))}") from error
+    except ValueError as error:
+        raise UserError(f"{file}: {error}; a dollar sign is written $$") from error
 
 
 def main() -> int:
     """Writes metrics.json if there is a sweep, the page and its pictures. Returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sweep", type=pathlib.Path, help="a finished study; default: the figures that are there")
+    parser.add_argument("--jobs", type=int, help="how many trainings ran at a time")
     parser.add_argument("--out", type=pathlib.Path, default=FOLDER, help="folder of metrics.json and the page")
     args = parser.parse_args()
     try:
         args.out.mkdir(parents=True, exist_ok=True)
         if args.sweep is not None:
-            files.write(args.out / METRICS, json.dumps(collect(args.sweep), indent=1) + "\n")
+            files.write(args.out / METRICS, json.dumps(collect(args.sweep, args.jobs), indent=1) + "\n")
         text = page(args.out / METRICS)
         for name, content in pictures.all_of(read(args.out / METRICS)[1]).items():
             files.write(args.out / name, content)

@@ -144,7 +144,7 @@ def test_the_best_is_marked_as_far_as_it_is_printed(make_sweep):
         ("eval.elbo.standard_error", "neither"),
         ("eval.unigram.nats_per_token", "neither"),
         ("eval.xz_bits_per_byte", "neither"),
-        ("eval.price[streams=4].independence_gap", "lower"),
+        ("eval.price.4.independence_gap", "lower"),
         ("eval.tokens", "neither"),
         ("suites.lambada.accuracy", "higher"),
         ("generation.entries[0].mauve", "higher"),
@@ -172,8 +172,17 @@ def test_bounds_are_marked(make_sweep):
     """The loss of a masked diffusion is an upper bound, and so is its ratio to an exact loss."""
     cells = _row(_tables(make_sweep()), "model=MDLM").cells
     assert [(cell.bound, cell.ratio_bound) for cell in cells.values()] == [("≤", "≤"), ("≤", "≤"), ("", "")]
+    assert sweep_figures.bound(sweep_reading.load(make_sweep("mdlm")).members[3], "eval.elbo.standard_error") == ""
     exact = _row(_tables(make_sweep("other"), baseline="model=MDLM"), "model=AR").cells[BITS]
     assert (exact.bound, exact.ratio_bound) == ("", "≥")
+    folder = make_sweep("suites")  # a model may validate by a bound and be scored exactly
+    for row, bound in (("AR", True), ("MDLM", False)):
+        figures = [{"set": "ptb", "bound": bound, "score": {"perplexity": 9.0, "tokens": 7}}]
+        (folder / f"members/model={row},seed=0/suites.json").write_text(json.dumps({"figures": figures}))
+    wanted = [f"suites.figures[set=ptb].score.{name}" for name in ("perplexity", "tokens")]
+    tables = sweep_tables.make(sweep_reading.load(folder), wanted)
+    marks = [[cell.bound for cell in _row(tables, f"model={row}").cells.values()] for row in ("AR", "MDLM")]
+    assert marks == [["≤", ""], ["", ""]]
     folder = make_sweep("orders")
     for row, bounds in (("AR", {"nll_at_most": 4.0, "nll_at_least": 2.0}), ("MDLM", {})):
         file = folder / f"members/model={row},seed=0/eval.json"
@@ -195,11 +204,15 @@ def test_any_number_has_a_name(make_sweep):
     (folder / "members/model=AR,seed=0/generation.json").write_text(json.dumps({"entries": entries}))
     whole = "generation.entries[mode=strided,streams=2,temperature=1.0].figure"
     short = "generation.entries[mode=strided,temperature=1].figure"
-    figures = _tables(folder, ["eval.price[streams=4].gap", whole, short, "cost.tokens", "cost.flops"])
+    figures = _tables(folder, ["eval.price.4.independence_gap", whole, short, "cost.tokens", "cost.flops"])
     values = [cell.value.mean for cell in _row(figures, "model=AR").cells.values()]
     assert values[:4] == [0.5, 1.5, 1.5, 1600 * 2 * 64]
     assert values[4] == flops.training_flops_per_token(ModelConfig(max_length=64)).total * 1600 * 2 * 64
     with pytest.raises(UserError, match="fits 'generation.entries.mode=strided.*give more settings"):
+        _tables(folder, ["generation.entries[streams=2].figure"])
+    (folder / "members/model=AR,seed=1/generation.json").write_text(json.dumps({"entries": entries[2:]}))
+    (folder / "members/model=AR,seed=0/generation.json").write_text(json.dumps({"entries": entries[:1]}))
+    with pytest.raises(UserError, match="of model=AR,seed=0 and 'generation.*lossless.* of model=AR,seed=1; give more"):
         _tables(folder, ["generation.entries[streams=2].figure"])
     with pytest.raises(UserError, match="'eval.left_to_rigth.bits_per_byte': no finished member has it; did you mean"):
         _tables(folder, ["eval.left_to_rigth.bits_per_byte"])

@@ -41,10 +41,10 @@ def sweep_file(tmp_path: pathlib.Path, corpus: pathlib.Path) -> Callable[..., st
 
 @pytest.fixture
 def make_plan(tmp_path: pathlib.Path, sweep_file: Callable[..., str]) -> Callable[..., Plan]:
-    """(members, after, overrides) -> the plan of that sweep in the folder `out`."""
+    """(members, after, overrides, out) -> the plan of that sweep in a folder of that name."""
 
-    def make(members: str, after: str = "()", overrides: tuple[str, ...] = ()) -> Plan:
+    def make(members: str, after: str = "()", overrides: tuple[str, ...] = (), out: str = "out") -> Plan:
         spec = sweep_file(members, after)
-        return plans.make(plans.load(spec, overrides), spec, tmp_path / "out", lambda words: None)
+        return plans.make(plans.load(spec, overrides), spec, tmp_path / out, lambda words: None)
 
     return make

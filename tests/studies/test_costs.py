@@ -68,13 +68,15 @@ def test_a_list_runs_nothing(tmp_path, capsys, sweep_file):
     """It prints a table or JSON, and leaves no folder."""
     command = ["sweep", f"--config={sweep_file(MEMBERS)}", f"--out={tmp_path / 'out'}", "--list"]
     assert cli.main(command) == 0
-    assert "model.width=32" in (one := capsys.readouterr().out) and "left if one member runs at a time" in one
+    assert (
+        "model.width=32" in (one := capsys.readouterr().out) and "of training left if one member runs at a time" in one
+    )
     assert cli.main([*command, "--rate=1e3", "--jobs=2"]) == 0
     *members, last = capsys.readouterr().out.splitlines()
     times = [line.split()[4].split(":") for line in members[1:]]
     left = [3600 * int(hours) + 60 * int(minutes) + int(seconds) for hours, minutes, seconds in times]
     together = max(sum(left) / 2, *left)
-    assert f"{costs.duration(together)} left if 2 members run at a time, each at the rate" in last
+    assert f"{costs.duration(together)} of training left if 2 members run at a time, each at the rate" in last
     assert cli.main([*command, "--json", "--rate=1e9", "--only=model*"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert [row["name"] for row in found["members"]] == ["model.width=16", "model.width=32"]

@@ -50,12 +50,14 @@ def test_what_is_trained_is_left_out(make_plan):
     plan = make_plan(f"chain({MEMBERS}, {tuned})", '("eval",)')
 
     def names() -> list[str]:
-        return [words[-1].rpartition("/")[2] for words in launching.commands(plan, plan.jobs, "slurm", [])]
+        lines, waiting[0] = launching.commands(plan, plan.jobs, "slurm", [])
+        return [words[-1].rpartition("/")[2] for words in lines]
 
-    assert names() == [job.name for job in plan.jobs[:4]]
+    waiting = [0]
+    assert names() == [job.name for job in plan.jobs[:4]] and waiting == [1]
     plan.folder.member("model=AR,seed=0").mkdir(parents=True)
     plan.folder.note("model=AR,seed=0", Done("finished", ("train",)))
-    assert names() == [job.name for job in plan.jobs[1:]]
+    assert names() == [job.name for job in plan.jobs[1:]] and waiting == [0]
 
 
 def test_names_of_jobs(make_plan):

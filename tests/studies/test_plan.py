@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import re
 
 import pytest
 
@@ -148,12 +147,14 @@ def test_a_folder_of_something_else_is_refused(make_plan):
     _begin(plan, "model=AR")
     with pytest.raises(UserError, match="holds another sweep, without any of these members"):
         make_plan('axis("model.width", [32])')
-    moved = plan.folder.path.rename(plan.folder.path.parent / "moved")
-    moved.rename(plan.folder.path)
-    file = plan.folder.config_file("model=AR")
-    file.write_text(re.sub(r'"cache_dir": ".*"', '"cache_dir": "/elsewhere/data"', file.read_text()))
-    assert make_plan(AR)
-    file.unlink()
+    before = plan.folder.config_file("model=AR").read_text()
+    plan.folder.path.rename(plan.folder.path.parent / "moved")
+    moved = make_plan(AR, out="moved")
+    assert str(moved.folder.path / "data") not in before
+    moved.write()
+    assert str(moved.folder.path / "data") in moved.folder.config_file("model=AR").read_text()
+    moved.folder.path.rename(plan.folder.path)
+    plan.folder.config_file("model=AR").unlink()
     with pytest.raises(UserError, match="holds a run that no sweep began"):
         make_plan(AR)
 

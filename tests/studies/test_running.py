@@ -180,7 +180,7 @@ def test_a_sweep_that_is_killed_ends_like_an_undisturbed_one(tmp_path, sweep_fil
 
 
 @pytest.mark.slow
-def test_a_failed_member_stops_nobody(tmp_path, sweep_file):
+def test_a_failed_member_stops_nobody(tmp_path, capsys, sweep_file):
     """It is listed with its reason and tried again by the next call; what waits for it says so; others are finished."""
     text = tmp_path / "late.txt"
     late = f'choices("m", {{"late": {{"data.path": {str(text)!r}}}}})'
@@ -198,6 +198,9 @@ def test_a_failed_member_stops_nobody(tmp_path, sweep_file):
     folder = record.Folder(out)
     assert folder.done("m=late") == Done("failed", (), failed["m=late"])
     assert folder.done("m=good") == Done("finished", ("train",))
+
+    assert cli.main(["sweep", f"--config={spec}", f"--out={out}", "--only=m=good", *flags]) == 1
+    assert "whose training is not finished, and which --only leaves out" in capsys.readouterr().out
 
     text.write_text("the old river moves under a stone\n" * 100)
     before = (folder.member("m=good") / "events.jsonl").read_bytes()
