@@ -28,7 +28,10 @@ def bounds_note(found: OrderBounds) -> str:
         if found.rows < order_bounds.MIN_ROWS:
             note += f" Fewer than {order_bounds.MIN_ROWS} rows do not say what the figure is at least."
         else:
-            note += " That is too much, in some row or in all, for so few draws to say what the figure is at least."
+            note += (
+                " So few draws do not say what the figure is at least: orders differ too much, in some row or in all,"
+                " or the figure would be below 0."
+            )
     return note
 
 

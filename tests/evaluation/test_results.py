@@ -80,6 +80,15 @@ def test_every_score_has_its_row():
         ]
 
 
+def test_a_bound_that_is_missing_has_every_reason_that_it_may_have():
+    """Orders that hardly differ are no reason: then the figure would have been below 0."""
+    found = results.OrderBounds(rows=64, spread=0.01, bounds={"2": results.OrderBound(nll_at_most=0.001)})
+    note = tables.bounds_note(found)
+    assert "orders differ too much" in note and "or the figure would be below 0" in note
+    bounded = dataclasses.replace(found, bounds={"2": results.OrderBound(nll_at_most=0.2, nll_at_least=0.1)})
+    assert "below 0" not in tables.bounds_note(bounded)
+
+
 def test_an_evaluation_reads_back_as_it_was(tmp_path):
     """The file has the keys that it always had, in their order, and gives the same evaluation again."""
     evaluation = _evaluation()
