@@ -20,7 +20,8 @@ def section(found: Suites) -> str:
     parts.append(
         markup.note(
             "Published, for other training data and sizes: models trained on OpenWebText with GPT-2's vocabulary in"
-            " rows of 1,024, as Karami & Ghodsi (2026) report them."
+            " rows of 1,024, as Karami & Ghodsi (2026) report them. They belong to the protocol of SEDD and RADD (sedd)"
+            " and cannot be compared with figures of mdlm; the papers do not say which split of WikiText-2 was taken."
         )
     )
     parts.append(markup.table(["model", *suites_results.PUBLISHED_SETS], published))
