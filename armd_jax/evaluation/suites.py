@@ -203,6 +203,7 @@ def evaluate(
         figures=(),
         last_word=word,
         missing=tuple(missing),
+        ema=scorer.ema,
     )
     for one in found:
         figure = scorer.figure(one.protocol, one.name, one.split, one.text)
@@ -226,6 +227,7 @@ class Scorer:
       batch_size: chunks per network call. seed: of the draws.
       limit: chunks of each set at most; None: all.
       reset: `data.reset` of the training, which chunks are scored with, although the protocols know no such thing.
+      ema: whether the weights are the average, as far as the run keeps one, or the raw ones; None: not known.
       context: on which devices.
       progress: whether progress bars are shown on stderr.
     """
@@ -237,6 +239,7 @@ class Scorer:
     seed: int = 0
     limit: int | None = None
     reset: Reset = "none"
+    ema: bool | None = None
     context: Context = PLAIN
     progress: bool = True
 

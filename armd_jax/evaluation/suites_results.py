@@ -122,7 +122,8 @@ class Suites:
 
     length: the model's max_length, which chunks have. documents_apart: whether documents of a chunk are kept apart, as
     the model was trained with `data.reset=document`; the protocols know no such thing. limit_rows: chunks of each set
-    (and passages of LAMBADA) at most; None: all.
+    (and passages of LAMBADA) at most; None: all. ema: whether the average of the weights was asked for rather than the
+    raw ones; None if a file does not say.
     """
 
     length: int
@@ -132,6 +133,7 @@ class Suites:
     figures: tuple[Figure, ...]
     last_word: LastWord | None = typed.field(None, absent_if_none=True)
     missing: tuple[Missing, ...] = ()
+    ema: bool | None = typed.field(None, absent_if_none=True)
 
 
 # Zero-shot perplexities that papers report, for models trained on OpenWebText with GPT-2's vocabulary in rows of 1,024:
@@ -194,15 +196,16 @@ def cells(figure: Figure) -> list[str]:
     ]
 
 
-def chunking(protocol: SuiteProtocol, found: Suites) -> str:
-    """How a protocol cuts text, in one line."""
+def heading(protocol: SuiteProtocol, found: Suites) -> str:
+    """How a protocol cuts text, and whether the raw weights were taken, in one line."""
     match protocol:
         case "sedd":
-            return f"end-of-text behind every record, chunks of {found.length:,}"
+            chunks = f"chunks of {found.length:,}"
         case "mdlm":
-            return f"end-of-text behind every record, chunks of {found.length - 2:,} between two end-of-texts"
+            chunks = f"chunks of {found.length - 2:,} between two end-of-texts"
         case _:
             assert_never(protocol)
+    return f"{protocol}: end-of-text behind every record, {chunks}{results.raw_weights(found.ema)}"
 
 
 def notes(found: Suites) -> list[str]:
@@ -241,7 +244,7 @@ def as_text(found: Suites) -> str:
     """The figures as tables for a terminal."""
     lines = []
     for protocol in dict.fromkeys(figure.protocol for figure in found.figures):
-        lines.append(f"{protocol}: {chunking(protocol, found)}")
+        lines.append(heading(protocol, found))
         table = [list(HEADER), *(cells(figure) for figure in found.figures if figure.protocol == protocol)]
         widths = [max(map(len, column)) for column in zip(*table, strict=True)]
         for row in table:

@@ -95,7 +95,8 @@ def as_text(result: Evaluation) -> str:
     """The figures as a table for a terminal."""
     rows = results.rows(result)
     width = max(30, *(len(row.name) for row in rows))
-    lines = [f"{result.split}: {result.bytes:,} bytes, {result.tokens:,} tokens, {result.words:,} words"]
+    sizes = f"{result.bytes:,} bytes, {result.tokens:,} tokens, {result.words:,} words"
+    lines = [f"{result.split}: {sizes}{results.raw_weights(result.ema)}"]
     lines.append(f"{'':<{width}} {'bits/byte':>11} {'ppl/token':>13} {'ppl/word':>18}")
     for row in rows:
         per_token, per_word = (

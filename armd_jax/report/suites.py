@@ -10,7 +10,7 @@ def section(found: Suites) -> str:
     """HTML of the tables of every protocol, LAMBADA's last words, and published figures."""
     parts = [markup.heading("Texts that it was not trained on")]
     for protocol in dict.fromkeys(figure.protocol for figure in found.figures):
-        parts.append(markup.note(f"Protocol {protocol}: {suites_results.chunking(protocol, found)}."))
+        parts.append(markup.note(f"Protocol {suites_results.heading(protocol, found)}."))
         rows = [suites_results.cells(figure) for figure in found.figures if figure.protocol == protocol]
         parts.append(markup.table(suites_results.HEADER, rows))
     if found.last_word is not None:

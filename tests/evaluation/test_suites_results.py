@@ -69,6 +69,7 @@ FOUND = Suites(
     figures=(BOUND, FIGURE),
     last_word=WORD,
     missing=(Missing(protocol="sedd", set="ptb", split="test"),),
+    ema=True,
 )
 
 
@@ -122,6 +123,15 @@ def test_notes_on_the_form_of_a_text_are_of_sets_that_were_published_in_another(
     assert notes(ptb, original) == [told]
     assert ["denoiser" in line for line in notes(dataclasses.replace(original, bound=True))] == [False, True]
     assert notes(FIGURE, ptb) == ["with <unk> in the text, unlike the raw form that was published: wikitext2 valid"]
+
+
+def test_raw_weights_are_told():
+    """In every heading; a file of an earlier version does not say which weights were taken."""
+    for ema in (True, None, False):
+        lines = suites_results.as_text(dataclasses.replace(FOUND, ema=ema)).splitlines()
+        assert [line.endswith("; raw weights (--no-ema)") for line in (lines[0], lines[4])] == [ema is False] * 2
+    old = {name: value for name, value in typed.as_plain(FOUND).items() if name != "ema"}
+    assert typed.build(Suites, old, "suites").ema is None
 
 
 def test_published_figures_have_a_column_for_every_set():
