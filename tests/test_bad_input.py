@@ -232,7 +232,7 @@ COMMAND_LINES = [
     ("eval --run=run --split=nowhere", r"--split: invalid choice: 'nowhere'"),
     ("eval --run=run --streams=two", r"--streams='two': expected whole numbers"),
     ("eval --run=run --streams=0", r"--streams='0': expected whole numbers from 1"),
-    ("eval --run=run --streams=3", r"--streams=3: 3 does not divide model.max_length=64"),
+    ("eval --run=run --streams=3", r"--streams=3: 3 does not divide the 64 tokens of a row"),
     ("eval --run=run --batch=0", r"--batch at least 1"),
     ("eval --run=run --draws=-1", r"--draws must be at least 0"),
     ("eval --run=run --orders=0", r"--orders=0: must be at least 1"),

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import dataclasses
 import itertools
 import pathlib
 import tempfile
@@ -46,7 +47,11 @@ def add(parser: argparse.ArgumentParser) -> None:
         "--split", default=None, choices=typed.choices(Split), help="default: test, or valid if the text has no test"
     )
     parser.add_argument(
-        "--data", default=None, type=source, help="other text: file, folder, glob, tfds:NAME or prepared folder"
+        "--data",
+        default=None,
+        type=source,
+        help="other text: file, folder, glob, tfds:NAME or prepared folder. Text without splits is divided as for"
+        " training, and only its test part is scored; baselines are of its own training part",
     )
     parser.add_argument(
         "--streams", default=None, help="numbers of streams of the strided orders; default: of 2,4,8 those that fit"
@@ -80,7 +85,7 @@ def add(parser: argparse.ArgumentParser) -> None:
         help="also take apart what streams cost: factorised blocks, and cold starts by place in the stream",
     )
     parser.add_argument("--batch", type=int, default=16, help="rows per network call")
-    parser.add_argument("--seed", type=int, default=0, help="of the random orders and masks")
+    parser.add_argument("--seed", type=int, default=0, help="of the random orders and masks; draw d has seed + d")
     parser.add_argument(
         "--no-baselines",
         action="store_true",
@@ -169,11 +174,6 @@ def _held_out(args: argparse.Namespace) -> int:
         raise UserError(f"--shuffled={args.shuffled}: a row has model.max_length={config.model.max_length} tokens")
     # A denoiser has nothing but its bound, and from several draws that has a standard error.
     draws = args.draws if args.draws is not None else 1 if config.model.has_orders else 4
-    wrong = [count for count in streams if config.model.max_length % count]
-    if wrong and args.streams is not None:
-        raise UserError(
-            f"--streams={args.streams}: {wrong[0]} does not divide model.max_length={config.model.max_length}"
-        )
 
     from armd_jax.training import host_memory
 
@@ -193,6 +193,13 @@ def _held_out(args: argparse.Namespace) -> int:
         if files.unwritable(rows):  # a run on a read-only file system: rows that nobody prepared live for this call
             rows = pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="armd-eval-")))
         data = held_out.find(args.run, config, args.split, args.data, rows)
+        # Rows that were prepared ahead may be shorter than the model's.
+        wrong = [count for count in streams if data.length % count]
+        if wrong and args.streams is not None:
+            raise UserError(
+                f"--streams={args.streams}: {wrong[0]} does not divide the {data.length} tokens of a row"
+                f" ({mixture.place_of(data)})"
+            )
         # Beside the rows, unless it is only the run that says where they are: that must not choose where to write. Of a
         # mixture, which has no folder of its own, in the run.
         folders = [source.folder for source in mixture.sources_of(data)]
@@ -216,6 +223,7 @@ def _held_out(args: argparse.Namespace) -> int:
             shuffled=args.shuffled,
             with_price=args.price,
         )
+    found = dataclasses.replace(found, ema=not args.no_ema, other_text=args.data is not None)
     keep = args.run if args.data is None else None
     return show_and_keep(args, found.as_dict(), tables.as_text(found), keep, results.EVALUATION_FILE)
 

@@ -11,7 +11,7 @@ from armd_jax import typed
 from armd_jax.cli.arguments import check_seed, folder, show, source, whole_numbers
 from armd_jax.config import Config
 from armd_jax.errors import UserError
-from armd_jax.names import DecodingMode, DenoisingSampler
+from armd_jax.names import DecodingMode, DenoisingSampler, Reset
 
 _STREAMS, _TEMPERATURES, _SAMPLES = "1,2,4", "0.7,0.8,0.9,1.0", 64
 _ENOUGH = 1000  # texts for MAUVE
@@ -104,17 +104,40 @@ def run(args: argparse.Namespace) -> int:
         keep=record.add,
         progress=not args.json,
     )
-    note = "" if real is not None else "No real text to compare with was found; --reference names some."
-    if real is not None and not any(entry.mauve_text for entry in found):
-        note = "MAUVE is not installed (an extra, under the GPL): pip install -e '.[mauve]'"
-    elif real is not None and samples < _ENOUGH:
-        note = f"MAUVE is made for thousands of texts; from {samples:,} it says little."
-    text = generative_results.as_text(found, note)
+    compared = any(entry.mauve_text for entry in found)
+    notes = _notes(config.data.reset, None if real is None else min(samples, len(real.rows)), compared)
+    text = generative_results.as_text(found, "\n".join(notes))
     code = show(args, record.content, text)
     if record.unwritten:
         file = record.folder / generative_results.GENERATION_FILE
         print(f"{file} was not written ({record.unwritten}); --out=FOLDER keeps it elsewhere", file=sys.stderr)
     return code
+
+
+def _notes(reset: Reset, texts: int | None, compared: bool) -> list[str]:
+    """What a reader of the tables has to know.
+
+    reset: `data.reset` of the model that wrote. texts: how many MAUVE has of generated or of real text, whichever is
+    less; None: there is no real text. compared: whether MAUVE was computed.
+    """
+    notes = []
+    match reset:
+        case "none":
+            pass
+        case "document":
+            notes.append(
+                "The model was trained with data.reset=document: it never saw a token behind an end-of-text, and here"
+                " it writes on behind one with all of the text before it in view."
+            )
+        case _:
+            typing.assert_never(reset)
+    if texts is None:
+        notes.append("No real text to compare with was found; --reference names some.")
+    elif not compared:
+        notes.append("MAUVE is not installed (an extra, under the GPL): pip install -e '.[mauve]'")
+    elif texts < _ENOUGH:
+        notes.append(f"MAUVE is made for thousands of texts; from {texts:,} it says little.")
+    return notes
 
 
 def _numbers(text: str) -> list[float]:

@@ -23,7 +23,8 @@ def add(parser: argparse.ArgumentParser) -> None:
         "--suite",
         default=None,
         choices=(*_PROTOCOLS, "all"),
-        help="instead of held-out text: zero-shot perplexities by this published protocol, and LAMBADA's last words",
+        help="instead of held-out text: zero-shot perplexities by this published protocol, and LAMBADA's last words."
+        " A call replaces suites.json, also the figures of sets that it does not measure",
     )
     parser.add_argument(
         "--suite-data", default=None, type=folder, metavar="DIR", help="the folder with the texts of the suites"
@@ -78,6 +79,7 @@ def run(args: argparse.Namespace) -> int:
         seed=args.seed,
         limit=args.limit_rows,
         reset=config.data.reset,
+        ema=not args.no_ema,
         context=PLAIN if mesh is None else Context(sharding.constrain(mesh)),
     )
     result = suites.evaluate(

@@ -1,7 +1,8 @@
 """Generation metrics (`armd eval --judge`): how good and how varied the texts are that a model writes, and how fast.
 
 Every text has the same number of tokens, in the model's tokenizer: end-of-text is drawn and counted like any other
-token and ends nothing, as in the rows of the training, so that texts of all modes and real text can be compared.
+token and ends nothing, so that texts of all modes and real text can be compared. In the rows of the training it is so
+too, unless the model was trained with `data.reset=document`.
 """
 
 import contextlib
@@ -179,9 +180,11 @@ def evaluate(
         for way, temperature in itertools.product(ways, temperatures)
     ]
     compares = real is not None and _mauve_is_installed()
-    real_name = real.name if compares and real else ""
+    real_text = (real.name, real.digest) if compares and real else ("", "")
     found_before = {
-        entry.setting: entry for entry in known if entry.text or not compares or entry.mauve_text == real_name
+        entry.setting: entry
+        for entry in known
+        if entry.text or not compares or (entry.mauve_text, entry.mauve_digest) == real_text
     }
     measured: list[Entry] = []
 
@@ -193,7 +196,7 @@ def evaluate(
     missing = [setting for setting in settings if setting not in found_before]
     real_scores: Scores | None = None
     if real is not None:
-        setting = dataclasses.replace(shared, text=real.name)
+        setting = dataclasses.replace(shared, text=real.name, text_digest=real.digest)
         if setting in found_before and not (compares and missing):
             finish(found_before[setting], fresh=False)
         else:
@@ -214,7 +217,8 @@ def evaluate(
                     entry,
                     own_nats_per_token=None if own is None else float(own.mean()),
                     mauve=mauve_score(scores, real_scores),
-                    mauve_text=real_name,
+                    mauve_text=real_text[0],
+                    mauve_digest=real_text[1],
                     tokens_per_second=written.tokens_per_second,
                     num_calls=written.num_calls,
                     calls_per_token=float(written.calls_T.mean()) / length,

@@ -3,7 +3,8 @@
 A text is a row of token ids of the model that wrote it. If the judge has the same tokenizer, it scores these ids. If
 not, the row is cut at its end-of-text tokens, each part is decoded and encoded again with the judge's tokenizer, and
 the judge's own end-of-text stands between the parts. Every token is scored, the first one and those of end-of-text
-included. A text that is longer than the judge's context is scored in windows (`windows`).
+included. A text that is longer than the judge's context is scored in windows (`windows`). A judge that was trained with
+`data.reset=document` scores every document of a text by itself.
 """
 
 import dataclasses
@@ -11,16 +12,19 @@ import hashlib
 from collections.abc import Sequence
 from typing import Protocol, assert_never
 
+import jax.numpy as jnp
 import numpy as np
 
 from armd_jax import typed
+from armd_jax.core import documents
 from armd_jax.core import order as orders
+from armd_jax.core.order import Order
 from armd_jax.data.tokenizers import Tokenizer
 from armd_jax.errors import UserError
 from armd_jax.evaluation.completions import fingerprint
 from armd_jax.evaluation.generative_results import JudgedBy
 from armd_jax.inference.language_model import LanguageModel
-from armd_jax.names import JudgeKind
+from armd_jax.names import JudgeKind, Reset
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,15 +102,16 @@ class Judge(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class OwnJudge:
-    """A judge that this package computes."""
+    """A judge that this package computes. reset: `data.reset` of its training, which texts are scored with."""
 
     lm: LanguageModel
     facts: JudgedBy
     batch_size: int
+    reset: Reset = "none"
 
     @classmethod
-    def of(cls, lm: LanguageModel, name: str, kind: JudgeKind, batch_size: int) -> "OwnJudge":
-        """A model with orders and with a tokenizer as a judge. name, kind: see `JudgedBy`."""
+    def of(cls, lm: LanguageModel, name: str, kind: JudgeKind, batch_size: int, reset: Reset = "none") -> "OwnJudge":
+        """A model with orders and with a tokenizer as a judge. name, kind: see `JudgedBy`. reset: see the class."""
         match kind:
             case "armd":
                 first_token = "the judge's start token"
@@ -114,6 +119,13 @@ class OwnJudge:
                 first_token = "the token that its config says texts begin with (bos, else eos)"
             case _:
                 assert_never(kind)
+        match reset:
+            case "none":
+                pass
+            case "document":
+                first_token += ", and so is the one behind every end-of-text (data.reset=document)"
+            case _:
+                assert_never(reset)
         facts = JudgedBy(
             name=name,
             kind=kind,
@@ -122,7 +134,7 @@ class OwnJudge:
             retokenised=True,
             first_token=first_token,
         )
-        return cls(lm, facts, batch_size)
+        return cls(lm, facts, batch_size, reset)
 
     @property
     def _tokenizer(self) -> Tokenizer:
@@ -149,7 +161,7 @@ class OwnJudge:
                 tokens_BN[row, : len(window.tokens)] = window.tokens
             places_N = np.arange(tokens_BN.shape[1])
             scored_BN = (places_N >= seen[chosen, None]) & (places_N < lengths[chosen, None])
-            order = orders.left_to_right(*tokens_BN.shape)
+            order = self._order(tokens_BN)
             if features:
                 log_prob, hidden = self.lm.log_prob_and_hidden(tokens_BN, order)
                 sums_WD[chosen] = np.where(scored_BN[..., None], np.asarray(hidden), 0).sum(axis=1, dtype=np.float64)
@@ -157,6 +169,19 @@ class OwnJudge:
                 log_prob = self.lm.log_prob(tokens_BN, order)
             nats_W[chosen] = -np.where(scored_BN, np.asarray(log_prob), 0).sum(axis=1, dtype=np.float64)
         return totals(parts, nats_W, sums_WD if features else None)
+
+    def _order(self, tokens_BN: np.ndarray) -> Order:
+        """Left to right, in each document by itself if the judge was trained so."""
+        order = orders.left_to_right(*tokens_BN.shape)
+        match self.reset:
+            case "none":
+                return order
+            case "document":
+                return documents.keep_apart(
+                    order, documents.begins(jnp.asarray(tokens_BN), self._tokenizer.end_of_text)
+                )
+            case _:
+                assert_never(self.reset)
 
 
 def _digest(lm: LanguageModel) -> str:

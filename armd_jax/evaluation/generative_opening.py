@@ -2,6 +2,7 @@
 
 import pathlib
 
+from armd_jax import config as configs
 from armd_jax import files, remote
 from armd_jax.errors import UserError
 from armd_jax.evaluation import generative_transformers
@@ -10,6 +11,7 @@ from armd_jax.interop import importing
 from armd_jax.interop.huggingface import configs as huggingface_configs
 from armd_jax.interop.huggingface.configs import ARMD_TYPE
 from armd_jax.interop.load import load
+from armd_jax.names import Reset
 
 
 def open_judge(path: pathlib.Path, batch_size: int) -> Judge:
@@ -26,14 +28,16 @@ def open_judge(path: pathlib.Path, batch_size: int) -> Judge:
         return _imported(path, name, batch_size)
     file = path / "config.json"
     values = files.read_json(file) if file.is_file() else None
-    foreign = isinstance(values, dict) and values.get("model_type", ARMD_TYPE) != ARMD_TYPE
-    if not foreign:
+    kind = values.get("model_type", "") if isinstance(values, dict) else ""
+    if kind in ("", ARMD_TYPE):
         lm = load(path)
         if not lm.config.has_orders:
             raise UserError(
                 f"--judge={name}: a denoiser (model.kind) gives no text a probability; choose another judge"
             )
-        return OwnJudge.of(lm, name, "armd", batch_size)
+        # An export for transformers does not say what rows were in training.
+        reset: Reset = "none" if kind else configs.read(path).data.reset
+        return OwnJudge.of(lm, name, "armd", batch_size, reset)
     try:
         return _imported(path, name, batch_size)
     except UserError as error:

@@ -1,6 +1,8 @@
 """Real text that generated texts are compared with: rows of as many tokens, of a run's own text or of other text."""
 
 import dataclasses
+import functools
+import hashlib
 import pathlib
 import tempfile
 import typing
@@ -22,6 +24,11 @@ class Real:
     name: str
     rows: list[list[int]]
 
+    @functools.cached_property
+    def digest(self) -> str:
+        """Of the rows, which two texts of one name may differ in."""
+        return hashlib.sha256(np.asarray(self.rows, "<i4").tobytes()).hexdigest()[:16]
+
 
 def find(
     run: pathlib.Path, config: Config, reference: str | None, rows: pathlib.Path, length: int, samples: int
@@ -30,7 +37,8 @@ def find(
 
     reference: a split of the run's text, or other text, which is prepared in `rows` (see `held_out.find`); None: the
         run's own held-out text, if it is there.
-    Raises UserError if there is no such text. None if none was named and the run's own cannot be found.
+    Raises UserError if there is no such text, or no whole row of it. None if none was named and the run's own text
+    cannot be found, or has no such row.
     """
     split = next((name for name in typing.get_args(Split) if name == reference), None)
     text = None if split else reference
@@ -38,13 +46,14 @@ def find(
         place = pathlib.Path(temporary) if files.unwritable(rows) else rows
         try:
             data = held_out.find(run, config, split, text, place)
+            chosen = held_out.chosen_split(split, data.splits)
+            found = spread(data, chosen, length, samples)
         except UserError as error:
             if reference is None:
                 return None
             raise UserError(f"--reference={remote.spelled(reference)}: {error}") from error
-        chosen = held_out.chosen_split(split, data.splits)
         name = f"{chosen} split" if text is None else f"{chosen} split of {remote.spelled(text)}"
-        return Real(name, spread(data, chosen, length, samples))
+        return Real(name, found)
 
 
 def spread(data: Data, split: str, length: int, samples: int) -> list[list[int]]:
@@ -53,10 +62,10 @@ def spread(data: Data, split: str, length: int, samples: int) -> list[list[int]]
     Raises UserError if the rows are shorter, or if none is full.
     """
     if data.length < length:
-        raise UserError(f"--reference: its rows have {data.length} tokens, fewer than --length={length}")
+        raise UserError(f"its rows have {data.length} tokens, fewer than --length={length}")
     sources = [(source.rows(split), source.counts(split).tokens // data.length) for source in sources_of(data, split)]
     places = [(rows, at) for rows, full in sources for at in range(full)]
     if not places:
-        raise UserError(f"--reference: its {split} split has no row of {data.length} tokens")
+        raise UserError(f"its {split} split has no row of {data.length} tokens")
     chosen = np.unique(np.linspace(0, len(places) - 1, min(samples, len(places))).round().astype(int))
     return [places[at][0][places[at][1]][:length].tolist() for at in chosen]

@@ -51,12 +51,13 @@ class JudgedBy:
 class Setting:
     """Everything that decides an entry's figures.
 
-    text: the name of real text, such as "test split"; empty if the model wrote the texts.
+    text: the name of real text, such as "test split"; empty if the model wrote the texts. text_digest: of its rows,
+        which two texts of one name may differ in; empty in entries of earlier versions, and if the model wrote them.
     mode, streams: of an ARMD. sampler, steps: of a denoiser; see `inference.language_model.How`. None if it has none.
     temperature: None for real text. top_p: None if the whole distribution is drawn from; real text has that of the
         texts in its table.
     samples: how many texts are asked for. length: tokens of each, in the model's tokenizer; nothing ends before: an
-        end-of-text is a token like the others, as in the rows of the training. batch: texts that are drawn together.
+        end-of-text is a token like the others. batch: texts that are drawn together.
     seed: text i of an ARMD has the seed `seed` + i; the batch of a denoiser that begins with text i has.
     weights: digest of the first numbers of the model's weights.
     """
@@ -74,6 +75,7 @@ class Setting:
     seed: int
     weights: str
     judge: JudgedBy
+    text_digest: str = ""
 
     @property
     def label(self) -> str:
@@ -92,7 +94,10 @@ class Setting:
 
     @property
     def comparable(self) -> tuple[JudgedBy, int, int, int, float | None, str]:
-        """What entries have to agree in to stand in one table. Real text has no seed and no nucleus of its own."""
+        """What entries have to agree in to stand in one table, but for what `groups` asks of those with a speed.
+
+        Real text has no seed and no nucleus of its own.
+        """
         return self.judge, self.samples, self.length, self.seed, self.top_p, self.weights
 
 
@@ -109,7 +114,8 @@ class Figures(Variety):
     own_nats_per_token: of the texts under the order in which the model wrote them, by its own probabilities; None for a
         denoiser and for real text.
     mauve: between 0 and 1 (Pillutla et al. 2021), from the judge's final hidden states, averaged over the tokens of a
-        text; None if it was not computed. mauve_text: the real text that it compares with.
+        text; None if it was not computed. mauve_text: the real text that it compares with. mauve_digest: its
+        `Setting.text_digest`; empty in entries of earlier versions.
     tokens_per_second, num_calls: of one batch, its second drawing, so that nothing is compiled; 0 for real text.
         calls_per_token: network calls up to the last token of a text, divided by its tokens, averaged over the texts.
     hardware: devices, for people. example: the beginning of the first text.
@@ -125,6 +131,7 @@ class Figures(Variety):
     own_nats_per_token: float | None = None
     mauve: float | None = None
     mauve_text: str = ""
+    mauve_digest: str = ""
     tokens_per_second: float = 0.0
     num_calls: int = 0
     calls_per_token: float = 0.0
@@ -181,11 +188,22 @@ def read(folder: pathlib.Path) -> Generations | None:
 
 
 def groups(entries: Iterable[Entry]) -> list[list[Entry]]:
-    """Entries that can be compared, as lists in the order of their first ones, each sorted by way and temperature."""
-    found: dict[object, list[Entry]] = {}
+    """Entries that can be compared, as lists in the order of their first ones, each sorted by way and temperature.
+
+    Speeds can be compared between texts that were drawn in batches of one size on the same hardware. Real text has no
+    speed and stands in every list that it otherwise belongs to, once, whatever batches it was scored in.
+    """
+    drawn: dict[object, list[Entry]] = {}
+    real: dict[object, dict[str, Entry]] = {}
     for entry in entries:
-        found.setdefault(entry.comparable, []).append(entry)
-    return [sorted(group, key=lambda entry: (*entry.way, entry.temperature or 0.0)) for group in found.values()]
+        if entry.text:
+            real.setdefault(entry.comparable, {})[entry.text] = entry
+        else:
+            drawn.setdefault((entry.comparable, entry.batch, entry.hardware), []).append(entry)
+    found = [[*group, *real.get(group[0].comparable, {}).values()] for group in drawn.values()]
+    accompanied = {group[0].comparable for group in drawn.values()}
+    found += [list(texts.values()) for comparable, texts in real.items() if comparable not in accompanied]
+    return [sorted(group, key=lambda entry: (*entry.way, entry.temperature or 0.0)) for group in found]
 
 
 HEADER = (
@@ -218,12 +236,14 @@ def heading(group: Sequence[Entry]) -> str:
     """What the entries of a table have in common, in words."""
     first = group[0]
     judge, nucleus = first.judge, "" if first.top_p is None else f", top-p {first.top_p:g}"
+    drawn = "" if first.text else f", drawn in batches of {first.batch:,}"
+    drawn += f" on {first.hardware}" if first.hardware else ""
     tokens = "decoded and encoded again with its tokenizer" if judge.retokenised else "its tokens are the model's"
     cut = [entry for entry in group if entry.truncated]
     lines = [
-        f"{first.samples:,} texts of {first.length:,} tokens, seed {first.seed}{nucleus}. Judge: {judge.name}"
-        f" ({judge.kind}, context of {judge.context:,} tokens); {tokens}; the first token is conditioned on"
-        f" {judge.first_token}."
+        f"{first.samples:,} texts of {first.length:,} tokens, seed {first.seed}{nucleus}{drawn}. Judge:"
+        f" {judge.name} ({judge.kind}, context of {judge.context:,} tokens); {tokens}; the first token is conditioned"
+        f" on {judge.first_token}."
     ]
     if cut:
         texts, lost = max(entry.truncated for entry in cut), max(entry.cut_tokens for entry in cut)
@@ -297,9 +317,13 @@ class Record:
 
 
 def _without(entries: Iterable[Entry], others: Iterable[Entry]) -> list[Entry]:
-    """Those of settings that the others have not."""
-    settings = {entry.setting for entry in others}
-    return [entry for entry in entries if entry.setting not in settings]
+    """Those of settings that the others have not. Of real text of one name, the rows are those of the others."""
+
+    def setting(entry: Entry) -> Setting:
+        return dataclasses.replace(entry.setting, text_digest="")
+
+    settings = {setting(entry) for entry in others}
+    return [entry for entry in entries if setting(entry) not in settings]
 
 
 @contextlib.contextmanager

@@ -56,7 +56,7 @@ def measure(log_p_RK: np.ndarray, tokens: int) -> dict[str, OrderBound]:
 
     Fewer than K orders are taken as often as the K draws allow, each draw once, and the results averaged. Standard
     errors are those over draws, for these rows: from the differences between these groups of draws in every row. If
-    there is one group only, they are estimated by leaving out one draw after another (jackknife).
+    there is one group only, they are estimated by leaving out one of its draws after another (jackknife).
     There is no bound on log p from above if rows are few, or if orders differ too much for the number of draws (see
     above), and none that would be a negative log-likelihood below 0.
     """
@@ -70,11 +70,11 @@ def measure(log_p_RK: np.ndarray, tokens: int) -> dict[str, OrderBound]:
         below, below_error = _mean_and_error([lower(group) for group in groups])
         above = above_error = None
         if below_error is None and number > 1:
-            below_error = _jackknife([lower(np.delete(log_p_RK, draw, axis=1)) for draw in range(number)])
+            below_error = _jackknife([lower(np.delete(groups[0], draw, axis=1)) for draw in range(number)])
         if can_bound_above and number > 1:
             above, above_error = _mean_and_error([upper(group) for group in groups])
             if above_error is None and number > 2:
-                above_error = _jackknife([upper(np.delete(log_p_RK, draw, axis=1)) for draw in range(number)])
+                above_error = _jackknife([upper(np.delete(groups[0], draw, axis=1)) for draw in range(number)])
         if above is not None and above > 0:  # no probability of a text exceeds 1
             above = above_error = None
         found[str(number)] = OrderBound(

@@ -142,6 +142,9 @@ class Evaluation:
     unigram: the score of the token frequencies of the training split.
     xz_bits_per_byte: bits per byte that `xz -9e` needs after the training text; None if that cannot be known.
     seed: of the random orders.
+    ema: whether the average of the weights was asked for rather than the raw ones; None if a file does not say.
+    other_text: whether the text is not that of the run, but one that `--data` named; the unigram model and the
+        compressor are then those of its own training split.
     """
 
     split: str
@@ -160,6 +163,8 @@ class Evaluation:
     unigram: Score | None = None
     xz_bits_per_byte: float | None = None
     seed: int | None = None
+    ema: bool | None = typed.field(None, absent_if_none=True)
+    other_text: bool = False
 
     def as_dict(self) -> dict[str, Any]:
         """The content of `eval.json`. Figures that were not measured, or that a model does not have, have no key."""
@@ -260,16 +265,22 @@ def rows(result: Evaluation) -> list[Row]:
         blocks = elbo.diffusion_steps is not None
         way, steps = ("diffusion blocks", f", T = {elbo.diffusion_steps}") if blocks else ("masked diffusion", "")
         found.append(Row(f"{way} (ELBO{steps}{_give_or_take(elbo.standard_error)})", "bound", elbo))
+    whose = "other text's training split" if result.other_text else None
     if result.unigram:
-        found.append(Row("unigram of the training split", "baseline", result.unigram))
+        found.append(Row(f"unigram of the {whose or 'training split'}", "baseline", result.unigram))
     if result.xz_bits_per_byte is not None:
         compressed = Score(bits_per_byte=result.xz_bits_per_byte)
-        found.append(Row("xz -9e after the training text", "compressor", compressed))
+        found.append(Row(f"xz -9e after the {whose or 'training text'}", "compressor", compressed))
     return found
 
 
 def _give_or_take(error: float | None) -> str:
     return "" if error is None else f", ± {error:.4f} nats per token"
+
+
+def raw_weights(ema: bool | None) -> str:
+    """What headings add if the raw weights were taken."""
+    return "; raw weights (--no-ema)" if ema is False else ""
 
 
 def perplexity(nats: float) -> float:

@@ -16,8 +16,9 @@ Some things are done otherwise, and change little but remove accidents:
   masked diffusion, that is the published way of counting. Autoregressive models of the `mdlm` family are given the
   start-of-text: `given_first` counts so.
 - Chunks are as long as the rows of the model, which are 1,024 in the papers: shorter ones give worse perplexities.
-- RADD's code averages a bound over 1,024 masking times a batch. Here draws are fewer (4, unless more are asked for),
-  and independent for each chunk; their standard error stands beside the figure.
+- RADD's code averages a bound over 1,024 masking times a batch. Here draws are fewer (4, unless more are asked for).
+  Within a draw, the masked shares are spread evenly over the chunks of a batch and so are not independent; the standard
+  error beside the figure is that over whole draws, which are.
 
 An ARMD is scored left to right, exactly. A denoiser has a bound (ELBO), whose draws give its standard error.
 """
@@ -50,12 +51,16 @@ _AT_ONCE = 256  # records that are tokenized together
 
 @dataclasses.dataclass
 class Tally:
-    """The size of what was read of a set, filled in while it is read; see `suites_results.Figure`."""
+    """The size of what was read of a set, filled in while it is read; see `suites_results.Figure`.
+
+    tokenized: records that look as if they were in the original form of LAMBADA, whatever the set.
+    """
 
     records: int = 0
     words: int = 0
     bytes: int = 0
     unknown: int = 0
+    tokenized: int = 0
     text_tokens: int = 0
 
 
@@ -117,6 +122,7 @@ def _tokens(
         tally.words += len(words) + 1  # and the end of the line
         tally.bytes += len(record.encode())
         tally.unknown += words.count("<unk>")
+        tally.tokenized += suites_lambada.is_tokenized(record)
         batch.append(detokenize(record))
         if len(batch) == _AT_ONCE:
             yield encoded()
@@ -197,6 +203,7 @@ def evaluate(
         figures=(),
         last_word=word,
         missing=tuple(missing),
+        ema=scorer.ema,
     )
     for one in found:
         figure = scorer.figure(one.protocol, one.name, one.split, one.text)
@@ -220,6 +227,7 @@ class Scorer:
       batch_size: chunks per network call. seed: of the draws.
       limit: chunks of each set at most; None: all.
       reset: `data.reset` of the training, which chunks are scored with, although the protocols know no such thing.
+      ema: whether the weights are the average, as far as the run keeps one, or the raw ones; None: not known.
       context: on which devices.
       progress: whether progress bars are shown on stderr.
     """
@@ -231,6 +239,7 @@ class Scorer:
     seed: int = 0
     limit: int | None = None
     reset: Reset = "none"
+    ema: bool | None = None
     context: Context = PLAIN
     progress: bool = True
 
@@ -275,6 +284,7 @@ class Scorer:
             words=tally.words,
             bytes=tally.bytes,
             unknown=tally.unknown,
+            tokenized=2 * tally.tokenized > tally.records if name == "lambada" else None,
             text_tokens=tally.text_tokens,
             chunk=length,
             added=around,

@@ -29,6 +29,11 @@ Passage = tuple[list[int], list[int]]  # the tokens of the context, and of the l
 _TOKENIZED = re.compile(r" [.,?!]|``| n't|\w 's ")  # what only passages in the original form have
 
 
+def is_tokenized(passage: str) -> bool:
+    """Whether a passage looks as if it were in the original, tokenised form of LAMBADA."""
+    return bool(_TOKENIZED.search(passage))
+
+
 def cut_last_word(passage: str) -> tuple[str, str]:
     """The context of a passage, and its last word with a space in front. Raises UserError if there is no context."""
     text = detokenizers.straight(passage)
@@ -49,7 +54,7 @@ def passages(records: Iterable[str], tokenizer: Tokenizer) -> tuple[list[Passage
             context, word = cut_last_word(record)
         except UserError as error:
             raise UserError(f"passage {number}: {error}") from error
-        tokenized += bool(_TOKENIZED.search(context))
+        tokenized += is_tokenized(context)
         contexts.append(context)
         wholes.append(context + word)
     found = []

@@ -10,6 +10,7 @@ from armd_jax.evaluation.results import formatted
 from armd_jax.names import Split, SuiteProtocol, SuiteSet
 
 FILE = "suites.json"
+_RAW: tuple[SuiteSet, ...] = ("wikitext2", "wikitext103")  # sets whose published figures are of a form without `<unk>`
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,7 +44,9 @@ class Figure:
     published: whether the published code of the protocol measures this split of this set.
     source: the files that were read. records, words, bytes: what they hold, before detokenising; words are stretches
         between spaces, and one end for each record. unknown: how often `<unk>` stands for a word. The published figures
-        of WikiText are of its raw form, which has none.
+        of WikiText are of its raw form, which has none; those of PTB are of a form that has it.
+    tokenized: of LAMBADA, whether most passages are in the original, tokenised form rather than in the one that OpenAI
+        published; None for another set, and in files of earlier versions.
     text_tokens: tokens of the text, an end-of-text behind every record included.
     chunk: tokens of a chunk, with those that the protocol adds. added: how many those are. chunks: whole chunks.
     dropped: tokens of the text behind the last whole chunk, which the protocol drops.
@@ -78,6 +81,7 @@ class Figure:
     given_first: Counted | None = typed.field(None, absent_if_none=True)
     every_token: Counted | None = typed.field(None, absent_if_none=True)
     perplexity_per_word: float | None = typed.field(None, absent_if_none=True)
+    tokenized: bool | None = typed.field(None, absent_if_none=True)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -118,7 +122,8 @@ class Suites:
 
     length: the model's max_length, which chunks have. documents_apart: whether documents of a chunk are kept apart, as
     the model was trained with `data.reset=document`; the protocols know no such thing. limit_rows: chunks of each set
-    (and passages of LAMBADA) at most; None: all.
+    (and passages of LAMBADA) at most; None: all. ema: whether the average of the weights was asked for rather than the
+    raw ones; None if a file does not say.
     """
 
     length: int
@@ -128,6 +133,7 @@ class Suites:
     figures: tuple[Figure, ...]
     last_word: LastWord | None = typed.field(None, absent_if_none=True)
     missing: tuple[Missing, ...] = ()
+    ema: bool | None = typed.field(None, absent_if_none=True)
 
 
 # Zero-shot perplexities that papers report, for models trained on OpenWebText with GPT-2's vocabulary in rows of 1,024:
@@ -190,15 +196,16 @@ def cells(figure: Figure) -> list[str]:
     ]
 
 
-def chunking(protocol: SuiteProtocol, found: Suites) -> str:
-    """How a protocol cuts text, in one line."""
+def heading(protocol: SuiteProtocol, found: Suites) -> str:
+    """How a protocol cuts text, and whether the raw weights were taken, in one line."""
     match protocol:
         case "sedd":
-            return f"end-of-text behind every record, chunks of {found.length:,}"
+            chunks = f"chunks of {found.length:,}"
         case "mdlm":
-            return f"end-of-text behind every record, chunks of {found.length - 2:,} between two end-of-texts"
+            chunks = f"chunks of {found.length - 2:,} between two end-of-texts"
         case _:
             assert_never(protocol)
+    return f"{protocol}: end-of-text behind every record, {chunks}{results.raw_weights(found.ema)}"
 
 
 def notes(found: Suites) -> list[str]:
@@ -206,10 +213,11 @@ def notes(found: Suites) -> list[str]:
     lines = []
     if any(not figure.published for figure in found.figures):
         lines.append("* by the protocol's rules, but the published code does not measure this split")
-    if any(figure.unknown for figure in found.figures):
-        names = sorted({f"{figure.set} {figure.split}" for figure in found.figures if figure.unknown})
+    if names := sorted({f"{one.set} {one.split}" for one in found.figures if one.unknown and one.set in _RAW}):
         lines.append(f"with <unk> in the text, unlike the raw form that was published: {', '.join(names)}")
-    if any(figure.bound for figure in found.figures):
+    if names := sorted({f"{one.set} {one.split}" for one in found.figures if one.tokenized}):
+        lines.append(f"in the original, tokenised form, unlike OpenAI's form that was published: {', '.join(names)}")
+    if any(figure.bound and figure.set == "lambada" for figure in found.figures):
         lines.append("last words of LAMBADA are not measured: a denoiser predicts nothing from left to right")
     if found.limit_rows is not None:
         lines.append(f"at most {found.limit_rows:,} chunks or passages of each set (--limit-rows)")
@@ -236,7 +244,7 @@ def as_text(found: Suites) -> str:
     """The figures as tables for a terminal."""
     lines = []
     for protocol in dict.fromkeys(figure.protocol for figure in found.figures):
-        lines.append(f"{protocol}: {chunking(protocol, found)}")
+        lines.append(heading(protocol, found))
         table = [list(HEADER), *(cells(figure) for figure in found.figures if figure.protocol == protocol)]
         widths = [max(map(len, column)) for column in zip(*table, strict=True)]
         for row in table:

@@ -28,7 +28,10 @@ def bounds_note(found: OrderBounds) -> str:
         if found.rows < order_bounds.MIN_ROWS:
             note += f" Fewer than {order_bounds.MIN_ROWS} rows do not say what the figure is at least."
         else:
-            note += " That is too much, in some row or in all, for so few draws to say what the figure is at least."
+            note += (
+                " So few draws do not say what the figure is at least: orders differ too much, in some row or in all,"
+                " or the figure would be below 0."
+            )
     return note
 
 
@@ -92,7 +95,8 @@ def as_text(result: Evaluation) -> str:
     """The figures as a table for a terminal."""
     rows = results.rows(result)
     width = max(30, *(len(row.name) for row in rows))
-    lines = [f"{result.split}: {result.bytes:,} bytes, {result.tokens:,} tokens, {result.words:,} words"]
+    sizes = f"{result.bytes:,} bytes, {result.tokens:,} tokens, {result.words:,} words"
+    lines = [f"{result.split}: {sizes}{results.raw_weights(result.ema)}"]
     lines.append(f"{'':<{width}} {'bits/byte':>11} {'ppl/token':>13} {'ppl/word':>18}")
     for row in rows:
         per_token, per_word = (

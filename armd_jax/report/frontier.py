@@ -37,7 +37,7 @@ def picture(group: Sequence[Entry]) -> bytes:
     for entry in known:
         if entry.text:
             y = entry.generative_perplexity
-            left.plot(entry.entropy_nats, y, marker="*", markersize=14, color=INK, linestyle="none", label="real text")
+            left.plot(entry.entropy_nats, y, marker="*", markersize=14, color=INK, linestyle="none", label=entry.label)
             right.axhline(y, color=INK, linestyle=":", linewidth=1)
     left.set(xlabel="entropy within a text (nats)", ylabel="generative perplexity", yscale="log")
     right.set(xlabel="tokens per second")

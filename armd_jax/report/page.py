@@ -168,7 +168,8 @@ def _quality(evaluation: Evaluation | None, where: str) -> _Section:
     ]
     held = {name: getattr(evaluation, name) for name in ("documents", "words", "tokens", "bytes")}
     sizes = ", ".join(f"{number:,} {name}" for name, number in held.items() if number)
-    note = f"Measured on the {evaluation.split} split" + (f": {sizes}." if sizes else ".")
+    raw = results.raw_weights(evaluation.ema)
+    note = f"Measured on the {evaluation.split} split" + (f": {sizes}{raw}." if sizes else f"{raw}.")
     header = ["order", "bits per byte", "nats per token", "perplexity per token", "perplexity per word"]
     html = title + markup.note(note) + markup.table(header, cells)
     unit = "bits per byte" if lossless else "nats per token"

@@ -10,7 +10,7 @@ def section(found: Suites) -> str:
     """HTML of the tables of every protocol, LAMBADA's last words, and published figures."""
     parts = [markup.heading("Texts that it was not trained on")]
     for protocol in dict.fromkeys(figure.protocol for figure in found.figures):
-        parts.append(markup.note(f"Protocol {protocol}: {suites_results.chunking(protocol, found)}."))
+        parts.append(markup.note(f"Protocol {suites_results.heading(protocol, found)}."))
         rows = [suites_results.cells(figure) for figure in found.figures if figure.protocol == protocol]
         parts.append(markup.table(suites_results.HEADER, rows))
     if found.last_word is not None:
@@ -20,7 +20,8 @@ def section(found: Suites) -> str:
     parts.append(
         markup.note(
             "Published, for other training data and sizes: models trained on OpenWebText with GPT-2's vocabulary in"
-            " rows of 1,024, as Karami & Ghodsi (2026) report them."
+            " rows of 1,024, as Karami & Ghodsi (2026) report them. They belong to the protocol of SEDD and RADD (sedd)"
+            " and cannot be compared with figures of mdlm; the papers do not say which split of WikiText-2 was taken."
         )
     )
     parts.append(markup.table(["model", *suites_results.PUBLISHED_SETS], published))

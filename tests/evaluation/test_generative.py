@@ -15,7 +15,7 @@ from armd_jax.config import ModelConfig
 from armd_jax.data.sentencepiece_training import train_model
 from armd_jax.data.tokenizers import BytesTokenizer, SentencePieceTokenizer
 from armd_jax.errors import UserError
-from armd_jax.evaluation import generative, generative_judge, generative_reference, generative_results
+from armd_jax.evaluation import generative, generative_judge, generative_results
 from armd_jax.evaluation.generative import Way
 from armd_jax.evaluation.generative_judge import OwnJudge, Scores
 from armd_jax.evaluation.generative_reference import Real
@@ -293,6 +293,31 @@ def test_entries_of_an_earlier_version_are_read(tmp_path, lm):
     assert "Up to 3 texts" in told and "at least 8 tokens" in told and "lost" not in told
 
 
+def test_figures_of_real_text_are_those_of_its_rows(lm, monkeypatch):
+    """Not of its name: neither its own figures nor a MAUVE that compares with it are kept for other rows."""
+    monkeypatch.setattr(generative, "_mauve_is_installed", lambda: True)
+    monkeypatch.setattr(generative, "mauve_score", lambda scores, real: 0.5)
+    real = _real(lm)
+    first = _evaluate(lm, real=real)
+    assert first[1].mauve_digest == first[0].text_digest == real.digest != ""
+    kept: list[Entry] = []
+    assert _evaluate(lm, real=real, known=first, keep=kept.append) == first and not kept
+    other = dataclasses.replace(real, rows=real.rows[:2])
+    again = _evaluate(lm, real=other, known=first, keep=kept.append)
+    assert kept == again and [one.mauve_digest for one in again] == ["", other.digest]
+
+
+def test_a_judge_of_single_documents_scores_each_by_itself(lm, texts):
+    """If it was trained with data.reset=document: what stands behind an end-of-text is the start of a text."""
+    judge = OwnJudge.of(lm, "judge", "armd", 4, "document")
+    assert judge.facts != _judge(lm).facts and "every end-of-text" in judge.facts.first_token
+    (apart,), (joined,) = (each.score([texts[2]], False).nats_T for each in (judge, _judge(lm)))
+    cut = texts[2].index(END) + 1
+    assert 1 < cut < 12
+    assert apart == pytest.approx(_nats(lm, texts[2][:cut]) + _nats(lm, texts[2][cut:]), rel=2e-6)
+    assert abs(apart - joined) > 1e-3
+
+
 def test_what_cannot_be_drawn_is_refused(lm):
     """Before anything is drawn."""
     with pytest.raises(UserError, match="--streams=13: exceeds the 12 tokens"):
@@ -308,18 +333,6 @@ def test_what_cannot_be_drawn_is_refused(lm):
 
 
 # --- real text --------------------------------------------------------------------------------------------------------
-
-
-def test_real_text_is_spread_over_the_split(data):
-    """Full rows, the first and the last among them, each once, cut to the length."""
-    full = data.counts("train").tokens // data.length
-    rows = generative_reference.spread(data, "train", 9, 5)
-    stored = data.rows("train")
-    assert len(rows) == 5 and all(len(row) == 9 for row in rows)
-    assert rows[0] == stored[0][:9].tolist() and rows[-1] == stored[full - 1][:9].tolist()
-    assert len(generative_reference.spread(data, "train", 16, 10**6)) == full
-    with pytest.raises(UserError, match="fewer than --length=17"):
-        generative_reference.spread(data, "train", 17, 1)
 
 
 def test_mauve_tells_texts_apart(capfd):

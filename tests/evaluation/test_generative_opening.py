@@ -11,9 +11,10 @@ import safetensors.numpy
 
 from armd_jax import order
 from armd_jax.config import Config, ModelConfig
+from armd_jax.data_config import DataConfig
 from armd_jax.errors import UserError
 from armd_jax.evaluation import generative_opening
-from armd_jax.evaluation.generative_judge import Judge
+from armd_jax.evaluation.generative_judge import Judge, OwnJudge
 from armd_jax.inference.language_model import LanguageModel
 from armd_jax.interop import readable
 from armd_jax.interop.huggingface import exporting
@@ -73,6 +74,14 @@ def test_a_folder_is_opened_for_what_it_is(folders, llama, kind):
     assert (facts.kind, facts.context, facts.name) == (kind, 24, str(folders[kind]))
     assert judge.tokenizer_hash == llama.tokenizer.hash and judge.encode(["ab", ""]) == [97, 98, 256]
     np.testing.assert_allclose(judge.score(TEXTS, False).nats_T, _expected(llama), rtol=1e-5)
+
+
+def test_a_judge_scores_rows_as_it_was_trained(tmp_path, llama):
+    """An export keeps whether documents were kept apart, and texts are scored so."""
+    config = Config(model=LLAMA, order=OrderConfig(kind="left_to_right"), data=DataConfig(reset="document"))
+    readable.write(readable.of(llama), config, tmp_path / "armd")
+    judge = generative_opening.open_judge(tmp_path / "armd", 2)
+    assert isinstance(judge, OwnJudge) and judge.reset == "document"
 
 
 def _odd(folder: pathlib.Path, **fields: object) -> pathlib.Path:

@@ -1,6 +1,7 @@
 """Held-out text of a run: what training prepared is taken, and nothing is written outside the run."""
 
 import dataclasses
+import json
 import pathlib
 import shutil
 import sys
@@ -9,6 +10,7 @@ import types
 import pytest
 
 from armd_jax import files
+from armd_jax.cli import main as cli
 from armd_jax.config import Config, ModelConfig
 from armd_jax.data import packing, text_files, tokenizers
 from armd_jax.data.packing import PreparedData
@@ -36,6 +38,18 @@ def run(tmp_path: pathlib.Path) -> pathlib.Path:
 def _trained(config: Config, root: pathlib.Path) -> PreparedData:
     """What training prepares."""
     return packing.prepare(config.data, LENGTH, root, progress=False)
+
+
+def test_numbers_of_streams_are_those_that_divide_the_rows_that_are_scored(smoke_run, corpus, tmp_path, capsys):
+    """Rows that were prepared ahead may be shorter than the model's: 3 divides their 48 tokens, and 32 does not."""
+    given = DataConfig(path=str(corpus), tokenizer=str(smoke_run))
+    rows = packing.prepare(given, 48, tmp_path, progress=False).folder
+    argv = ["eval", f"--run={smoke_run}", f"--data={rows}", "--no-baselines", "--draws=0"]
+    assert cli.main([*argv, "--streams=3", "--json"]) == 0
+    assert list(json.loads(capsys.readouterr().out)["strided"]) == ["3"]
+    assert cli.main([*argv, "--streams=32"]) == 2
+    error = capsys.readouterr().err
+    assert "--streams=32: 32 does not divide the 48 tokens of a row" in error and len(error.splitlines()) == 1
 
 
 def test_the_data_of_training_are_taken(run, config):

@@ -113,6 +113,14 @@ def test_standard_errors_are_those_over_draws():
     assert order_bounds.spread(nats) == pytest.approx(2, rel=0.05)
 
 
+@pytest.mark.parametrize("num_draws", [6, 7])
+def test_the_errors_of_a_single_group_are_those_of_its_own_draws(num_draws):
+    """Of 6 or 7 draws, K = 4 uses the first 4: what the others are changes neither its figures nor their errors."""
+    log_p = np.random.default_rng(8).normal(-50, 1, (40, num_draws))
+    found, alone = order_bounds.measure(log_p, 100)["4"], order_bounds.measure(log_p[:, :4], 100)["4"]
+    assert found == alone and None not in (found.nll_at_least_error, found.nll_at_most_error)
+
+
 @pytest.mark.parametrize(("spread", "bounded"), [(1.0, True), (5.0, False), (500.0, False)])
 def test_orders_that_differ_too_much_are_not_bounded_from_above(spread, bounded):
     """If rare orders, which nobody drew, make up the likelihood, the estimate would be too low: there is none."""

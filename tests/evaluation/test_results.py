@@ -80,6 +80,28 @@ def test_every_score_has_its_row():
         ]
 
 
+def test_a_bound_that_is_missing_has_every_reason_that_it_may_have():
+    """Orders that hardly differ are no reason: then the figure would have been below 0."""
+    found = results.OrderBounds(rows=64, spread=0.01, bounds={"2": results.OrderBound(nll_at_most=0.001)})
+    note = tables.bounds_note(found)
+    assert "orders differ too much" in note and "or the figure would be below 0" in note
+    bounded = dataclasses.replace(found, bounds={"2": results.OrderBound(nll_at_most=0.2, nll_at_least=0.1)})
+    assert "below 0" not in tables.bounds_note(bounded)
+
+
+def test_headings_and_baselines_say_what_was_measured():
+    """Raw weights are told, and whose training split baselines are of; old files say neither."""
+    own = dataclasses.replace(_evaluation(), ema=True, other_text=False)
+    assert "--no-ema" not in tables.as_text(own)
+    assert tables.as_text(dataclasses.replace(own, ema=False)).splitlines()[0].endswith("; raw weights (--no-ema)")
+    names = [[row.name for row in results.rows(dataclasses.replace(own, other_text=other))] for other in (False, True)]
+    assert names[0][-2:] == ["unigram of the training split", "xz -9e after the training text"]
+    training = "the other text's training split"
+    assert names[1][-2:] == [f"unigram of {training}", f"xz -9e after {training}"] and names[0][:-2] == names[1][:-2]
+    old = {name: value for name, value in own.as_dict().items() if name not in ("ema", "other_text")}
+    assert typed.build(Evaluation, old) == dataclasses.replace(own, ema=None)
+
+
 def test_an_evaluation_reads_back_as_it_was(tmp_path):
     """The file has the keys that it always had, in their order, and gives the same evaluation again."""
     evaluation = _evaluation()

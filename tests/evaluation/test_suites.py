@@ -91,6 +91,15 @@ def test_a_set_below_one_chunk_has_no_figure_of_the_protocol(lm):
     assert found.score is None and found.chunks == 0 and found.dropped == 9 == found.every_token.tokens
 
 
+@pytest.mark.parametrize(("end", "tokenized"), [(" , it flew", True), (", it flew", False)])
+def test_the_form_of_lambada_is_told(lm, end, tokenized):
+    """By most of its passages; other sets have no such forms."""
+    text = _text(["the bird" + end, "the old dog" + end, "the river"])
+    scorer = Scorer(lm, lm.tokenizer, batch_size=3, progress=False)
+    assert scorer.figure("sedd", "lambada", "test", text).tokenized is tokenized
+    assert scorer.figure("sedd", "ptb", "test", text).tokenized is None
+
+
 def test_a_limit_is_said(lm):
     """So many chunks are read, and nothing that would need the rest is claimed."""
     found = Scorer(lm, lm.tokenizer, limit=2, batch_size=3, progress=False).figure("sedd", "ptb", "test", _text())

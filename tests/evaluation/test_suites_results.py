@@ -69,6 +69,7 @@ FOUND = Suites(
     figures=(BOUND, FIGURE),
     last_word=WORD,
     missing=(Missing(protocol="sedd", set="ptb", split="test"),),
+    ema=True,
 )
 
 
@@ -99,7 +100,6 @@ def test_tables_say_what_was_counted():
         "2 passages lost their beginning",
         "* by the protocol's rules",
         "with <unk> in the text, unlike the raw form that was published: wikitext2 valid",
-        "a denoiser predicts nothing from left to right",
         "at most 3 chunks or passages",
         "documents are kept apart",
         "not there for sedd: ptb test",
@@ -107,6 +107,31 @@ def test_tables_say_what_was_counted():
         assert said in text
     plain = dataclasses.replace(FOUND, documents_apart=False, limit_rows=None, figures=(), last_word=None, missing=())
     assert suites_results.notes(plain) == []
+
+
+def test_notes_on_the_form_of_a_text_are_of_sets_that_were_published_in_another():
+    """PTB was published with `<unk>`; of LAMBADA, the original form is told; and a bound says nothing of other sets."""
+    ptb = dataclasses.replace(FIGURE, set="ptb", split="test")
+    openai, original = (dataclasses.replace(ptb, set="lambada", unknown=0, tokenized=form) for form in (False, True))
+    plain = dataclasses.replace(FOUND, documents_apart=False, limit_rows=None, last_word=None, missing=())
+
+    def notes(*figures: Figure) -> list[str]:
+        return suites_results.notes(dataclasses.replace(plain, figures=figures))
+
+    assert notes(ptb, openai, dataclasses.replace(ptb, bound=True)) == []
+    told = "in the original, tokenised form, unlike OpenAI's form that was published: lambada test"
+    assert notes(ptb, original) == [told]
+    assert ["denoiser" in line for line in notes(dataclasses.replace(original, bound=True))] == [False, True]
+    assert notes(FIGURE, ptb) == ["with <unk> in the text, unlike the raw form that was published: wikitext2 valid"]
+
+
+def test_raw_weights_are_told():
+    """In every heading; a file of an earlier version does not say which weights were taken."""
+    for ema in (True, None, False):
+        lines = suites_results.as_text(dataclasses.replace(FOUND, ema=ema)).splitlines()
+        assert [line.endswith("; raw weights (--no-ema)") for line in (lines[0], lines[4])] == [ema is False] * 2
+    old = {name: value for name, value in typed.as_plain(FOUND).items() if name != "ema"}
+    assert typed.build(Suites, old, "suites").ema is None
 
 
 def test_published_figures_have_a_column_for_every_set():

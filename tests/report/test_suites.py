@@ -15,10 +15,10 @@ def test_the_section_has_every_protocol_and_says_what_was_published_for_other_mo
         figures.append(
             suites_results.Figure(
                 protocol=protocol,
-                set="ptb",
+                set="wikitext103",
                 split="test",
                 published=True,
-                source="ptb.test.txt",
+                source="wikitext103/test.txt",
                 records=1,
                 words=2,
                 bytes=3,
@@ -38,3 +38,4 @@ def test_the_section_has_every_protocol_and_says_what_was_published_for_other_mo
     assert "Protocol sedd" in html and "Protocol mdlm" in html and "chunks of 6 between" in html
     assert html.count("7.39") == 2 and "with &lt;unk&gt; in the text" in html
     assert html.index("Published, for other training data and sizes") < html.index("138.43")
+    assert "belong to the protocol of SEDD and RADD (sedd)" in html and "which split of WikiText-2 was taken" in html
