@@ -32,8 +32,10 @@ _SEED_FIELD = "training.seed"
 _AXIS = re.compile(r"[A-Za-z_][A-Za-z0-9_.]*")
 _LABEL = re.compile(r"[A-Za-z0-9_.+-]+")
 # Columns of a report's CSV files that are no axis.
-_TAKEN = ("row", SEED, "member", "status", "reason", "members", "finished", "figure", "mean", "standard_error", "seeds")
-_TAKEN += ("bound", "best", "baseline", "ratio", "ratio_standard_error", "ratio_seeds", "ratio_bound")
+_TAKEN = frozenset(
+    {"row", SEED, "member", "status", "reason", "members", "finished", "figure", "mean", "standard_error", "seeds"}
+    | {"bound", "best", "baseline", "ratio", "ratio_standard_error", "ratio_seeds", "ratio_bound"}
+)
 _LONGEST = 200  # characters of a name: file systems take 255, and names of temporary files are a little longer
 
 

@@ -32,6 +32,15 @@ from armd_jax.report.sweep_reading import Member, Sweep
 from armd_jax.report.sweep_statistics import Estimate, by_seed, estimate, steps_to_equal
 
 
+# Ratios of perplexities that conclusions may name, beside those of the claims.
+RATIOS = {
+    "ratio_left_path": ("model=AR-left-path", "model=AR"),
+    "ratio_flops_identity": ("model=ARMD-identity", "model=AR-equal-FLOPs"),
+    "ratio_flops_curriculum": (CURRICULUM, "model=AR-equal-FLOPs"),
+    "ratio_rest": ("model=ARMD-identity", "model=AR-left-path"),
+}
+
+
 def named(measured: Mapping[str, Any], sweep: Sweep) -> dict[str, str]:
     """What the names in template.md stand for."""
     seconds, text = measured["seconds"], measured["text"]
@@ -50,6 +59,7 @@ def named(measured: Mapping[str, Any], sweep: Sweep) -> dict[str, str]:
         "judge": _described(sweep, judge[0]) if judge else "an AR model of the main rows",
         "claims": claims_table(claims(sweep).values()),
         **{f"claim_{key}": _claimed(claim) for key, claim in claims(sweep).items()},
+        **{name: shown(ratio(sweep, row, base)) for name, (row, base) in RATIOS.items()},
         "full_size": full_size_table(),
         "equal_steps": main_table(sweep, MAIN),
         "equal_flops": main_table(sweep, EQUAL_FLOPS),
