@@ -22,7 +22,7 @@ def all_of(sweep: Sweep) -> dict[str, bytes]:
 @style.styled
 def curves(sweep: Sweep) -> bytes:
     """Held-out loss of the main rows against steps and against FLOPs, one thin line per seed."""
-    figure = style.new_figure(11, 4.2)
+    figure = style.new_figure(11, 5.2)
     left, right = figure.subplots(1, 2, sharey=True)
     for row, name in figures.MAIN.items():
         for place, member in enumerate(sweep.finished(row)):
@@ -35,7 +35,10 @@ def curves(sweep: Sweep) -> bytes:
                 )
     left.set(xlabel="steps", ylabel="held-out nats per token", xscale="log")
     right.set(xlabel="training TFLOPs", xscale="log")
-    _legend(left)
+    _number(left.xaxis)
+    _number(right.xaxis)
+    if left.get_legend_handles_labels()[0]:
+        figure.legend(*left.get_legend_handles_labels(), frameon=False, loc="outside lower center", ncols=2)
     return style.png(figure)
 
 
@@ -70,6 +73,7 @@ def frontier(sweep: Sweep) -> bytes:
         left.plot(entropy_of_real, real, "*", color=style.SKY, markersize=12, label="real text")
     left.set(xlabel="entropy of a text's tokens, nats", ylabel="generative perplexity", yscale="log")
     right.set(xlabel="tokens per second, temperature 1", ylabel="generative perplexity")
+    _number(left.yaxis)
     _legend(left)
     return style.png(figure)
 
@@ -94,6 +98,15 @@ def sizes(sweep: Sweep) -> bytes:
     axes.minorticks_off()
     _legend(axes)
     return style.png(figure)
+
+
+def _number(axis: Any) -> None:
+    """Plain numbers on a logarithmic axis: its own are formulas, which the common style does not set."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+    axis.set_minor_locator(NullLocator())
 
 
 def _legend(axes: Any) -> None:

@@ -31,7 +31,6 @@ from armd_jax.report import sweep_text
 from armd_jax.report.sweep_reading import Member, Sweep
 from armd_jax.report.sweep_statistics import Estimate, by_seed, estimate, steps_to_equal
 
-
 # Ratios of perplexities that conclusions may name, beside those of the claims.
 RATIOS = {
     "ratio_left_path": ("model=AR-left-path", "model=AR"),
