@@ -28,7 +28,6 @@ RATES = {
     "ARMD-identity": (1.2e-2, 2.4e-2, 4.8e-2),
     "MDLM": (6e-3, 1.2e-2, 2.4e-2),
 }
-ADAMW_RATES = (3e-3, 6e-3, 1.2e-2)
 BEST = {"AR": 2.4e-2, "ARMD-identity": 2.4e-2, "MDLM": 1.2e-2}  # what the rows `rate` find; a test compares them
 TEMPERATURES = (0.7, 0.8, 0.9, 1.0, 1.1)
 BASELINES = ("AR", "MDLM")
@@ -264,19 +263,6 @@ def rates(form: Form) -> Members:
     )
 
 
-def optimizers(form: Form) -> Members:
-    """AdamW in the place of Muon, at several learning rates."""
-    return choices(
-        "AdamW",
-        {
-            f"{kind}-{rate:g}": trained(form, kind, form.short)
-            | {"optimizer.kind": "adamw", "optimizer.learning_rate": rate}
-            for kind in ("AR", "ARMD-identity")
-            for rate in ADAMW_RATES
-        },
-    )
-
-
 def get_sweep(arg: str = "") -> Sweep:
     """`minutes`: the main rows with one seed. `smoke`: every row for a few steps. `gpu`: models of 124M parameters."""
     if arg not in FORMS:
@@ -286,7 +272,7 @@ def get_sweep(arg: str = "") -> Sweep:
     members += tuple(_measured(member, form) for member in main_rows(form))
     if form.short:
         members += chain(sizes(form), orders(form), aggregators(form), two_stream_layers(form), strided_steps(form))
-        members += chain(blocks(form), rates(form), starts(form), optimizers(form))
+        members += chain(blocks(form), rates(form), starts(form))
     return Sweep(base(form), tuple(_evaluated(member) for member in members))
 
 

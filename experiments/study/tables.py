@@ -67,7 +67,6 @@ def named(measured: Mapping[str, Any], sweep: Sweep) -> dict[str, str]:
         "lossless": lossless_table(sweep),
         "sizes": sizes_table(sweep),
         "rates": rates_table(sweep),
-        "optimizers": optimizers_table(sweep),
         "starts": starts_table(sweep),
         "price": price_table(sweep),
     }
@@ -307,20 +306,6 @@ def rates_table(sweep: Sweep) -> str:
         if words:
             cells.append([kind, ", ".join(words)])
     return markdown(["", "held-out nats per token by learning rate; the chosen one is bold"], cells)
-
-
-def optimizers_table(sweep: Sweep) -> str:
-    """AdamW at several learning rates, beside Muon at the chosen one."""
-    import study
-
-    cells = []
-    for kind, name in (("AR", "AR"), ("ARMD-identity", "ARMD in the identity order")):
-        words = [shown(estimate(by_seed(sweep, f"size=192-{kind}", "metrics.eval/nll").values()))]
-        for rate in study.ADAMW_RATES:
-            words.append(shown(estimate(by_seed(sweep, f"AdamW={kind}-{rate:g}", "metrics.eval/nll").values())))
-        if any(words):
-            cells.append([name, *words])
-    return markdown(["held-out nats per token", "Muon", *(f"AdamW, {rate:g}" for rate in study.ADAMW_RATES)], cells)
 
 
 def starts_table(sweep: Sweep) -> str:
