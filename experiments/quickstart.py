@@ -4,6 +4,7 @@ Command:   bash launch/quickstart.sh
        or  armd train --config=experiments/quickstart.py --workdir=runs/quickstart
 Hardware:  2 CPU cores: 5 to 7 minutes of training, 6 to 8 minutes with evaluation, samples and report.
 Data:      the embedded corpus, which is pydoc's help topics and the docstrings of the standard library: 2.0 MB of text.
+Choices:   aggregator, curriculum, M and strided steps follow experiments/study/README.md, at the size of this model.
 Order:     the paper's curriculum (left to right, then up to 8 shuffled tokens), then strided orders for parallel
            sampling.
 Result:    seed 0: 1.602 bits per byte on the test split, left to right and exact. The README has all figures.

@@ -37,6 +37,11 @@ RATIOS = {
     "ratio_flops_identity": ("model=ARMD-identity", "model=AR-equal-FLOPs"),
     "ratio_flops_curriculum": (CURRICULUM, "model=AR-equal-FLOPs"),
     "ratio_rest": ("model=ARMD-identity", "model=AR-left-path"),
+    "ratio_uniform": ("order=uniform", REFERENCE),
+    "ratio_positional": ("aggregator=positional", REFERENCE),
+    "ratio_both": ("aggregator=both-neighbours", REFERENCE),
+    "ratio_all_layers": ("M=4", REFERENCE),
+    "ratio_no_sbp": ("SBP=0", REFERENCE),
 }
 
 
