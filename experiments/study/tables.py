@@ -42,6 +42,7 @@ RATIOS = {
     "ratio_both": ("aggregator=both-neighbours", REFERENCE),
     "ratio_all_layers": ("M=4", REFERENCE),
     "ratio_no_sbp": ("SBP=0", REFERENCE),
+    "ratio_blocks": ("blocks=contiguous", REFERENCE),
 }
 
 
@@ -296,21 +297,32 @@ def sizes_table(sweep: Sweep) -> str:
     return markdown(["", "million parameters", "TFLOPs", "nats per token", "exponent of the fit"], cells)
 
 
+def rate_losses(sweep: Sweep, kind: str) -> dict[float, float]:
+    """Held-out nats per token of a kind of model by learning rate; the rows of `size` have the chosen one."""
+    import study
+
+    losses = {}
+    for rate in study.RATES[kind]:
+        row = f"size=192-{kind}" if rate == study.BEST[kind] else f"rate={kind}-{rate:g}"
+        for loss in by_seed(sweep, row, "metrics.eval/nll").values():
+            losses[rate] = loss
+    return losses
+
+
 def rates_table(sweep: Sweep) -> str:
-    """Held-out loss at every learning rate that was tried; the rows of `size` have the chosen ones."""
+    """Held-out loss at every learning rate that was tried, and whether the chosen one is the best of them."""
     import study
 
     cells = []
-    for kind, several in study.RATES.items():
-        words = []
-        for rate in several:
-            row = f"size=192-{kind}" if rate == study.BEST[kind] else f"rate={kind}-{rate:g}"
-            loss = by_seed(sweep, row, "metrics.eval/nll")
-            mark = "**" if rate == study.BEST[kind] else ""
-            words += [f"{rate:g}: {mark}{value:.3f}{mark}" for value in loss.values()]
+    for kind in study.RATES:
+        losses, chosen = rate_losses(sweep, kind), study.BEST[kind]
+        marks = {rate: "**" if rate == chosen else "" for rate in losses}
+        words = [f"{rate:g}: {marks[rate]}{loss:.3f}{marks[rate]}" for rate, loss in losses.items()]
         if words:
-            cells.append([kind, ", ".join(words)])
-    return markdown(["", "held-out nats per token by learning rate; the chosen one is bold"], cells)
+            best = min(losses, key=losses.__getitem__)
+            gain = losses.get(chosen, math.nan) - losses[best]
+            cells.append([kind, ", ".join(words), "the chosen one" if best == chosen else f"{best:g}, by {gain:.3f}"])
+    return markdown(["", "held-out nats per token by learning rate; the chosen one is bold", "best"], cells)
 
 
 def starts_table(sweep: Sweep) -> str:
