@@ -161,7 +161,7 @@ def test_a_sweep_becomes_a_page(study, tmp_path, corpus, monkeypatch):
     """The rows with everything that is measured of them, in their smallest form: trained, judged and written up."""
     out = tmp_path / "out"
     sweep = ["sweep", f"--config={FOLDER / 'study.py'}:smoke", f"--out={out}", f"--config.data.path={corpus}"]
-    sweep += ["--config.data.tokenizer=bytes", "--config.data.vocab_size=0", "--config.data.valid_fraction=0.2"]
+    sweep += ["--config.data.tokenizer=bytes", "--config.data.valid_fraction=0.2"]
     sweep += ["--config.data.test_fraction=0.2"]
     for only in ("judge=*", "model=ARMD-curriculum"):
         assert cli.main([*sweep, f"--only={only}"]) == 0
