@@ -8,7 +8,7 @@ Data:      any text of 20 MB or more; 0.3% of its documents are held out for val
 Result:    README.md in this folder.
 
 Every row trains on the same batches of a seed, with the same number of updates unless its name says otherwise, and with
-as many parameters as the others of its size. Learning rates are those that the rows `rate` find best.
+as many parameters as the others of its size. Learning rates of the baselines are those that the rows `rate` find best.
 """
 
 import dataclasses
@@ -28,7 +28,11 @@ RATES = {
     "ARMD-identity": (1.2e-2, 2.4e-2, 4.8e-2),
     "MDLM": (6e-3, 1.2e-2, 2.4e-2),
 }
-BEST = {"AR": 2.4e-2, "ARMD-identity": 2.4e-2, "MDLM": 1.2e-2}  # what the rows `rate` find; a test compares them
+BEST = {
+    "AR": 2.4e-2,
+    "ARMD-identity": 2.4e-2,
+    "MDLM": 1.2e-2,
+}  # of AR and MDLM what the rows `rate` find; a test compares them
 TEMPERATURES = (0.7, 0.8, 0.9, 1.0, 1.1)
 BASELINES = ("AR", "MDLM")
 PRICED = ("SBP=0", "SBP=2.5", "order=scatter-8")  # what their streams cost is taken apart
@@ -144,7 +148,7 @@ def equal_flops(form: Form, kind: str) -> int:
 
 
 def trained(form: Form, kind: str, steps: int, evaluations: int = 4) -> Overrides:
-    """Overrides of a kind of model that is trained for so many steps at the rate that is best for it."""
+    """Overrides of a kind of model that is trained for so many steps at the rate that was chosen for it."""
     rate = BEST[kind if kind in BEST else "ARMD-identity"]
     return schedule(steps, evaluations=evaluations) | {"optimizer.learning_rate": rate} | kinds(form)[kind]
 
