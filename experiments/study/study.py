@@ -28,11 +28,8 @@ RATES = {
     "ARMD-identity": (1.2e-2, 2.4e-2, 4.8e-2),
     "MDLM": (6e-3, 1.2e-2, 2.4e-2),
 }
-BEST = {
-    "AR": 2.4e-2,
-    "ARMD-identity": 2.4e-2,
-    "MDLM": 1.2e-2,
-}  # of AR and MDLM what the rows `rate` find; a test compares them
+# Of AR and MDLM what the rows `rate` find; a test compares them.
+BEST = {"AR": 2.4e-2, "ARMD-identity": 2.4e-2, "MDLM": 1.2e-2}
 TEMPERATURES = (0.7, 0.8, 0.9, 1.0, 1.1)
 BASELINES = ("AR", "MDLM")
 PRICED = ("SBP=0", "SBP=2.5", "order=scatter-8")  # what their streams cost is taken apart
