@@ -59,7 +59,7 @@ def test_score_of_a_total():
 
 @pytest.mark.slow
 def test_evaluate_reports_all_figures(data, lm):
-    """Nothing is left out: every field has a value, scores are those of their orders, and the table has every row."""
+    """Every field but `ema` has a value, scores are those of their orders, and the table has every row."""
     masked = OrderConfig(kind="masked_diffusion", diffusion_steps=4)
     found = perplexity.evaluate(
         lm,
@@ -75,7 +75,8 @@ def test_evaluate_reports_all_figures(data, lm):
         num_rows=3,
         with_price=True,
     )
-    assert [field.name for field in dataclasses.fields(found) if getattr(found, field.name) is None] == []
+    # Only the one who loads the weights knows which they are; tests/test_cli.py checks that the verb says it.
+    assert [field.name for field in dataclasses.fields(found) if getattr(found, field.name) is None] == ["ema"]
     assert dataclasses.asdict(data.counts("test")).items() <= found.as_dict().items()
     assert (found.split, found.lossless, found.seed) == ("test", True, 5)
     assert list(found.strided) == ["2"]  # 16 is not divisible by 3
