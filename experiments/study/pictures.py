@@ -15,8 +15,9 @@ STYLES = {figures.LONG: "--"}
 
 
 def all_of(sweep: Sweep) -> dict[str, bytes]:
-    """The PNG files by their names."""
-    return {"curves.png": curves(sweep), "frontier.png": frontier(sweep), "sizes.png": sizes(sweep)}
+    """The PNG files by their names: that of sizes only if the sweep has models of several sizes."""
+    found = {"curves.png": curves(sweep), "frontier.png": frontier(sweep)}
+    return found | {"sizes.png": sizes(sweep)} if figures.widths(sweep, "AR") else found
 
 
 @style.styled

@@ -31,7 +31,6 @@ RATES = {
 # Of AR and MDLM what the rows `rate` find; a test compares them.
 BEST = {"AR": 2.4e-2, "ARMD-identity": 2.4e-2, "MDLM": 1.2e-2}
 TEMPERATURES = (0.7, 0.8, 0.9, 1.0, 1.1)
-BASELINES = ("AR", "MDLM")
 PRICED = ("SBP=0", "SBP=2.5", "order=scatter-8")  # what their streams cost is taken apart
 WIDTHS = (192, 256, 320)
 
@@ -42,13 +41,16 @@ Overrides = dict[str, Any]
 class Form:
     """How large the study is.
 
-    steps: of the main rows. short: of the others; 0: there are no others. seeds: of the main rows. width, layers,
-    heads, length: of the models. samples: texts of each way of writing. judge: the member that scores these texts.
+    steps: of the main rows. short: of the others; 0: there are no others. seeds: of the main rows. evaluations: on the
+    validation split, of each main row. equal_flops: kinds that are also trained with the FLOPs of an ARMD. width,
+    layers, heads, length: of the models. samples: texts of each way of writing. judge: the member that scores them.
     """
 
     steps: int
     short: int = 0
     seeds: int = 1
+    evaluations: int = 12
+    equal_flops: tuple[str, ...] = ("AR", "MDLM")
     batch_size: int = 8
     width: int = 192
     layers: int = 4
@@ -62,7 +64,7 @@ class Form:
 
 FORMS = {
     "": Form(steps=180, short=72, seeds=3, judge="judge=AR"),
-    "minutes": Form(steps=60, samples=64),
+    "minutes": Form(steps=48, evaluations=6, equal_flops=("AR",), samples=32),  # MDLM: 2 steps more than at equal ones
     "smoke": Form(steps=10, short=8, samples=2, vocabulary=400, length=64, judge="judge=AR"),
     "gpu": Form(  # 500 steps are one pass over 80 MB of text
         steps=500, batch_size=32, width=768, layers=12, heads=12, positions=128, length=1024, vocabulary=50_000
@@ -167,10 +169,13 @@ def main_rows(form: Form) -> Members:
 
     MDLM with these FLOPs has one seed: it has hardly more steps than with an equal number of them.
     """
-    rows = {kind: trained(form, kind, form.steps, 12) for kind in kinds(form)}
-    equal = {kind: trained(form, kind, equal_flops(form, kind), 12) for kind in BASELINES}
-    ar, mdlm = ({f"{kind}-equal-FLOPs": equal[kind]} for kind in BASELINES)
-    return chain(product(choices("model", rows | ar), seeds(form.seeds)), product(choices("model", mdlm), seeds(1)))
+    rows = {kind: trained(form, kind, form.steps, form.evaluations) for kind in kinds(form)}
+    once: dict[str, Overrides] = {}
+    for kind in form.equal_flops:
+        chosen = once if kind == "MDLM" else rows
+        chosen[f"{kind}-equal-FLOPs"] = trained(form, kind, equal_flops(form, kind), form.evaluations)
+    members = product(choices("model", rows), seeds(form.seeds))
+    return chain(members, product(choices("model", once), seeds(1))) if once else members
 
 
 def starts(form: Form) -> Members:
