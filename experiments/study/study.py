@@ -64,7 +64,7 @@ class Form:
 
 FORMS = {
     "": Form(steps=180, short=72, seeds=3, judge="judge=AR"),
-    "minutes": Form(steps=48, evaluations=6, equal_flops=("AR",), samples=32),  # MDLM: 2 steps more than at equal ones
+    "minutes": Form(steps=40, evaluations=5, equal_flops=("AR",), samples=32),  # MDLM: 2 steps more than at equal ones
     "smoke": Form(steps=10, short=8, samples=2, vocabulary=400, length=64, judge="judge=AR"),
     "gpu": Form(  # 500 steps are one pass over 80 MB of text
         steps=500, batch_size=32, width=768, layers=12, heads=12, positions=128, length=1024, vocabulary=50_000
