@@ -6,9 +6,9 @@ cd "$(dirname "$0")/.."
 if [ "${1:-}" = "--help" ]; then
     sed -n '2,3s/^# //p' launch/study.sh
     echo "usage: bash launch/study.sh TEXT [minutes|gpu] [--config.section.field=value ...]"
-    echo "TEXT is a file, a folder or a quoted glob. minutes: the main rows with one seed and fewer steps. gpu: models of"
-    echo "124M parameters on one GPU. OUT=DIR names the folder of everything (runs/study, runs/study-minutes and so on),"
-    echo "JOBS=2 how many rows are trained at once."
+    echo "TEXT is a file, a folder or a quoted glob. minutes: the main rows with one seed and 40 steps, which took 9"
+    echo "minutes on two cores. gpu: models of 124M parameters on one GPU. OUT=DIR names the folder of everything"
+    echo "(runs/study, runs/study-minutes and so on), JOBS=2 how many rows are trained at once."
     exit 0
 fi
 if [ $# = 0 ]; then

@@ -1,14 +1,14 @@
 """The study: what of ARMD is true at sizes that two CPU cores can train, as one sweep.
 
 Command:   bash launch/study.sh TEXT            all of it; TEXT is a file, a folder or a quoted glob
-           bash launch/study.sh TEXT minutes    its main rows with one seed and fewer steps
+           bash launch/study.sh TEXT minutes    its main rows with one seed and 40 steps: 9 minutes
        or  armd sweep --config=experiments/study/study.py --out=runs/study --jobs=2 --config.data.path=TEXT
 Hardware:  2 CPU cores. `gpu` as the argument is the larger form: models of 124M parameters on one GPU; not run yet.
 Data:      any text of 20 MB or more; 0.3% of its documents are held out for validation and as many for the test.
 Result:    README.md in this folder.
 
 Every row trains on the same batches of a seed, with the same number of updates unless its name says otherwise, and with
-as many parameters as the others of its size. Learning rates of the baselines are those that the rows `rate` find best.
+as many parameters as the others of its size. The rows `rate` try learning rates beside the chosen ones.
 """
 
 import dataclasses
@@ -28,8 +28,9 @@ RATES = {
     "ARMD-identity": (1.2e-2, 2.4e-2, 4.8e-2),
     "MDLM": (6e-3, 1.2e-2, 2.4e-2),
 }
-# Of AR and MDLM what the rows `rate` find; a test compares them.
+# Of AR and MDLM what the short rows `rate` find, of ARMD what the long ones do; a test compares them.
 BEST = {"AR": 2.4e-2, "ARMD-identity": 2.4e-2, "MDLM": 1.2e-2}
+HALVED = ("AR", "ARMD-identity")  # kinds whose halved rate is also tried in the whole training
 TEMPERATURES = (0.7, 0.8, 0.9, 1.0, 1.1)
 PRICED = ("SBP=0", "SBP=2.5", "order=scatter-8")  # what their streams cost is taken apart
 WIDTHS = (192, 256, 320)
@@ -257,16 +258,21 @@ def sizes(form: Form) -> Members:
 
 
 def rates(form: Form) -> Members:
-    """Learning rates beside the best ones, which the rows of `sizes` are trained at."""
-    return choices(
-        "rate",
-        {
-            f"{kind}-{rate:g}": trained(form, kind, form.short) | {"optimizer.learning_rate": rate}
-            for kind, several in RATES.items()
-            for rate in several
-            if rate != BEST[kind]
-        },
-    )
+    """Learning rates beside the chosen ones, which the rows of `sizes` are trained at.
+
+    The best rate of a short training need not be that of a longer one, so that half of the chosen one is also tried in
+    as many steps as the main rows.
+    """
+    rows = {
+        f"{kind}-{rate:g}": trained(form, kind, form.short) | {"optimizer.learning_rate": rate}
+        for kind, several in RATES.items()
+        for rate in several
+        if rate != BEST[kind]
+    }
+    for kind in HALVED:
+        half = BEST[kind] / 2
+        rows[f"{kind}-{half:g}-whole"] = trained(form, kind, form.steps) | {"optimizer.learning_rate": half}
+    return choices("rate", rows)
 
 
 def get_sweep(arg: str = "") -> Sweep:

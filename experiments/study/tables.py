@@ -55,7 +55,7 @@ def named(measured: Mapping[str, Any], sweep: Sweep) -> dict[str, str]:
         "jobs": str(measured["jobs"] or "not known"),
         "parameters": _parameters(sweep),
         "versions": ", ".join(f"{name} {version}" for name, version in measured["versions"].items()),
-        "hours": "an unknown time" if seconds is None else f"{seconds // 3600} h {seconds % 3600 // 60} min",
+        "hours": "an unknown time" if seconds is None else _time(seconds),
         "members": _members(len(sweep.members), measured["planned"]),
         "short": _steps(sweep, REFERENCE),
         "steps": _steps(sweep, CURRICULUM),
@@ -73,6 +73,8 @@ def named(measured: Mapping[str, Any], sweep: Sweep) -> dict[str, str]:
         "lossless": lossless_table(sweep),
         "sizes": sizes_table(sweep),
         "rates": rates_table(sweep),
+        "whole_rates": rates_table(sweep, whole=True),
+        "half_rate_AR": _gain_of_half(sweep, "AR"),
         "starts": starts_table(sweep),
         "price": price_table(sweep),
     }
@@ -100,6 +102,12 @@ def _held_out() -> str:
     data = study.base(study.FORMS[""]).data
     assert data.valid_fraction == data.test_fraction
     return f"{100 * data.valid_fraction:g}"
+
+
+def _time(seconds: float) -> str:
+    """To the nearest minute."""
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min"
 
 
 def _members(finished: int, planned: int) -> str:
@@ -297,25 +305,38 @@ def sizes_table(sweep: Sweep) -> str:
     return markdown(["", "million parameters", "TFLOPs", "nats per token", "exponent of the fit"], cells)
 
 
-def rate_losses(sweep: Sweep, kind: str) -> dict[float, float]:
-    """Held-out nats per token of a kind of model by learning rate; the rows of `size` have the chosen one."""
+def rate_losses(sweep: Sweep, kind: str, whole: bool = False) -> dict[float, float]:
+    """Held-out nats per token of a kind of model by learning rate, of seed 0.
+
+    The rows of `size` have the chosen rate. whole: of trainings as long as the main rows, which have it there.
+    """
     import study
 
+    chosen, end = ("model=", "-whole") if whole else ("size=192-", "")
     losses = {}
     for rate in study.RATES[kind]:
-        row = f"size=192-{kind}" if rate == study.BEST[kind] else f"rate={kind}-{rate:g}"
-        for loss in by_seed(sweep, row, "metrics.eval/nll").values():
-            losses[rate] = loss
+        row = f"{chosen}{kind}" if rate == study.BEST[kind] else f"rate={kind}-{rate:g}{end}"
+        found = by_seed(sweep, row, "metrics.eval/nll")
+        if 0 in found:
+            losses[rate] = found[0]
     return losses
 
 
-def rates_table(sweep: Sweep) -> str:
+def _gain_of_half(sweep: Sweep, kind: str) -> str:
+    """What half of the chosen rate gains in the whole training, held-out nats per token."""
+    import study
+
+    losses, chosen = rate_losses(sweep, kind, whole=True), study.BEST[kind]
+    return f"{losses[chosen] - losses[chosen / 2]:.3f}" if len(losses) > 1 else ""
+
+
+def rates_table(sweep: Sweep, whole: bool = False) -> str:
     """Held-out loss at every learning rate that was tried, and whether the chosen one is the best of them."""
     import study
 
     cells = []
-    for kind in study.RATES:
-        losses, chosen = rate_losses(sweep, kind), study.BEST[kind]
+    for kind in study.HALVED if whole else study.RATES:
+        losses, chosen = rate_losses(sweep, kind, whole), study.BEST[kind]
         marks = {rate: "**" if rate == chosen else "" for rate in losses}
         words = [f"{rate:g}: {marks[rate]}{loss:.3f}{marks[rate]}" for rate, loss in losses.items()]
         if words:
