@@ -15,12 +15,15 @@ FOLDER = pathlib.Path(__file__).parents[2] / "experiments/benchmarks"
 def run_benchmark() -> Callable[..., subprocess.CompletedProcess[str]]:
     """(script, *flags) -> the finished process, with what it printed."""
 
+    settings = {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(FOLDER.parents[1])}
+    settings["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # tests look at what is printed, and not at times
+
     def run(script: str, *flags: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             [sys.executable, str(FOLDER / script), *flags],
             capture_output=True,
             text=True,
-            env=os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(FOLDER.parents[1])},
+            env=os.environ | settings,
         )
 
     return run

@@ -181,6 +181,7 @@ def test_real_text_that_was_judged_twice(study, make_sweep):
 @pytest.mark.slow
 def test_a_sweep_becomes_a_page(study, tmp_path, corpus, monkeypatch):
     """The rows with everything that is measured of them, in their smallest form: trained, judged and written up."""
+    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # toy models: compiling takes longer than running
     out = tmp_path / "out"
     sweep = ["sweep", f"--config={FOLDER / 'study.py'}:smoke", f"--out={out}", f"--config.data.path={corpus}"]
     sweep += ["--config.data.tokenizer=bytes", "--config.data.valid_fraction=0.2"]

@@ -15,7 +15,7 @@ from armd_jax.core import parameters
 from armd_jax.core.kernels.panels import Panels
 from armd_jax.inference.language_model import LanguageModel
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_compilation")]
 
 VOCAB, LENGTH = 300, 32
 

@@ -177,8 +177,13 @@ print(line.split()[1])
 
 
 def _peak(*words: str) -> int:
-    """Bytes of host memory that a command needed at most."""
-    done = subprocess.run([sys.executable, "-c", _PEAK, *words], check=True, capture_output=True, text=True)
+    """Bytes of host memory that a command needed at most.
+
+    glibc gives large blocks back as soon as they are free. Else it keeps some, more or fewer from run to run.
+    """
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "1000000"}
+    command = [sys.executable, "-c", _PEAK, *words]
+    done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
     return int(done.stdout.splitlines()[-1]) * 1024
 
 
@@ -195,7 +200,7 @@ def _save_zeros(run: pathlib.Path, model: ModelConfig) -> None:
 def test_memory_is_that_of_the_largest_array(tmp_path):
     """Exports of a run, and an import of one of them, need far less than the weights have: no copy of the model.
 
-    The largest array is an eighth of them. To read it takes twice as much, and the allocator keeps some free memory.
+    The largest array is an eighth of them, and to read it takes twice as much.
     """
     model = ModelConfig(vocab_size=257, max_length=32, num_layers=24, two_stream_layers=12, width=512, num_heads=8)
     model = dataclasses.replace(model, mlp="swiglu", mlp_width=2048)
@@ -212,4 +217,4 @@ def test_memory_is_that_of_the_largest_array(tmp_path):
         for name in ("small", "large"):
             out = tmp_path / f"{name}-out{len(flags)}{verb}"
             peaks.append(_peak(verb, f"{where}={tmp_path / source.format(name)}", f"--out={out}", *flags))
-        assert peaks[1] - peaks[0] < 0.6 * all_bytes, (verb, flags, peaks)
+        assert peaks[1] - peaks[0] < 0.3 * all_bytes, (verb, flags, peaks)

@@ -32,6 +32,7 @@ def _start(command: list[str], processes: int, cache: pathlib.Path, devices: int
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
+    environment |= {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}  # toy models: compiling takes longer than running
     started = []
     for number in range(processes):
         words = [f"--coordinator=127.0.0.1:{port}", f"--num-processes={processes}", f"--process-id={number}"]

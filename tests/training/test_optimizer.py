@@ -14,6 +14,8 @@ from armd_jax.config import Config, OptimizerConfig, TrainingConfig
 from armd_jax.core import axes, parameters
 from armd_jax.training import optimizer, sharding, state
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 MODEL = configs.ModelConfig(vocab_size=5, max_length=4, num_layers=4, two_stream_layers=2, width=16, num_heads=2)
 MODEL = dataclasses.replace(MODEL, mlp="swiglu", mlp_width=32, positional_width=4, neighbours="both", qk_norm=True)
 MUON = OptimizerConfig(kind="muon", learning_rate=0.5, schedule="constant", warmup_steps=0, clip_norm=0.0)
