@@ -43,6 +43,8 @@ RATIOS = {
     "ratio_all_layers": ("M=4", REFERENCE),
     "ratio_no_sbp": ("SBP=0", REFERENCE),
     "ratio_blocks": ("blocks=contiguous", REFERENCE),
+    "ratio_half_AR": ("rate=AR-0.012-whole", "model=AR"),
+    "ratio_half_ARMD": ("rate=ARMD-identity-0.012-whole", "model=ARMD-identity"),
 }
 
 
@@ -74,7 +76,6 @@ def named(measured: Mapping[str, Any], sweep: Sweep) -> dict[str, str]:
         "sizes": sizes_table(sweep),
         "rates": rates_table(sweep),
         "whole_rates": rates_table(sweep, whole=True),
-        "half_rate_AR": _gain_of_half(sweep, "AR"),
         "starts": starts_table(sweep),
         "price": price_table(sweep),
     }
@@ -320,14 +321,6 @@ def rate_losses(sweep: Sweep, kind: str, whole: bool = False) -> dict[float, flo
         if 0 in found:
             losses[rate] = found[0]
     return losses
-
-
-def _gain_of_half(sweep: Sweep, kind: str) -> str:
-    """What half of the chosen rate gains in the whole training, held-out nats per token."""
-    import study
-
-    losses, chosen = rate_losses(sweep, kind, whole=True), study.BEST[kind]
-    return f"{losses[chosen] - losses[chosen / 2]:.3f}" if len(losses) > 1 else ""
 
 
 def rates_table(sweep: Sweep, whole: bool = False) -> str:
